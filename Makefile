@@ -1,0 +1,51 @@
+# Everything sets itself up: `make serve` and `make test` work on a fresh clone with Python 3.11 or newer.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+# the CPU build, which lies ready on our machines; set TORCH=torch for the newest CUDA build
+TORCH ?= torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup serve test lint test-browser test-gpu bench-serve evaluate clean
+.DEFAULT_GOAL := serve
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) (once)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Livereel needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+serve: setup
+	@$(BIN)/python -m server --host $(HOST) --port $(PORT) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check engine server tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/e2e
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests
+
+bench-serve: setup
+	$(BIN)/python -m engine.bench.serve $(ARGS)
+
+evaluate: setup
+	$(BIN)/python -m engine.recipes.evaluate --served $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

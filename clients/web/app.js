@@ -1,0 +1,520 @@
+// The live preview: one stream at a time, drawn from the WebSocket that carries its frames and events.
+// No build step and no other scripts. Everything that came from elsewhere is written with textContent.
+
+const EXAMPLES = [
+  "a shiny red cube bouncing on grass at sunset, orbiting camera",
+  "a big blue ring spinning on sand under the northern lights",
+  "a striped orange ball floating over water on a sunny day",
+  "a pink cone sliding on a checkerboard at night, with a small white cube on its left",
+];
+
+const CLOCK_RATE = 90_000;
+const HEADER_BYTES = 16;
+const CHUNKS_SHOWN = 48;
+const CHUNKS_AVERAGED = 8;
+const DECODES_AHEAD = 4; // more undecoded frames than this and the browser is too slow: skip to newer ones
+const MAX_PROMPT_BYTES = 4096;
+const BACKOFF_MS = [500, 1000, 2000, 4000, 8000];
+// Closed for good: ended, refused, failed, unknown. Any other code is a lost connection.
+const FINAL_CODES = new Set([1000, 1008, 1011, 4404]);
+
+const SVG = "http://www.w3.org/2000/svg";
+const $ = (id) => document.getElementById(id);
+const picture = $("picture").getContext("2d", { alpha: false });
+const glow = $("glow").getContext("2d");
+
+/** What is known about the stream on this page; null when there is none. */
+let stream = null;
+
+class ApiError extends Error {
+  constructor(status, error) {
+    super(error?.message ?? `The server answered ${status}.`);
+    this.status = status;
+    this.code = error?.code;
+  }
+}
+
+async function api(method, path, body, options = {}) {
+  let response;
+  try {
+    const headers = body === undefined ? {} : { "Content-Type": "application/json" };
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), ...options });
+  } catch {
+    throw new Error("The server cannot be reached.");
+  }
+  if (response.status === 204) return null;
+  const answer = await response.json().catch(() => null);
+  if (!response.ok) throw new ApiError(response.status, answer?.error);
+  return answer;
+}
+
+// A stream, from Play to its end
+
+async function play(prompt) {
+  stop();
+  const current = newStream(prompt);
+  stream = current;
+  logPrompt(current, { prompt, text: "starting", kind: "waiting" });
+  show("starting", "Starting", "Asking the server for a stream.");
+  try {
+    const info = await api("POST", "/v1/streams", { prompt });
+    if (stream !== current) return void api("DELETE", `/v1/streams/${info.id}`).catch(() => {});
+    current.id = info.id;
+    current.queue = info.queue_position;
+    current.wait = info.queue_wait_s;
+    setState(current, info.state);
+    connect(current);
+  } catch (error) {
+    if (stream !== current) return;
+    finish(current, "failed", error.code === "queue_full" ? "Every place is taken" : "That did not start", error.message);
+    alertUser(error.message);
+  }
+}
+
+function newStream(prompt) {
+  return {
+    id: null,
+    prompt, // the newest one asked for
+    askedAt: performance.now(),
+    socket: null,
+    attempts: 0,
+    timer: 0,
+    over: false,
+    fps: 16,
+    chunkFrames: 0,
+    chunks: [], // { index, ms, frames, pts }
+    generatedUntil: 0, // pts
+    pts: -1, // of the frame on screen
+    queue: null, // place
+    wait: null, // seconds
+    stalls: 0,
+    drawn: [], // times of recent frames
+    decoding: 0,
+    markers: [], // { kind, chunk }
+    changes: [], // prompt changes on their way: { prompt, askedAt, entry }
+    first: null, // log entry of the first prompt
+  };
+}
+
+function connect(current) {
+  const scheme = location.protocol === "https:" ? "wss" : "ws";
+  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws`);
+  socket.binaryType = "arraybuffer";
+  current.socket = socket;
+  socket.onmessage = ({ data }) => {
+    if (stream !== current) return;
+    if (typeof data === "string") onEvent(current, JSON.parse(data));
+    else onFrame(current, data);
+  };
+  socket.onclose = ({ code }) => {
+    if (stream !== current || current.over) return;
+    if (FINAL_CODES.has(code)) {
+      finish(current, code === 1000 ? "ended" : "failed", "The stream is over", "Press Play to start another.");
+      return;
+    }
+    const wait = BACKOFF_MS[Math.min(current.attempts++, BACKOFF_MS.length - 1)];
+    trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
+    current.timer = setTimeout(() => connect(current), wait);
+  };
+}
+
+async function change(prompt) {
+  const current = stream;
+  const transition = document.querySelector("input[name=transition]:checked").value;
+  const entry = logPrompt(current, { prompt, text: "asked", kind: "waiting" });
+  const wanted = { prompt, askedAt: performance.now(), entry };
+  current.changes.push(wanted);
+  current.prompt = prompt;
+  current.markers.push({ kind: "asked", chunk: chunkOnScreen(current) });
+  drawTimeline(current);
+  try {
+    const answer = await api("PATCH", `/v1/streams/${current.id}`, { prompt, transition });
+    // `prompt.applied` may have come first.
+    if (current.changes.includes(wanted)) setEntry(entry, `takes effect with chunk ${answer.chunk_index}`, "waiting");
+  } catch (error) {
+    current.changes = current.changes.filter((change) => change !== wanted);
+    setEntry(entry, "refused", "refused");
+    if (stream === current) alertUser(error.message);
+  }
+}
+
+async function pause() {
+  const current = stream;
+  const paused = document.body.dataset.state !== "paused";
+  try {
+    await api("PATCH", `/v1/streams/${current.id}`, { paused });
+  } catch (error) {
+    if (stream === current) alertUser(error.message);
+  }
+}
+
+function stop() {
+  const current = stream;
+  if (!current) return;
+  if (current.id && !current.over) api("DELETE", `/v1/streams/${current.id}`, undefined, { keepalive: true }).catch(() => {});
+  if (!current.over) finish(current, "ended", "Stopped", "Press Play to start another.");
+  stream = null;
+}
+
+function finish(current, state, title, detail) {
+  current.over = true;
+  clearTimeout(current.timer);
+  current.socket?.close();
+  for (const change of current.changes) setEntry(change.entry, "never reached the screen", "refused");
+  current.changes = [];
+  if (current.first) setEntry(current.first, "never reached the screen", "refused");
+  current.first = null;
+  show(state, title, detail);
+}
+
+// What the server sends
+
+const ENDINGS = {
+  finished: ["Finished", "The stream has played to its end."],
+  deleted: ["Stopped", "Press Play to start another."],
+  idle: ["Ended", "Nobody was watching any more."],
+  shutdown: ["The server is shutting down", "Start it again and press Play."],
+  failed: ["The stream failed", "Press Play to start another."],
+};
+
+function onEvent(current, event) {
+  switch (event.type) {
+    case "stream.started": {
+      const info = event.stream;
+      current.attempts = 0;
+      delete document.body.dataset.trouble;
+      current.stalls = info.stalls;
+      current.queue = info.queue_position;
+      current.wait = info.queue_wait_s;
+      if (info.width) setGeometry(info.width, info.height);
+      if (info.fps) current.fps = info.fps;
+      setState(current, info.state);
+      break;
+    }
+    case "queue.position":
+      current.queue = event.position;
+      current.wait = event.wait_s;
+      setState(current, "queued");
+      break;
+    case "state":
+      if (event.state !== "queued") current.queue = null;
+      if (event.state !== "ended" && event.state !== "failed") setState(current, event.state);
+      break;
+    case "chunk":
+      current.chunks.push({ index: event.index, ms: event.gen_ms, frames: event.frames, pts: event.pts });
+      if (current.chunks.length > CHUNKS_SHOWN) current.chunks.shift();
+      current.chunkFrames = Math.max(current.chunkFrames, event.frames);
+      current.generatedUntil = event.pts + (event.frames * CLOCK_RATE) / current.fps;
+      drawTimeline(current);
+      break;
+    case "prompt.applied":
+      onApplied(current, event);
+      break;
+    case "stall":
+      if (event.phase === "began") current.stalls += 1;
+      badge(event.phase === "began" ? "stalled" : document.body.dataset.state);
+      break;
+    case "engine.restarted":
+      $("alert").hidden = true;
+      badge(document.body.dataset.state);
+      break;
+    case "error":
+      if (event.code === "engine_restarted") {
+        alertUser(event.message);
+        badge("engine restarting");
+      } else current.failure = event.message;
+      break;
+    case "ended": {
+      const [title, detail] = ENDINGS[event.reason] ?? ["Ended", ""];
+      finish(current, event.reason === "failed" ? "failed" : "ended", title, current.failure ?? detail);
+      if (current.failure) alertUser(current.failure);
+      break;
+    }
+  }
+}
+
+function onApplied(current, event) {
+  current.markers.push({ kind: "applied", chunk: event.chunk_index });
+  const last = current.changes.findLastIndex((change) => change.prompt === event.prompt);
+  // The event comes just before the first frame under the prompt; older changes are overtaken by it.
+  for (const change of current.changes.splice(0, last + 1)) {
+    const seconds = (performance.now() - change.askedAt) / 1000;
+    if (change.prompt === event.prompt) {
+      setEntry(change.entry, `on screen after ${seconds.toFixed(2)} s, chunk ${event.chunk_index}`, "applied");
+      current.steer = seconds;
+    } else setEntry(change.entry, "overtaken by the next one", "refused");
+  }
+  drawTimeline(current);
+}
+
+async function onFrame(current, data) {
+  const header = new DataView(data, 0, HEADER_BYTES);
+  const pts = Number(header.getBigUint64(8));
+  if (current.decoding >= DECODES_AHEAD) return;
+  current.decoding += 1;
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(new Blob([new Uint8Array(data, HEADER_BYTES)], { type: "image/jpeg" }));
+  } catch {
+    return;
+  } finally {
+    current.decoding -= 1;
+  }
+  if (stream === current && !current.over && pts >= current.pts) {
+    draw(bitmap);
+    onDrawn(current, pts);
+  }
+  bitmap.close();
+}
+
+function onDrawn(current, pts) {
+  const now = performance.now();
+  if (current.pts < 0) {
+    current.firstFrame = (now - current.askedAt) / 1000;
+    if (current.first) setEntry(current.first, `first picture after ${current.firstFrame.toFixed(2)} s`, "applied");
+    current.first = null;
+  }
+  current.pts = pts;
+  current.drawn.push(now);
+}
+
+function draw(bitmap) {
+  setGeometry(bitmap.width, bitmap.height);
+  picture.drawImage(bitmap, 0, 0);
+  glow.drawImage(bitmap, 0, 0, 16, 16);
+}
+
+function setGeometry(width, height) {
+  const canvas = picture.canvas;
+  if (canvas.width === width && canvas.height === height) return;
+  canvas.width = width;
+  canvas.height = height;
+  $("stage").style.setProperty("--aspect", `${width} / ${height}`);
+}
+
+// What the page says
+
+function setState(current, state) {
+  if (state === "queued") {
+    const place = current.queue ?? "…";
+    const wait = current.wait == null ? "You are next as soon as a stream ends." : `About ${Math.ceil(current.wait)} s to wait.`;
+    const detail = current.queue > 1 && current.wait == null ? "It starts as soon as enough streams have ended." : wait;
+    show("queued", `Place ${place} in the queue`, current.queue == null ? "The engine is starting." : detail);
+  } else if (state === "starting") {
+    show("starting", "Generating the first frames", "They play as soon as they are there.");
+  } else if (state === "ended" || state === "failed") {
+    finish(current, state, "The stream is over", "Press Play to start another.");
+  } else {
+    show(state, "", "");
+  }
+}
+
+function show(state, title, detail) {
+  const active = ["queued", "starting", "live", "paused"].includes(state);
+  document.body.dataset.state = state;
+  delete document.body.dataset.trouble;
+  $("message-title").textContent = title;
+  $("message-detail").textContent = detail;
+  badge(state);
+  $("play").textContent = active ? "Apply" : "Play";
+  $("stop").hidden = !active;
+  $("pause").hidden = state !== "live" && state !== "paused";
+  $("pause").textContent = state === "paused" ? "Resume" : "Pause";
+  if (active) $("alert").hidden = true;
+}
+
+function badge(text) {
+  $("badge-text").textContent = text;
+}
+
+function trouble(title, detail) {
+  document.body.dataset.trouble = "yes";
+  $("message-title").textContent = title;
+  $("message-detail").textContent = detail;
+}
+
+function alertUser(message) {
+  $("alert").textContent = message;
+  $("alert").hidden = false;
+}
+
+function logPrompt(current, { prompt, text, kind }) {
+  const item = document.createElement("li");
+  const when = document.createElement("span");
+  when.className = "when";
+  item.append(prompt, when);
+  const log = $("log");
+  log.querySelector(".empty")?.remove();
+  log.prepend(item);
+  while (log.children.length > 30) log.lastChild.remove();
+  const entry = { item, when };
+  if (!current.id) current.first = entry;
+  setEntry(entry, text, kind);
+  return entry;
+}
+
+function setEntry({ item, when }, text, kind) {
+  item.className = kind;
+  when.textContent = text;
+}
+
+function figure(id, value, unit = "", tone = "") {
+  const element = $(id);
+  element.textContent = value;
+  if (unit) {
+    const small = document.createElement("small");
+    small.textContent = unit;
+    element.append(small);
+  }
+  element.className = tone;
+}
+
+function chunkOnScreen(current) {
+  const chunk = current.chunks.findLast((chunk) => chunk.pts <= current.pts);
+  return chunk ? chunk.index : 0;
+}
+
+function updateFigures() {
+  const current = stream;
+  if (!current) return;
+  const now = performance.now();
+  while (current.drawn.length && current.drawn[0] < now - 2000) current.drawn.shift();
+  const playing = current.pts >= 0 && !current.over;
+  if (playing) {
+    const span = Math.min(2, (now - current.askedAt) / 1000 - current.firstFrame);
+    // The first second is too short to count frames in.
+    const rate = span > 1 ? current.drawn.length / span : current.fps;
+    const paused = document.body.dataset.state === "paused";
+    figure("fps", paused ? "0" : rate.toFixed(1), "", paused ? "" : rate > current.fps * 0.93 ? "good" : "warn");
+    figure("buffer", Math.max(0, (current.generatedUntil - current.pts) / CLOCK_RATE).toFixed(2), "s");
+    figure("chunk", String(chunkOnScreen(current)));
+  }
+  const recent = current.chunks.slice(-CHUNKS_AVERAGED);
+  if (recent.length) {
+    const played = recent.reduce((sum, chunk) => sum + chunk.frames / current.fps, 0);
+    const factor = recent.reduce((sum, chunk) => sum + chunk.ms / 1000, 0) / played;
+    figure("rtf", factor.toFixed(2), "", factor <= 0.9 ? "good" : factor <= 1 ? "warn" : "bad");
+  }
+  if (current.firstFrame != null) figure("ttff", current.firstFrame.toFixed(2), "s");
+  if (current.steer != null) figure("steer", current.steer.toFixed(2), "s");
+  figure("stalls", String(current.stalls), "", current.stalls ? "warn" : "");
+  figure("queue", current.queue == null ? "–" : String(current.queue));
+}
+
+function drawTimeline(current) {
+  const svg = $("timeline");
+  const [width, height] = [320, 96];
+  const step = width / CHUNKS_SHOWN;
+  const budget = (current.chunkFrames / current.fps) * 1000;
+  const top = Math.max(budget * 1.25, ...current.chunks.map((chunk) => chunk.ms));
+  const first = current.chunks.length ? current.chunks[0].index : 0;
+  const parts = [];
+  for (const chunk of current.chunks) {
+    const tall = Math.max(1, (chunk.ms / top) * height);
+    const late = chunk.ms > (chunk.frames / current.fps) * 1000;
+    parts.push(shape("rect", {
+      class: late ? "bar late" : "bar", x: (chunk.index - first) * step + 0.75, y: height - tall, width: step - 1.5, height: tall, rx: 1,
+    }));
+  }
+  const line = height - (budget / top) * height;
+  if (budget) parts.push(shape("line", { class: "budget", x1: 0, x2: width, y1: line, y2: line }));
+  current.markers = current.markers.filter((marker) => marker.chunk >= first);
+  for (const { kind, chunk } of current.markers) {
+    const x = (chunk - first + (kind === "asked" ? 0.5 : 0)) * step;
+    parts.push(shape("line", { class: kind, x1: x, x2: x, y1: 0, y2: height }));
+  }
+  svg.replaceChildren(...parts);
+}
+
+function shape(name, attributes) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
+}
+
+async function updateServer() {
+  let text, wait = 5000;
+  try {
+    const { data } = await api("GET", "/v1/models");
+    const model = data.find((model) => model.default) ?? data[0];
+    text = model ? `${model.id} · ${model.width}×${model.height} · ${model.fps} frames/s` : "the engine is starting…";
+    if (model && !stream) setGeometry(model.width, model.height);
+    wait = model ? 15000 : 1000;
+  } catch {
+    text = "the server cannot be reached";
+  }
+  $("model").textContent = text;
+  setTimeout(updateServer, wait);
+}
+
+// What the user does
+
+function submit() {
+  const prompt = $("prompt").value.replace(/\s+/g, " ").trim();
+  if (!prompt) {
+    alertUser("Type what you want to see first.");
+    $("prompt").focus();
+    return;
+  }
+  if (new TextEncoder().encode(prompt).length > MAX_PROMPT_BYTES) {
+    alertUser(`The sentence is too long: at most ${MAX_PROMPT_BYTES} bytes.`);
+    return;
+  }
+  $("alert").hidden = true;
+  if (!stream || stream.over) play(prompt);
+  else if (!stream.id) alertUser("The stream is just being asked for: wait a moment.");
+  else if (prompt !== stream.prompt) change(prompt);
+}
+
+function fit() {
+  const box = $("prompt");
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight}px`;
+  const bytes = new TextEncoder().encode(box.value).length;
+  $("count").hidden = bytes < MAX_PROMPT_BYTES * 0.8;
+  $("count").textContent = `${bytes} / ${MAX_PROMPT_BYTES} bytes`;
+}
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.isComposing) {
+    event.preventDefault();
+    submit();
+  }
+});
+$("prompt").addEventListener("input", fit);
+addEventListener("resize", fit);
+$("stop").addEventListener("click", stop);
+$("pause").addEventListener("click", pause);
+$("scaling").addEventListener("click", () => {
+  const pixels = picture.canvas.classList.toggle("pixels");
+  $("scaling").setAttribute("aria-pressed", String(pixels));
+});
+$("fullscreen").addEventListener("click", () => {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else picture.canvas.parentElement.requestFullscreen().catch(() => {});
+});
+// A closed tab should not hold the engine until it is found to be idle.
+addEventListener("pagehide", stop);
+
+for (const text of EXAMPLES) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = text;
+  button.addEventListener("click", () => {
+    $("prompt").value = text;
+    fit();
+    submit();
+  });
+  const item = document.createElement("li");
+  item.append(button);
+  $("examples").append(item);
+}
+
+setInterval(updateFigures, 250);
+updateServer();
+fit();
+$("prompt").focus();

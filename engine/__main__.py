@@ -1,0 +1,59 @@
+"""python -m engine MODEL --socket ADDRESS: the engine process."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+# A thread that waits for its fellows gives its core up early: with few cores, gateway and encoder need them too, and
+# spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+
+from engine import wire
+from engine.assemble import assemble, best_device, best_dtype, describe, warm
+from engine.checkpoints.store import StoreError
+from engine.config import PRESETS
+from engine.worker import Wire, Worker
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
+    parser.add_argument(
+        "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
+    )
+    parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
+    parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: what is fast here)")
+    parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
+    options = parser.parse_args()
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device) if options.device else best_device()
+    dtype = DTYPES[options.dtype] if options.dtype else best_dtype(device)
+    link = Wire(options.socket, options.parent_pid)
+    link.start()
+    try:
+        pipeline = assemble(options.model, weights=options.weights, device=device, dtype=dtype)
+    except StoreError as error:
+        link.send(wire.Fault("weights", str(error)))
+        link.finish()
+        print(f"engine: {error}", file=sys.stderr, flush=True)
+        return 3
+    warmth = warm(pipeline)
+    link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
+    Worker(pipeline, link).run()
+    link.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

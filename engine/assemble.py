@@ -1,0 +1,121 @@
+"""From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.checkpoints import store
+from engine.config import PRESETS
+from engine.models.dit import CausalWan
+from engine.models.light_vae import LightDecoder
+from engine.models.text_encoder import TextEncoder
+from engine.models.tokenizer import Tokenizer
+from engine.pipeline import Pipeline
+from engine.wire import ModelInfo
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere; fixed by the machine, so frames repeat.
+
+    On a CPU that is AMX, or AMD's AVX-512 BF16: Zen 4 ran our shapes 2 to 3 times faster in bfloat16, while an Intel
+    with AVX-512 BF16 and no AMX ran them slower (`docs/benchmarks.md`).
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    try:
+        description = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.float32
+    amd = "AuthenticAMD" in description
+    return torch.bfloat16 if "amx_bf16" in description or (amd and "avx512_bf16" in description) else torch.float32
+
+
+def assemble(
+    name: str,
+    *,
+    weights: Path | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """Load a preset.
+
+    Raises:
+        KeyError: no preset has this name.
+        store.StoreError: a weight file is missing, truncated, altered or does not fit; the message names it.
+    """
+    preset = PRESETS[name]
+    folder = weights or WEIGHTS / name
+    device = device or best_device()
+    dtype = dtype or best_dtype(device)
+    tensors = store.load(folder)
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "text_encoder": TextEncoder(preset.text),
+            "dit": CausalWan(preset.dit),
+            "light_vae": LightDecoder(preset.light_vae),
+        }
+    for component, module in modules.items():
+        prefix = component + "."
+        mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            module.load_state_dict(mine, assign=True)
+        except RuntimeError as error:
+            raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
+        module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Pipeline(
+        preset,
+        Tokenizer.load(folder / "tokenizer.json"),
+        modules["text_encoder"],  # type: ignore[arg-type]
+        modules["dit"],  # type: ignore[arg-type]
+        modules["light_vae"],  # type: ignore[arg-type]
+    )
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """What warming up measured: seconds for a chunk at full window, context pass included."""
+
+    chunk_seconds: float
+
+
+def warm(pipeline: Pipeline) -> Warmth:
+    """Run every shape that will be served once, then time chunks at full window (median of three)."""
+    state = pipeline.open("warm-up", seed=0)
+    slots = pipeline.preset.window // pipeline.preset.chunk
+    times = []
+    for index in range(slots + 3):
+        started = time.perf_counter()
+        pipeline.next_chunk(state)
+        pipeline.commit(state)
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize(pipeline.device)
+        if index >= slots:
+            times.append(time.perf_counter() - started)
+    return Warmth(sorted(times)[len(times) // 2])
+
+
+def describe(pipeline: Pipeline, warmth: Warmth) -> ModelInfo:
+    preset = pipeline.preset
+    modules = (pipeline.text_encoder, pipeline.dit, pipeline.light_vae)
+    return ModelInfo(
+        name=preset.name,
+        width=preset.width,
+        height=preset.height,
+        fps=preset.fps,
+        chunk_frames=preset.chunk_frames,
+        first_chunk_frames=preset.first_chunk_frames,
+        steps=len(preset.steps),
+        chunk_seconds=warmth.chunk_seconds,
+        parameters=sum(p.numel() for module in modules for p in module.parameters()),
+        description=preset.description,
+    )

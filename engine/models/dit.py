@@ -1,0 +1,210 @@
+"""The Wan diffusion transformer, with the parameter names of the original checkpoints.
+
+Pure mathematics: what a token may attend to is decided outside, by the `SelfAttend` object that the caller passes
+in. A KV cache, a block-causal mask and the training pattern are three such objects over the same weights.
+
+Shapes: B batch, F latent frames, N tokens in a frame, S = F * N tokens, D = dim, L text tokens.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.ops.attention import attention
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a Wan transformer. `parameters` and memory follow from these alone."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each [B, S, heads, head_dim], normalised but not yet rotated -> [B, S, heads, head_dim]."""
+
+
+class SelfAttend(Protocol):
+    """Decides positions and visibility of self-attention."""
+
+    def at(self, layer: int) -> Attend:
+        """The attention of one layer."""
+
+
+TextKV = list[tuple[Tensor, Tensor]]
+"""Per layer, the cross-attention K and V of a prompt: [B, L, heads, head_dim] each; made once per prompt."""
+
+
+def timestep_embedding(t: Tensor, size: int) -> Tensor:
+    """Sinusoid of t in [0, 1000], float64 inside, laid out [cos | sin], frequencies 10000^(-i / (size / 2))."""
+    half = size // 2
+    frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    theta = t.to(torch.float64)[..., None] * frequency
+    return torch.cat([theta.cos(), theta.sin()], dim=-1).float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the whole model width (Wan normalises q and k before splitting heads)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """The projections shared by self- and cross-attention."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [B, S, heads, head_dim] of x [B, S, D]."""
+        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.split(self.norm_q(self.q(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by the time embedding."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = Attention(config)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor, text: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x [B, S, D], e [B, F, 6, D], text K and V [G, L, heads, head_dim] -> [B, S, D].
+
+        G is B, or a multiple of it: then each row of x is cut into G / B runs of equal length, and each run reads
+        its own text.
+        """
+        frames = e.shape[1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(2).unbind(3)
+
+        def modulate(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return (y.unflatten(1, (frames, -1)) * (1 + scale) + shift).flatten(1, 2)
+
+        def gated(y: Tensor, gate: Tensor) -> Tensor:
+            return (y.unflatten(1, (frames, -1)) * gate).flatten(1, 2)
+
+        y = modulate(self.norm1(x), scale1, shift1)
+        q = self.self_attn.queries(y)
+        k, v = self.self_attn.keys_values(y)
+        x = x + gated(self.self_attn.o(attend(q, k, v).flatten(2)), gate1)
+
+        text_k, text_v = text
+        q = self.cross_attn.queries(self.norm3(x)).reshape(len(text_k), -1, *text_k.shape[2:])
+        x = x + self.cross_attn.o(attention(q, text_k, text_v).reshape(x.shape))
+
+        return x + gated(self.ffn(modulate(self.norm2(x), scale2, shift2)), gate2)
+
+
+class Head(nn.Module):
+    """The last modulated norm and projection to patches."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        patch = config.patch[0] * config.patch[1] * config.patch[2]
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, patch * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [B, S, D], e [B, F, D] -> [B, S, patch * channels]."""
+        shift, scale = (self.modulation + e.unsqueeze(2)).unsqueeze(2).unbind(3)
+        x = self.norm(x).unflatten(1, (e.shape[1], -1)) * (1 + scale) + shift
+        return self.head(x).flatten(1, 2)
+
+
+class CausalWan(nn.Module):
+    """Predicts the flow v = noise - x0 of latent frames, each at its own noise level.
+
+    The architecture is Wan 2.1's (`../shared/specs/causal-wan.md` 2.6); causality comes from `self_attend`.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, stride=config.patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def encode_text(self, text: Tensor) -> TextKV:
+        """Cross-attention K and V of text [B, L, text_dim], whose padding positions are zero, for every layer."""
+        context = self.text_embedding(text)
+        return [block.cross_attn.keys_values(context) for block in cast(Iterable[Block], self.blocks)]
+
+    def forward(self, x: Tensor, t: Tensor, text: TextKV, self_attend: SelfAttend) -> Tensor:
+        """The flow of every frame.
+
+        Args:
+            x: [B, in_channels, F, H, W] noisy latents.
+            t: [B, F] noise level times 1000, one value a latent frame.
+            text: from `encode_text`, one row per row of x, or per equal run of a row's frames.
+            self_attend: what each token may see, and where it stands.
+
+        Returns:
+            [B, out_channels, F, H, W].
+        """
+        patches = self.patch_embedding(x)
+        grid = patches.shape[2:]
+        tokens = patches.flatten(2).transpose(1, 2)
+        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(tokens.dtype))
+        e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        for layer, block in enumerate(self.blocks):
+            tokens = block(tokens, e6, text[layer], self_attend.at(layer))
+        return self.unpatchify(self.head(tokens, e), *grid)
+
+    def unpatchify(self, tokens: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        """[B, F * rows * columns, pt * ph * pw * C] (channel last in a patch) -> [B, C, F * pt, ...]."""
+        pt, ph, pw = self.config.patch
+        x = tokens.reshape(-1, frames, rows, columns, pt, ph, pw, self.config.out_channels)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(len(x), self.config.out_channels, frames * pt, rows * ph, columns * pw)

@@ -1,0 +1,165 @@
+"""A stream from prompt to frames: encode, denoise, decode, commit. Start reading the engine here."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import Preset
+from engine.models.dit import CausalWan, TextKV
+from engine.models.light_vae import LightDecoder
+from engine.models.text_encoder import TextEncoder
+from engine.models.tokenizer import Tokenizer
+from engine.stream.kv_cache import KVCache
+from engine.stream.rollout import commit_chunk, denoise_chunk
+from engine.stream.state import PendingPrompt, StreamState
+from engine.wire import Transition
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames uint8 [T, height, width, 3] of chunk `index`, and the media time of the first of them in frames."""
+
+    index: int
+    frame: int
+    frames: Tensor
+    discontinuity: bool
+
+
+class NotFiniteError(RuntimeError):
+    """The model produced NaN or infinity; the stream cannot go on."""
+
+
+class Pipeline:
+    """One loaded model. Everything that differs between streams is in the `StreamState` that the caller keeps."""
+
+    def __init__(
+        self, preset: Preset, tokenizer: Tokenizer, text_encoder: TextEncoder, dit: CausalWan, light_vae: LightDecoder
+    ) -> None:
+        self.preset = preset
+        self.rollout = preset.rollout()
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.dit = dit
+        self.light_vae = light_vae
+        self.device: torch.device = dit.patch_embedding.weight.device
+        self.dtype: torch.dtype = dit.patch_embedding.weight.dtype
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """[1, L, text_dim], zero past the end of the prompt."""
+        ids = torch.tensor([self.tokenizer.encode(prompt, self.preset.text.length)], device=self.device)
+        encoded: Tensor = self.text_encoder(ids)
+        return encoded.to(self.dtype)
+
+    @torch.inference_mode()
+    def open(self, prompt: str, seed: int, *, chunk: int = 0, frame: int = 0) -> StreamState:
+        """A new stream. `chunk` and `frame` are where it stands when it continues an earlier engine process's."""
+        dit = self.preset.dit
+        cache = KVCache(
+            self.preset.cache(),
+            layers=dit.num_layers,
+            heads=dit.num_heads,
+            head_dim=dit.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        cache.reset(chunk * self.preset.chunk)
+        text = self.encode_prompt(prompt)
+        return StreamState(seed, cache, text, self.dit.encode_text(text), chunk=chunk, frame=frame)
+
+    def steer(self, state: StreamState, prompt: str, transition: Transition) -> int:
+        """Change the prompt at the next chunk boundary; returns the index of the first chunk under it.
+
+        A steer that waits already is replaced.
+        """
+        state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
+        return state.chunk
+
+    @torch.inference_mode()
+    def next_chunk(self, state: StreamState) -> Chunk:
+        """Generate and decode the next chunk. Its context pass is owed: see `commit`.
+
+        Raises:
+            NotFiniteError: the latents are not finite.
+        """
+        self._cross_boundary(state)
+        fresh = state.memories is None
+        latents = denoise_chunk(self.dit, self.rollout, state.cache, state.text_kv, [state.seed], state.chunk)
+        if not torch.isfinite(latents).all():
+            raise NotFiniteError(f"chunk {state.chunk} has values that are not finite")
+        frames = self.decode(latents, state)
+        chunk = Chunk(state.chunk, state.frame, frames, fresh)
+        state.uncommitted = latents
+        state.chunk += 1
+        state.frame += len(frames)
+        return chunk
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Latents [1, C, F, h, w] to uint8 [T, height, width, 3]; the decoder's memories move on in the state."""
+        first = state.memories is None
+        z = latents.transpose(1, 2).to(self.dtype)
+        frames, state.memories = self.light_vae(z, state.memories)
+        frames = frames[0, self.preset.temporal_stride - 1 if first else 0 :]
+        return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    @torch.inference_mode()
+    def commit(self, state: StreamState) -> None:
+        """The context pass over the chunk just emitted: off the latency path, and due before the next chunk."""
+        if state.uncommitted is None:
+            return
+        latents, state.uncommitted = state.uncommitted, None
+        self._write(state, latents, state.chunk - 1, state.text_kv)
+        self._remember(state, latents)
+
+    def _write(self, state: StreamState, latents: Tensor, chunk: int, text_kv: TextKV) -> None:
+        commit_chunk(self.dit, self.rollout, state.cache, text_kv, latents, [state.seed], chunk)
+
+    def _remember(self, state: StreamState, latents: Tensor) -> None:
+        past = self.preset.window // self.preset.chunk - 1
+        state.recent = [*state.recent, latents][-past:] if past else []
+
+    def _cross_boundary(self, state: StreamState) -> None:
+        """Everything that a chunk boundary brings: the owed context pass, a steer, the next step of a blend."""
+        pending, state.pending = state.pending, None
+        if pending is None or pending.transition == "soft":
+            self.commit(state)
+        if pending is not None:
+            if pending.transition == "soft":
+                state.blend_from, state.blend_to, state.blend_step = state.text, pending.text, 0
+            else:
+                state.blend_from = state.blend_to = None
+                self._set_text(state, pending.text)
+                if pending.transition == "recache":
+                    self._recache(state)
+                else:
+                    self._cut(state)
+        if state.blend_from is not None and state.blend_to is not None:
+            state.blend_step += 1
+            share = state.blend_step / self.preset.soft_chunks
+            self._set_text(state, torch.lerp(state.blend_from, state.blend_to, share) if share < 1 else state.blend_to)
+            if share >= 1:
+                state.blend_from = state.blend_to = None
+
+    def _set_text(self, state: StreamState, text: Tensor) -> None:
+        state.text = text
+        state.text_kv = self.dit.encode_text(text)
+
+    def _recache(self, state: StreamState) -> None:
+        """Rewrite the K and V of the window's latents under the new text, in order and at their old positions."""
+        committed = state.uncommitted is None
+        if state.uncommitted is not None:
+            self._remember(state, state.uncommitted)
+            state.uncommitted = None
+        count = len(state.recent)
+        end = state.cache.start_frame + (0 if committed else self.preset.chunk)
+        state.cache.reset(end - count * self.preset.chunk)
+        for position, latents in enumerate(state.recent):
+            self._write(state, latents, state.chunk - count + position, state.text_kv)
+
+    def _cut(self, state: StreamState) -> None:
+        """A fresh scene: nothing of the old one is seen again."""
+        state.uncommitted = None
+        state.recent = []
+        state.memories = None
+        state.cache.reset(state.chunk * self.preset.chunk)

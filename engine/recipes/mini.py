@@ -1,0 +1,39 @@
+"""The recipe of the embedded model from the teacher on, in one process: pools are coded once, then used twice.
+
+    python -m engine.recipes.train_vae --seconds 170     # VAE and light decoder
+    python -m engine.recipes.probe --seconds 50          # the two judges
+    torchrun --nproc-per-node 2 -m engine.recipes.mini --seconds 560
+    python -m engine.recipes.evaluate --drift-minutes 10
+    python -m engine.recipes.export                      # low-bit weights into engine/weights/mini
+
+Every stage resumes from the checkpoints in `--folder`. Seconds are H100s' and include compilation. With
+`--distill-share 0` the teacher alone is trained, at a learning rate that stays up for a later call.
+"""
+
+from engine.config import MINI
+from engine.recipes import distill, teacher
+from engine.recipes.run import Run, arguments
+
+
+def main() -> None:
+    parser = arguments(__doc__, 560)
+    parser.add_argument("--distill-share", type=float, default=0.35, help="of the time left when the pools are coded")
+    parser.add_argument("--pool", type=int, default=14_000, help="clips coded ahead of training, on all ranks together")
+    parser.add_argument("--firsts", type=int, default=48_000, help="first chunks coded ahead of training, likewise")
+    parser.add_argument("--seed", type=int, default=7, help="of the pools")
+    options = parser.parse_args()
+    whole = Run("mini", options.folder, options.seconds)
+    pools = teacher.code_pools(whole, MINI, options.pool // whole.ranks, options.firsts // whole.ranks, options.seed)
+    left = options.seconds - whole.elapsed()
+    if options.distill_share < 1:
+        run = Run("teacher", options.folder, left * (1 - options.distill_share))
+        teacher.train(
+            run, MINI, pools, clip_batch=teacher.CLIPS, first_batch=teacher.FIRST_CLIPS, final=options.distill_share > 0
+        )
+    if options.distill_share > 0:
+        run = Run("distill", options.folder, options.seconds - whole.elapsed())
+        distill.train(run, MINI, pools, clip_batch=teacher.CLIPS, first_batch=teacher.FIRST_CLIPS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The rolling KV cache: a ring of chunk-sized slots behind an optional sink that never leaves.
+
+A slot holds the keys and values of one chunk, so that the cache is never copied when it rolls. Keys in the ring are
+stored rotated at their absolute position: scores depend on differences of position only, so they stay right for
+ever. The sink's keys are stored raw and rotated again each chunk to stand just before the oldest chunk of the ring,
+so that their distance to the query stays one that the model was trained on.
+
+Shapes: B batch, S tokens of a chunk, N tokens of a frame.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.models.dit import Attend
+from engine.ops.attention import attention
+from engine.ops.rope import rope_angles, rotate
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Geometry of the cache, in latent frames.
+
+    `window` counts everything that a query sees: sink, past and the chunk itself.
+    """
+
+    chunk: int
+    window: int
+    sink: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sink"):
+            if getattr(self, name) % self.chunk:
+                raise ValueError(f"{name} must be a multiple of the chunk of {self.chunk}, got {getattr(self, name)}")
+        if self.window < self.sink + self.chunk:
+            raise ValueError(f"window {self.window} cannot hold the sink {self.sink} and a chunk of {self.chunk}")
+
+
+class KVCache:
+    """Self-attention over sink, past chunks and the current chunk; the `SelfAttend` of a live stream.
+
+    Every forward between two calls of `advance` rewrites the slot of the current chunk; the last one before
+    `advance`, the context pass over the clean latents, is what later chunks see.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config = config
+        self.head_dim = head_dim
+        self.device = torch.device(device)
+        self.sink_slots = config.sink // config.chunk
+        self.ring_slots = config.window // config.chunk - self.sink_slots
+        self.chunk_tokens = config.chunk * config.rows * config.columns
+        shape = (layers, batch, (self.sink_slots + self.ring_slots) * self.chunk_tokens, heads, head_dim)
+        self.keys = torch.zeros(shape, device=self.device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.raw_sink = torch.zeros_like(self.keys[:, :, : self.sink_slots * self.chunk_tokens])
+        self.start_frame = 0
+        self.written = 0
+        self._angles = self._chunk_angles(0)
+        self._sink_base = 0
+
+    def _chunk_angles(self, frame: int) -> Tensor:
+        frames = torch.arange(frame, frame + self.config.chunk, device=self.device)
+        return rope_angles(frames, self.config.rows, self.config.columns, self.head_dim)
+
+    def _slot(self, chunk: int) -> int:
+        """Slot of the chunk-th chunk since the last reset."""
+        if chunk < self.sink_slots:
+            return chunk
+        return self.sink_slots + (chunk - self.sink_slots) % self.ring_slots
+
+    def _span(self, slot: int) -> slice:
+        return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
+
+    def at(self, layer: int) -> Attend:
+        """See `SelfAttend`: writes the chunk's k and v and attends from its q."""
+        return partial(self._attend, layer)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slot = self._slot(self.written)
+        span = self._span(slot)
+        self.keys[layer, :, span] = rotate(k, self._angles)
+        self.values[layer, :, span] = v
+        if slot < self.sink_slots:
+            self.raw_sink[layer, :, span] = k
+        filled = min(self.written + 1, self.sink_slots + self.ring_slots) * self.chunk_tokens
+        return attention(rotate(q, self._angles), self.keys[layer, :, :filled], self.values[layer, :, :filled])
+
+    def advance(self) -> None:
+        """Keep the current chunk and move on to the next one."""
+        self.written += 1
+        self.start_frame += self.config.chunk
+        self._angles = self._chunk_angles(self.start_frame)
+        self._replace_sink()
+
+    def _replace_sink(self) -> None:
+        """Rotate the sink to end where the ring's oldest chunk, once the current one is written, begins."""
+        in_ring = min(self.written + 1 - self.sink_slots, self.ring_slots)
+        if not self.sink_slots or in_ring < 1:
+            return
+        base = self.start_frame - (in_ring - 1) * self.config.chunk - self.config.sink
+        if base == self._sink_base:
+            return
+        frames = torch.arange(base, base + self.config.sink, device=self.device)
+        angles = rope_angles(frames, self.config.rows, self.config.columns, self.head_dim)
+        for layer in range(len(self.keys)):
+            self.keys[layer, :, : self.raw_sink.shape[2]] = rotate(self.raw_sink[layer], angles)
+        self._sink_base = base
+
+    def reset(self, start_frame: int | None = None) -> None:
+        """Forget everything; the next chunk stands at `start_frame`, by default where it would have stood."""
+        self.written = 0
+        if start_frame is not None:
+            self.start_frame = start_frame
+        self._sink_base = self.start_frame
+        self._angles = self._chunk_angles(self.start_frame)
+
+    def snapshot(self) -> dict[str, Tensor | int]:
+        """A copy of everything that `restore` needs."""
+        return {
+            "keys": self.keys.clone(),
+            "values": self.values.clone(),
+            "raw_sink": self.raw_sink.clone(),
+            "start_frame": self.start_frame,
+            "written": self.written,
+            "sink_base": self._sink_base,
+        }
+
+    def restore(self, snapshot: dict[str, Tensor | int]) -> None:
+        for name in ("keys", "values", "raw_sink"):
+            getattr(self, name).copy_(snapshot[name])
+        self.start_frame = int(snapshot["start_frame"])
+        self.written = int(snapshot["written"])
+        self._sink_base = int(snapshot["sink_base"])
+        self._angles = self._chunk_angles(self.start_frame)
+
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.raw_sink))
+
+
+class BlockCausal:
+    """The whole clip at once: a chunk sees itself, `past` chunks before it, and the first `sink` chunks.
+
+    The reference that `KVCache` must agree with. It places the sink at its own absolute position, so with a sink the
+    two agree until the ring rolls over.
+    """
+
+    def __init__(self, frames: int, config: CacheConfig, head_dim: int, device: torch.device | str = "cpu") -> None:
+        positions = torch.arange(frames, device=device)
+        self.angles = rope_angles(positions, config.rows, config.columns, head_dim)
+        chunk = (positions // config.chunk).repeat_interleave(config.rows * config.columns)
+        query, key = chunk[:, None], chunk[None, :]
+        past = (config.window - config.sink) // config.chunk - 1
+        self.mask = (key <= query) & ((query - key <= past) | (key < config.sink // config.chunk))
+
+    def at(self, layer: int) -> Attend:
+        return self._attend
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(rotate(q, self.angles), rotate(k, self.angles), v, self.mask)

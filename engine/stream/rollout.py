@@ -1,0 +1,65 @@
+"""The causal rollout: denoise a chunk against the cache, then commit it by a context pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.models.dit import CausalWan, TextKV
+from engine.stream.kv_cache import KVCache
+from engine.stream.sampler import chunk_noise, few_step
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The numbers of a preset that the rollout needs; see `engine/config.py`."""
+
+    sigmas: tuple[float, ...]
+    chunk: int
+    latent_channels: int
+    latent_rows: int
+    latent_columns: int
+    context_sigma: float = 0.0
+    """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
+
+
+def forward(model: CausalWan, x: Tensor, sigma: float, text_kv: TextKV, cache: KVCache) -> Tensor:
+    """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
+    t = torch.full((x.shape[0], x.shape[2]), sigma * 1000, device=x.device, dtype=torch.float32)
+    return model(x.to(model.patch_embedding.weight.dtype), t, text_kv, cache).float()
+
+
+def denoise_chunk(
+    model: CausalWan, config: RolloutConfig, cache: KVCache, text_kv: TextKV, seeds: Sequence[int], chunk: int
+) -> Tensor:
+    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row."""
+    shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
+
+    def noise(step: int) -> Tensor:
+        return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
+
+    return few_step(lambda x, sigma: forward(model, x, sigma, text_kv, cache), noise, config.sigmas)
+
+
+CONTEXT_STEP = 1000
+"""Counter word of the context pass's noise, far from any sampling step."""
+
+
+def commit_chunk(
+    model: CausalWan,
+    config: RolloutConfig,
+    cache: KVCache,
+    text_kv: TextKV,
+    latents: Tensor,
+    seeds: Sequence[int],
+    chunk: int,
+) -> None:
+    """The context pass: write the clean K and V that later chunks will see, and move the cache on."""
+    sigma = config.context_sigma
+    if sigma > 0:
+        shape = latents.shape[1:]
+        noise = torch.stack([chunk_noise(seed, chunk, CONTEXT_STEP, shape, latents.device) for seed in seeds])
+        latents = (1 - sigma) * latents + sigma * noise
+    forward(model, latents, sigma, text_kv, cache)
+    cache.advance()

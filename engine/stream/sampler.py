@@ -1,0 +1,57 @@
+"""Few-step sampling of one chunk, as Self-Forcing does it: predict x0, add fresh noise, predict again."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Flow = Callable[[Tensor, float], Tensor]
+"""(noisy latents, sigma) -> flow v = noise - x0, same shape."""
+
+
+def to_x0(x: Tensor, v: Tensor, sigma: float) -> Tensor:
+    """x0 = x_sigma - sigma v, for x_sigma = (1 - sigma) x0 + sigma noise."""
+    return x - sigma * v
+
+
+def few_step(flow: Flow, noise: Callable[[int], Tensor], sigmas: Sequence[float]) -> Tensor:
+    """The clean latents of a chunk.
+
+    Args:
+        flow: the model, with everything but the latents and the noise level bound.
+        noise: step index -> standard normal latents; the first call gives the start, the others the fresh noise.
+        sigmas: falling noise levels, one model call each; the first is 1 for pure noise.
+    """
+    x = noise(0)
+    for step, sigma in enumerate(sigmas):
+        x0 = to_x0(x, flow(x, sigma), sigma)
+        if step + 1 < len(sigmas):
+            following = sigmas[step + 1]
+            x = (1 - following) * x0 + following * noise(step + 1)
+    return x0
+
+
+def euler(flow: Flow, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Solve dx/dsigma = v from sigmas[0] down to 0 by Euler steps: how a teacher is sampled."""
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        x = x + (following - sigma) * flow(x, sigma)
+    return x
+
+
+def chunk_noise(
+    seed: int,
+    chunk: int,
+    step: int,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise as a function of (seed, chunk, step) alone, the same on every machine.
+
+    Philox is a counter-based generator: the seed is its key, chunk and step are the high words of its counter, so any
+    chunk can be made again without the ones before it.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, chunk]))
+    values = generator.standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(values).to(device=device, dtype=dtype)

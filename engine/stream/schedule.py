@@ -1,0 +1,28 @@
+"""Noise levels: the shifted table that Wan and Self-Forcing index into."""
+
+from collections.abc import Sequence
+
+TABLE_SIZE = 1000
+
+
+def shifted_sigma(s: float, shift: float) -> float:
+    """sigma = k s / (1 + (k - 1) s) for s in [0, 1]: a shift k above 1 spends more steps at high noise."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def step_sigmas(steps: Sequence[int], shift: float) -> tuple[float, ...]:
+    """Noise levels of configured step indices, as Self-Forcing reads them.
+
+    Index 1000 is the noisiest entry of the table, 0 is clean: [1000, 750, 500, 250] at shift 5 gives timesteps 1000,
+    937.5, 833.33 and 625 (`../shared/specs/causal-wan.md` 2.1).
+
+    Raises:
+        ValueError: the steps do not fall from 1000 at most to above 0.
+    """
+    if (
+        not steps
+        or any(not 0 < step <= TABLE_SIZE for step in steps)
+        or list(steps) != sorted(set(steps), reverse=True)
+    ):
+        raise ValueError(f"steps must fall strictly within (0, {TABLE_SIZE}], got {list(steps)}")
+    return tuple(shifted_sigma(step / TABLE_SIZE, shift) for step in steps)

@@ -1,0 +1,166 @@
+"""The contract between the gateway and the engine: every message that crosses the process boundary.
+
+Each message is a msgspec struct encoded as MessagePack with a type tag; a message of an unknown type, with an
+unknown field or a wrong type is refused by the decoder. One ZeroMQ message carries one struct, except `Frames`,
+whose second part is the raw pixels. Nothing here imports torch: this is the one module of `engine` that `server`
+may import.
+
+Time is media time: `pts` counts 1/90000 s from the first frame of the stream. Durations are seconds.
+"""
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL = 1
+CLOCK_RATE = 90_000
+
+Transition = Literal["soft", "recache", "cut"]
+EndReason = Literal["finished", "closed"]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Base of every message; the tag is the class name."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client may know about a model before it opens a stream."""
+
+    name: str
+    width: int
+    height: int
+    fps: int
+    chunk_frames: int
+    """Pixel frames in every chunk but the first."""
+    first_chunk_frames: int
+    """Pixel frames in the first chunk of a stream, and in the first after a cut."""
+    steps: int
+    chunk_seconds: float
+    """Time to generate one chunk, measured while warming up; admission divides playback time by it."""
+    parameters: int
+    description: str
+
+
+# gateway -> engine
+
+
+class Open(Message, frozen=True):
+    """Create a stream. It generates nothing until a `Credit` allows it."""
+
+    stream: str
+    model: str
+    prompt: str
+    seed: int
+    max_frames: int | None = None
+    """Frames after which the engine ends the stream; None is endless. The last chunk is trimmed to fit."""
+    start_chunk: int = 0
+    """Chunk index of the first chunk to generate: above zero when a stream is resumed in a new engine process."""
+    start_frame: int = 0
+    """Pixel frames already shown by earlier engine processes; `pts` continues from here."""
+
+
+class Steer(Message, frozen=True):
+    """Change the prompt at the next chunk boundary. Answered by `Steered`, or by `Fault` with the same `event`."""
+
+    stream: str
+    event: int
+    prompt: str
+    transition: Transition
+
+
+class Credit(Message, frozen=True):
+    """Allow chunks with an index below `limit`; say when the next of them must be on screen.
+
+    Cumulative, so that a repeated or reordered message does no harm. This is the back-pressure that keeps
+    generation at 1:1 with playback, and it is how a stream is paused.
+    """
+
+    stream: str
+    limit: int
+    due_in: float
+    """Seconds until the first frame that is not generated yet must be shown; negative when it is late."""
+
+
+class Close(Message, frozen=True):
+    """End a stream and free its state. Answered by `Ended`; closing an unknown stream is no error."""
+
+    stream: str
+
+
+class Shutdown(Message, frozen=True):
+    """Leave the process loop at the next chunk boundary and exit with status 0."""
+
+
+# engine -> gateway
+
+
+class Ready(Message, frozen=True):
+    """Weights are loaded and every shape is warm."""
+
+    protocol: int
+    pid: int
+    models: list[ModelInfo]
+
+
+class Started(Message, frozen=True):
+    """The engine took the stream up and is generating its first chunk."""
+
+    stream: str
+
+
+class Frames(Message, frozen=True):
+    """One chunk; the second ZeroMQ part holds `frames` x `height` x `width` x 3 bytes of RGB24."""
+
+    stream: str
+    chunk: int
+    pts: int
+    frames: int
+    width: int
+    height: int
+    gen_seconds: float
+    """Time spent on the chunk before it was sent, and on the context pass of the one before it."""
+    applied: int | None = None
+    """The `event` of the newest steer that takes effect with this chunk."""
+    discontinuity: bool = False
+    """True when the scene starts afresh here: a cut, or a resumed stream."""
+
+
+class Steered(Message, frozen=True):
+    """The new prompt will take effect at chunk `chunk`."""
+
+    stream: str
+    event: int
+    chunk: int
+
+
+class Ended(Message, frozen=True):
+    """The stream is over in the engine and its state is freed."""
+
+    stream: str
+    reason: EndReason
+
+
+class Fault(Message, frozen=True):
+    """Something failed. With a stream, that stream is over, unless `event` names a refused steer."""
+
+    code: str
+    message: str
+    stream: str | None = None
+    event: int | None = None
+
+
+class Heartbeat(Message, frozen=True):
+    """Sent every second by a thread beside the step loop."""
+
+    step_age: float
+    """Seconds since the step loop last moved: a large value with work to do means that the loop hangs."""
+    streams: int
+    resident_bytes: int
+
+
+ToEngine = Open | Steer | Credit | Close | Shutdown
+ToGateway = Ready | Started | Frames | Steered | Ended | Fault | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode

@@ -1,0 +1,226 @@
+"""The process loop: receive, pick, step, send. Nothing numeric happens here.
+
+Two threads share the work. The step loop owns the model and the streams. The wire thread owns the socket, so that
+messages are taken in and heartbeats go out while a chunk is being generated; the two talk through a queue and an
+in-process socket.
+"""
+
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import msgspec
+import zmq
+
+from engine import wire
+from engine.pipeline import NotFiniteError, Pipeline
+from engine.scheduler import Claim, pick
+from engine.stream.state import StreamState
+
+HEARTBEAT_SECONDS = 1.0
+SHUTDOWN = wire.Shutdown()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@dataclass
+class Stream:
+    """A stream as the step loop sees it."""
+
+    opening: wire.Open
+    state: StreamState
+    claim: Claim
+    started: bool = False
+    applied: int | None = None
+    """Event of a steer that the next chunk will carry."""
+    commit_seconds: float = 0.0
+
+
+class Wire(threading.Thread):
+    """Owns the socket to the gateway."""
+
+    def __init__(self, address: str, parent: int | None) -> None:
+        super().__init__(name="wire", daemon=True)
+        self.inbox: queue.SimpleQueue[wire.ToEngine] = queue.SimpleQueue()
+        self.last_step = time.monotonic()
+        self.streams = 0
+        self._address, self._parent = address, parent
+        self._context = zmq.Context()
+        self._inner = self._context.socket(zmq.PAIR)
+        self._inner.bind("inproc://out")
+        self._stopping = False
+
+    def send(self, message: wire.Message, payload: bytes | memoryview | None = None) -> None:
+        """Called by the step loop only."""
+        parts: list[bytes | memoryview] = [wire.encode(message)]
+        if payload is not None:
+            parts.append(payload)
+        self._inner.send_multipart(parts, copy=payload is None)
+
+    def finish(self) -> None:
+        """Flush what was sent and end the thread."""
+        self._inner.send(b"")
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        socket = self._context.socket(zmq.PAIR)
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(self._address)
+        out = self._context.socket(zmq.PAIR)
+        out.connect("inproc://out")
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(out, zmq.POLLIN)
+        beat = time.monotonic()
+        while True:
+            ready = dict(poller.poll(max(0, round((beat - time.monotonic()) * 1000))))
+            if out in ready:
+                parts = out.recv_multipart(copy=False)
+                if len(parts) == 1 and len(parts[0]) == 0:
+                    break
+                socket.send_multipart(parts, copy=False)
+            if socket in ready:
+                self._receive(socket.recv())
+            if time.monotonic() >= beat:
+                beat = time.monotonic() + HEARTBEAT_SECONDS
+                age = time.monotonic() - self.last_step
+                socket.send(wire.encode(wire.Heartbeat(age, self.streams, resident_bytes())))
+                if self._parent is not None and os.getppid() != self._parent:
+                    self.inbox.put(SHUTDOWN)
+        out.close()
+        socket.close()
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            self.inbox.put(wire.decode_to_engine(data))
+        except msgspec.MsgspecError as error:
+            print(f"engine: a message was refused: {error}", flush=True)
+
+
+class Worker:
+    """The step loop over the open streams of one pipeline."""
+
+    def __init__(self, pipeline: Pipeline, link: Wire) -> None:
+        self.pipeline = pipeline
+        self.link = link
+        self.streams: dict[str, Stream] = {}
+
+    def run(self) -> None:
+        """Until `Shutdown`."""
+        while True:
+            name = pick({name: stream.claim for name, stream in self.streams.items()})
+            if not self._receive(wait=name is None):
+                return
+            if name is not None and name in self.streams:
+                self._step(name)
+            self.link.last_step = time.monotonic()
+            self.link.streams = len(self.streams)
+
+    def _receive(self, *, wait: bool) -> bool:
+        """Take in every message there is, waiting for one when there is no work; false at `Shutdown`."""
+        while True:
+            try:
+                message = self.link.inbox.get(timeout=0.25) if wait else self.link.inbox.get_nowait()
+            except queue.Empty:
+                return True
+            wait = False
+            match message:
+                case wire.Open():
+                    self._open(message)
+                case wire.Steer():
+                    self._steer(message)
+                case wire.Credit(stream=name, limit=limit, due_in=due_in):
+                    if name in self.streams:
+                        stream = self.streams[name]
+                        due = time.monotonic() + due_in
+                        stream.claim = replace(stream.claim, limit=max(limit, stream.claim.limit), due=due)
+                case wire.Close(stream=name):
+                    if name in self.streams:
+                        self._end(name, "closed")
+                case wire.Shutdown():
+                    return False
+
+    def _open(self, message: wire.Open) -> None:
+        if message.model != self.pipeline.preset.name:
+            self.link.send(
+                wire.Fault("model_not_found", f"this engine serves {self.pipeline.preset.name}", message.stream)
+            )
+            return
+        if message.stream in self.streams:
+            self.link.send(wire.Fault("stream_exists", "a stream of this name is open", message.stream))
+            return
+        state = self.pipeline.open(message.prompt, message.seed, chunk=message.start_chunk, frame=message.start_frame)
+        claim = Claim(message.start_chunk, message.start_chunk, time.monotonic())
+        self.streams[message.stream] = Stream(message, state, claim)
+
+    def _steer(self, message: wire.Steer) -> None:
+        stream = self.streams.get(message.stream)
+        if stream is None:
+            fault = wire.Fault("stream_not_found", "no such stream in the engine", message.stream, message.event)
+            self.link.send(fault)
+            return
+        chunk = self.pipeline.steer(stream.state, message.prompt, message.transition)
+        stream.applied = message.event
+        self.link.send(wire.Steered(message.stream, message.event, chunk))
+
+    def _step(self, name: str) -> None:
+        stream = self.streams[name]
+        if not stream.started:
+            stream.started = True
+            self.link.send(wire.Started(name))
+        began = time.perf_counter()
+        try:
+            chunk = self.pipeline.next_chunk(stream.state)
+        except NotFiniteError as error:
+            self._fail(name, "not_finite", str(error))
+            return
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: chunk of {name} failed: {error!r}", flush=True)
+            self._fail(name, "generation_failed", "the chunk could not be generated")
+            return
+        frames = chunk.frames.cpu().numpy()
+        left = None if stream.opening.max_frames is None else stream.opening.max_frames - chunk.frame
+        if left is not None:
+            frames = frames[: max(left, 0)]
+        count, height, width, _ = frames.shape
+        clock = wire.CLOCK_RATE // self.pipeline.preset.fps
+        generated = time.perf_counter() - began
+        message = wire.Frames(
+            stream=name,
+            chunk=chunk.index,
+            pts=chunk.frame * clock,
+            frames=count,
+            width=width,
+            height=height,
+            gen_seconds=generated + stream.commit_seconds,
+            applied=stream.applied,
+            discontinuity=chunk.discontinuity and chunk.index > 0,
+        )
+        stream.applied = None
+        self.link.send(message, frames.tobytes())
+        stream.claim = replace(
+            stream.claim, chunk=stream.state.chunk, due=stream.claim.due + count / self.pipeline.preset.fps
+        )
+        if left is not None and left <= len(chunk.frames):
+            self._end(name, "finished")
+            return
+        began = time.perf_counter()
+        self.pipeline.commit(stream.state)
+        stream.commit_seconds = time.perf_counter() - began
+
+    def _fail(self, name: str, code: str, text: str) -> None:
+        del self.streams[name]
+        self.link.send(wire.Fault(code, text, name))
+
+    def _end(self, name: str, reason: wire.EndReason) -> None:
+        del self.streams[name]
+        self.link.send(wire.Ended(name, reason))

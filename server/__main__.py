@@ -1,0 +1,131 @@
+"""python -m server: serve the gateway until SIGTERM or SIGINT, and print the address to open once it works."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Request
+
+from server.app import create_app
+from server.backends.base import Backend
+from server.backends.fake import FakeBackend
+from server.backends.local import LocalBackend
+from server.config import Config
+from server.streams import Streams
+from server.websocket import ABORT
+
+SEND_BUFFER_BYTES = 256 * 1024
+"""Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
+MAX_PONG_BYTES = 1 << 20
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, made safe against peers that do not read."""
+
+    def handle_connect(self, event: Request) -> None:
+        """Offer the application a way to drop the connection: a close would wait for the peer to read."""
+        super().handle_connect(event)
+        if hasattr(self, "scope"):
+            self.scope.setdefault("extensions", {})[ABORT] = {"call": self.transport.abort}
+
+    def handle_ping(self) -> None:
+        """Answer, unless the answers pile up because the peer only asks."""
+        if self.transport.get_write_buffer_size() > MAX_PONG_BYTES:
+            self.transport.abort()
+        else:
+            super().handle_ping()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with streams that end before their sockets do, and with exit status 0 after a signal."""
+
+    def __init__(self, config: uvicorn.Config, streams: Streams) -> None:
+        super().__init__(config)
+        self._streams = streams
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for an end, a second Ctrl-C insists. None is raised again afterwards."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell the viewers first."""
+        self._streams.drain()
+        await asyncio.sleep(0.1)  # their sockets' tasks send `ended` and close
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections have a small send buffer."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    listener.bind(address)
+    listener.listen(512)
+    return listener
+
+
+def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, Streams]:
+    """The application under the server settings that it needs."""
+    app = create_app(config, backend)
+    settings = uvicorn.Config(
+        app,
+        ws=WebSocketProtocol,
+        ws_max_size=64 * 1024,
+        ws_per_message_deflate=False,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    return settings, app.state.streams
+
+
+async def serve(config: Config) -> int:
+    """Run until a signal comes; returns the exit status."""
+    backend: Backend
+    if config.backend == "fake":
+        backend = FakeBackend(model=config.model)
+    else:
+        backend = LocalBackend(config.model, threads=config.engine_threads)
+    try:
+        listener = listen(config.host, config.port)
+    except OSError as error:
+        print(f"cannot listen on {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    host, port = listener.getsockname()[:2]
+    settings, streams = uvicorn_config(config, backend)
+    server = Server(settings, streams)
+    failed = False
+
+    async def announce() -> None:
+        nonlocal failed
+        if await streams.engine_came_up():
+            print(f"Livereel is ready: open http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+        else:
+            failed, server.should_exit = True, True
+
+    announcer = asyncio.create_task(announce())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        announcer.cancel()
+    return int(failed)
+
+
+def main() -> int:
+    config = Config.from_arguments(sys.argv[1:], os.environ)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return asyncio.run(serve(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

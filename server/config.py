@@ -1,0 +1,108 @@
+"""What the gateway needs to know, validated once at the edge; nothing below reads arguments or the environment."""
+
+import argparse
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The gateway's settings. Raises `ValueError` with a message for the operator when one of them is unusable."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes any free port."""
+    model: str = "mini"
+    backend: Literal["local", "fake"] = "local"
+    """`local` runs the engine as a child process; `fake` plays a test picture, for work on clients and for tests."""
+    engine_threads: int | None = None
+    """CPU threads of the engine; None leaves the choice to it."""
+    idle_timeout_s: float = 60.0
+    """A stream that nobody has watched for this long ends; 0 lets it run on."""
+    queue_limit: int = 8
+    """Streams that may wait for a place in the engine."""
+    insecure: bool = False
+    """Serve a network without authentication."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is not between 0 and 65535")
+        if self.engine_threads is not None and self.engine_threads < 1:
+            raise ValueError(f"engine-threads {self.engine_threads} is below 1")
+        if not 0 <= self.idle_timeout_s < float("inf"):
+            raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        if self.queue_limit < 0:
+            raise ValueError(f"queue-limit {self.queue_limit} is below 0")
+        if not (self.insecure or is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host} can be reached from the network, and this version has no authentication yet: "
+                "anyone there could start and watch streams. Use 127.0.0.1, or add --insecure on a trusted network"
+            )
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Self:
+        """Read the command line; a flag that is absent comes from `LIVEREEL_<FLAG>`, then from the default."""
+
+        def default(flag: str, fallback: object) -> object:
+            # argparse converts a string default as it would the same text on the command line.
+            return environment.get("LIVEREEL_" + flag.upper().replace("-", "_"), fallback)
+
+        parser = argparse.ArgumentParser("python -m server", description="The Livereel gateway.", allow_abbrev=False)
+        add = parser.add_argument
+        add("--host", default=default("host", cls.host), help="address to listen on (%(default)s)")
+        add("--port", type=int, default=default("port", cls.port), help="0 takes any free port (%(default)s)")
+        add("--model", default=default("model", cls.model), help="engine preset to serve (%(default)s)")
+        add(
+            "--backend",
+            choices=("local", "fake"),
+            default=default("backend", cls.backend),
+            help="local: run the engine; fake: play a test picture instead (%(default)s)",
+        )
+        add(
+            "--engine-threads",
+            type=int,
+            metavar="N",
+            default=default("engine-threads", None),
+            help="CPU threads of the engine (the engine's choice)",
+        )
+        add(
+            "--idle-timeout",
+            type=float,
+            metavar="S",
+            default=default("idle-timeout", cls.idle_timeout_s),
+            help="end a stream that nobody has watched for this many seconds; 0 never does (%(default)s)",
+        )
+        add(
+            "--queue-limit",
+            type=int,
+            metavar="N",
+            default=default("queue-limit", cls.queue_limit),
+            help="streams that may wait for a place in the engine (%(default)s)",
+        )
+        add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
+        options = parser.parse_args(arguments)
+        try:
+            return cls(
+                host=options.host,
+                port=options.port,
+                model=options.model,
+                backend=options.backend,
+                engine_threads=options.engine_threads,
+                idle_timeout_s=options.idle_timeout,
+                queue_limit=options.queue_limit,
+                insecure=options.insecure,
+            )
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

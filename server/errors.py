@@ -1,0 +1,47 @@
+"""Everything that can go wrong under /v1, as one exception and one JSON object."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+
+class ApiError(HTTPException):
+    """A failure that the client is told about: `{"error": {"message", "type", "param", "code"}}`.
+
+    `param` names the field at fault, if one is; `code` is stable and meant for programs, `message` for people.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that the client gets."""
+        if self.status_code == 429:
+            type = "rate_limit_error"
+        elif self.status_code >= 500:
+            type = "server_error"
+        else:
+            type = "invalid_request_error"
+        return {"error": {"message": self.detail, "type": type, "param": self.param, "code": self.code}}
+
+
+def stream_not_found() -> ApiError:
+    return ApiError(404, "stream_not_found", "No stream has this id: it never existed, or it ended a while ago.")
+
+
+def stream_ended(reason: str | None) -> ApiError:
+    return ApiError(
+        409, "stream_ended", f"The stream is over ({reason or 'finished'}) and cannot change: open a new one."
+    )

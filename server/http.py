@@ -1,0 +1,316 @@
+"""The HTTP side: thin functions between requests and `Streams`, and the envelope around every one of them."""
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import admission, schemas
+from server.errors import ApiError
+from server.metrics import CONTENT_TYPE, Metrics
+from server.streams import Stream, Streams
+
+logger = logging.getLogger("livereel.http")
+
+WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
+MAX_BODY_BYTES = 64 * 1024
+BODY_SECONDS = 10.0
+"""How long a request body may take to arrive."""
+
+ERROR = {"model": schemas.ErrorBody}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the table in `ROUTES`: everything FastAPI has to know about an endpoint."""
+
+    method: str
+    path: str
+    endpoint: Any
+    model: Any = None
+    status: int = 200
+    errors: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def streams_of(connection: HTTPConnection) -> Streams:
+    """The application's streams."""
+    streams = connection.app.state.streams
+    assert isinstance(streams, Streams)
+    return streams
+
+
+# streams
+
+
+async def create_stream(request: Request, body: schemas.CreateStream, response: Response) -> dict[str, Any]:
+    """Open a stream: it starts at once, or waits in the queue for a place in the engine."""
+    stream = streams_of(request).open(body.prompt, body.model, body.seed, body.duration_s)
+    response.headers["Location"] = f"/v1/streams/{stream.session.id}"
+    return stream_object(request, stream)
+
+
+async def list_streams(request: Request) -> dict[str, Any]:
+    """Every stream, those that ended a short while ago included."""
+    return {"object": "list", "data": [stream_object(request, stream) for stream in streams_of(request).all()]}
+
+
+async def get_stream(request: Request, id: str) -> dict[str, Any]:
+    """One stream and its figures."""
+    return stream_object(request, streams_of(request).get(id))
+
+
+async def change_stream(request: Request, id: str, body: schemas.ChangeStream) -> dict[str, Any]:
+    """Change the prompt from the next chunk on, or hold and continue playback."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    if body.transition is not None and body.prompt is None:
+        raise ApiError(
+            400, "missing_field", "`transition` says how to get to a new prompt: send `prompt` too.", param="prompt"
+        )
+    if body.prompt is None and body.paused is None:
+        raise ApiError(400, "nothing_to_change", "Send at least one of `prompt` and `paused`.")
+    chunk = await streams.change(stream, body.prompt, body.transition, body.paused)
+    return {**stream_object(request, stream), "chunk_index": chunk}
+
+
+async def delete_stream(request: Request, id: str) -> Response:
+    """End a stream. Doing it again does no harm."""
+    streams = streams_of(request)
+    streams.close(streams.get(id))
+    return Response(status_code=204)
+
+
+def stream_object(connection: HTTPConnection, stream: Stream) -> dict[str, Any]:
+    """The stream as the API shows it to this client."""
+    return {**stream.snapshot(), "ws_url": ws_url(connection, stream.session.id)}
+
+
+def ws_url(connection: HTTPConnection, id: str) -> str:
+    """Where this client finds the stream's WebSocket: absolute, unless its Host header makes no sense."""
+    path, host = f"/v1/streams/{id}/ws", connection.headers.get("host", "")
+    if not re.fullmatch(r"[A-Za-z0-9.\-_]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host):
+        return path
+    scheme = "wss" if connection.url.scheme in ("https", "wss") else "ws"
+    return f"{scheme}://{host}{path}"
+
+
+# the server
+
+
+async def list_models(request: Request) -> dict[str, Any]:
+    """The models that the engine serves; none while it starts."""
+    streams = streams_of(request)
+    data = []
+    for info in streams.models:
+        share = admission.cost(info.chunk_seconds, info.chunk_frames, info.fps)
+        data.append(
+            {
+                "id": info.name,
+                "object": "model",
+                **{name: getattr(info, name) for name in schemas.MODEL_FIELDS},
+                "real_time_factor": share,
+                "capacity": admission.capacity(share),
+                "default": info.name == streams.default_model,
+            }
+        )
+    return {"object": "list", "data": data}
+
+
+async def livez() -> dict[str, Any]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+async def readyz(request: Request, response: Response) -> dict[str, Any]:
+    """Whether a stream could start now: the engine is up and heard from. 503 and the reason otherwise."""
+    ready, reason = streams_of(request).readiness()
+    response.status_code = 200 if ready else 503
+    return {"ready": ready, "reason": reason}
+
+
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    streams_of(request).count()
+    figures: Metrics = request.app.state.metrics
+    return Response(figures.render(), media_type=CONTENT_TYPE)
+
+
+async def page(request: Request) -> Response:
+    """The live preview."""
+    return FileResponse(WEB / "index.html")
+
+
+async def docs(request: Request) -> Response:
+    """The reference of this API."""
+    return FileResponse(WEB / "docs.html")
+
+
+ROUTES = [
+    Route("POST", "/v1/streams", create_stream, schemas.StreamObject, 201, (400, 404, 413, 415, 429, 503)),
+    Route("GET", "/v1/streams", list_streams, schemas.StreamList),
+    Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
+    Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
+    Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
+    Route("GET", "/v1/models", list_models, schemas.ModelList),
+    Route("GET", "/livez", livez, schemas.Alive),
+    Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
+    Route("GET", "/metrics", metrics, options={"response_class": Response}),
+    Route("GET", "/docs", docs, options={"include_in_schema": False}),
+    Route("GET", "/", page, options={"include_in_schema": False}),
+]
+
+
+# errors
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The error object of the API."""
+    return JSONResponse(error.body, error.status_code, dict(error.headers or {}))
+
+
+async def on_http_exception(request: Request, exception: Exception) -> Response:
+    """Every failure that is raised on purpose, by us or by the framework."""
+    assert isinstance(exception, HTTPException)
+    if isinstance(exception, ApiError):
+        return error_response(exception)
+    status, headers = exception.status_code, dict(exception.headers or {})
+    if status == 404:
+        error = ApiError(404, "not_found", "There is nothing at this path: see /docs.")
+    elif status == 405:
+        # The framework knows the methods of one of our routes; a path has several.
+        headers["Allow"] = ", ".join(methods_at(request.url.path)) or headers.get("allow", "GET")
+        headers.pop("allow", None)
+        error = ApiError(405, "method_not_allowed", f"Use {headers['Allow']} here.", headers=headers)
+    elif status == 400:
+        error = ApiError(400, "invalid_json", "The body is not valid JSON in UTF-8.")
+    else:
+        error = ApiError(status, "http_error", HTTPStatus(status).phrase + ".", headers=headers)
+    return error_response(error)
+
+
+async def on_validation_error(request: Request, exception: Exception) -> Response:
+    """A request body that the schema refuses."""
+    assert isinstance(exception, RequestValidationError)
+    return error_response(schemas.explain(exception.errors()))
+
+
+def methods_at(path: str) -> Sequence[str]:
+    """The methods that `ROUTES` has for a path."""
+    return [route.method for route in ROUTES if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), path)]
+
+
+# the envelope
+
+
+class Envelope:
+    """Outermost layer: request ids, security headers, limits on bodies, and an error object when all else failed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+            request_id = f"req_{secrets.token_hex(12)}"
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                response_headers = MutableHeaders(scope=message)
+                response_headers["x-request-id"] = request_id
+                for name, value in security_headers(scope, headers):
+                    response_headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            check_body(scope, headers)
+            await self._app(scope, BodyLimit(receive), send_with_headers)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send_with_headers)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if started:
+                raise
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
+            await error_response(failure)(scope, receive, send_with_headers)
+
+
+class BodyLimit:
+    """A request body that may not be too long, nor take too long."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._size = 0
+        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._complete = False
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()  # waits for the client to leave, for as long as the response takes
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "body_timeout", "The request body took too long.") from None
+        self._size += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._size > MAX_BODY_BYTES:
+            raise body_too_large()
+        return message
+
+
+def check_body(scope: Scope, headers: Headers) -> None:
+    """What the headers give away about a body before it is read."""
+    if not scope["path"].startswith("/v1/") or scope["method"] not in ("POST", "PATCH", "PUT"):
+        return
+    length = headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise body_too_large()
+    if methods_at(scope["path"]) and scope["method"] in methods_at(scope["path"]):
+        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        # A type that a form could send would let any web page open streams on the visitor's own machine.
+        if kind != "application/json":
+            raise ApiError(415, "unsupported_media_type", "Send JSON, with `Content-Type: application/json`.")
+
+
+def body_too_large() -> ApiError:
+    return ApiError(413, "body_too_large", f"The body is too large: send at most {MAX_BODY_BYTES} bytes.")
+
+
+def security_headers(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
+    """Headers for every response. Nothing from another host is ever loaded."""
+    # Some browsers do not count WebSockets under 'self': name them.
+    host = headers.get("host", "")
+    sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else ""
+    policy = (
+        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    # What the server says now is not what it says in a second; the page's own files are revalidated.
+    caching = "no-cache" if scope["path"] in ("/", "/docs") or scope["path"].startswith("/assets/") else "no-store"
+    return [
+        ("content-security-policy", policy),
+        ("x-content-type-options", "nosniff"),
+        ("referrer-policy", "no-referrer"),
+        ("cache-control", caching),
+    ]

@@ -1,0 +1,68 @@
+"""One video frame becomes one packet per format, encoded once however many viewers there are.
+
+A packet is a 16-byte header in network byte order (u8 version, u8 format, u16 width, u16 height, u16 flags, u64
+presentation time in 1/90000 s) and the payload: a JPEG, or height x width x 3 bytes of RGB24.
+"""
+
+import asyncio
+import io
+import struct
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from PIL import Image
+
+Format = Literal["mjpeg", "rgb24"]
+FORMATS: dict[str, tuple[Format, int]] = {"mjpeg": ("mjpeg", 1), "rgb24": ("rgb24", 2)}
+"""Name in the URL -> name, number in the header."""
+
+HEADER = struct.Struct("!BBHHHQ")
+VERSION = 1
+DISCONTINUITY = 1
+"""Header flag: the scene starts afresh with this frame."""
+
+JPEG_QUALITY = 85
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """One frame on its way to the screen."""
+
+    index: int
+    """From the start of the stream."""
+    pts: int
+    """1/90000 s."""
+    width: int
+    height: int
+    flags: int
+    rgb: memoryview
+    """height x width x 3 bytes, a slice of the chunk that it came in."""
+    packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
+
+
+class Encoder:
+    """Turns frames into packets in a thread, so that the event loop never waits for a JPEG."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def packet(self, frame: Frame, format: Format) -> asyncio.Future[bytes]:
+        """The frame's packet, encoded on the first call and shared by every later one."""
+        if (packet := frame.packets.get(format)) is None:
+            loop = asyncio.get_running_loop()
+            packet = frame.packets[format] = loop.run_in_executor(self._executor, encode, frame, format)
+        # Whoever stops waiting must not cancel it for the others.
+        return asyncio.shield(packet)
+
+
+def encode(frame: Frame, format: Format) -> bytes:
+    """Header and payload. Runs in any thread."""
+    number = FORMATS[format][1]
+    header = HEADER.pack(VERSION, number, frame.width, frame.height, frame.flags, frame.pts)
+    if format == "rgb24":
+        return header + frame.rgb
+    image = Image.frombytes("RGB", (frame.width, frame.height), bytes(frame.rgb))
+    # Full colour resolution: the page scales small pictures up, where halved chroma shows as coloured fringes.
+    image.save(out := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return header + out.getbuffer()

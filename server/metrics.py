@@ -1,0 +1,69 @@
+"""The figures of the gateway for Prometheus, in base units. No label ever names a stream."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.session import State
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One registry per application, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.streams = Gauge("livereel_streams", "Streams by state.", ["state"], registry=registry)
+        self.viewers = Gauge("livereel_viewers", "Viewers connected.", registry=registry)
+        self.refused = Counter("livereel_streams_refused", "Streams refused, the queue being full.", registry=registry)
+        self.chunk_seconds = Histogram(
+            "livereel_chunk_seconds",
+            "Time to generate one chunk.",
+            buckets=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
+            registry=registry,
+        )
+        self.real_time_factor = Histogram(
+            "livereel_chunk_real_time_factor",
+            "Generation time over playback time, by chunk; below 1 is faster than real time.",
+            buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 4.0),
+            registry=registry,
+        )
+        self.first_frame_seconds = Histogram(
+            "livereel_time_to_first_frame_seconds",
+            "From the request to the first frame ready to be sent, the queue included.",
+            buckets=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0),
+            registry=registry,
+        )
+        self.steer_seconds = Histogram(
+            "livereel_steer_to_picture_seconds",
+            "From a prompt change to the first frame shown under it.",
+            buckets=(0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0),
+            registry=registry,
+        )
+        self.frame_late_seconds = Histogram(
+            "livereel_frame_late_seconds",
+            "How long after its deadline a frame was handed to the viewers.",
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
+            registry=registry,
+        )
+        self.stalls = Counter("livereel_stalls", "Times that a due frame was not there.", registry=registry)
+        self.stalled_seconds = Counter("livereel_stalled_seconds", "Time without a due frame.", registry=registry)
+        self.frames_shown = Counter("livereel_frames_shown", "Frames that were due and shown.", registry=registry)
+        self.frames_dropped = Counter(
+            "livereel_frames_dropped", "Frames that a viewer did not get.", ["reason"], registry=registry
+        )
+        self.viewers_dropped = Counter(
+            "livereel_viewers_dropped", "Viewers disconnected for being too slow.", registry=registry
+        )
+        self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
+        self.frames_dropped.labels("slow_viewer")
+        self.count_streams({})
+
+    def count_streams(self, by_state: dict[State, int]) -> None:
+        """Set the gauge of streams; a state that is not given has none."""
+        for state in State:
+            self.streams.labels(state.value).set(by_state.get(state, 0))
+
+    def render(self) -> bytes:
+        """The exposition text, of `CONTENT_TYPE`."""
+        text: bytes = generate_latest(self.registry)
+        return text

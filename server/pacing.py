@@ -1,0 +1,242 @@
+"""The playback clock of one stream: given the frames that are there and the time, which frame is due.
+
+Pure: no clock is read and nothing is sent here. `now` is any monotonic time in seconds, the same one in every call.
+Frames are counted from the start of the stream; frame k is shown k periods after the anchor. When the clock and the
+frames part (an underrun, a pause, a late caller) the anchor moves; missed time is never made up by a burst.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+SLACK_CHUNKS = 1.0
+"""A chunk may be started this much of a chunk, and the time to generate it, before its first frame is due. More
+hides longer hiccups, but a prompt change reaches the screen later: frames that are there already are still shown."""
+
+MAX_LEAD_CHUNKS = 2.0
+"""No engine, however slow, runs further ahead of playback than this."""
+
+RECENT_CHUNKS = 8
+"""Chunks whose slowest says how long the next one may take."""
+
+FIRST_FRAME_SECONDS = 1.0
+"""When the engine is told that the first frame is due. It makes a stream that starts urgent, but not more so than
+one that would stall: a start that takes a little longer hurts less than a picture that stops."""
+
+START_UNWATCHED_SECONDS = 5.0
+"""How long the first frame waits for a viewer before the clock starts without one."""
+
+GRACE_PERIODS = 0.5
+"""How late a frame may be, in frame periods, before its absence counts as a stall: below that nobody can see it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """Send frame `frame` now."""
+
+    frame: int
+    late: float
+    """Seconds after its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before `until`, or before the next call of another method when it is None."""
+
+    until: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StallBegan:
+    """Frame `frame` is due and not there: the last one stays on screen."""
+
+    frame: int
+
+
+@dataclass(frozen=True, slots=True)
+class StallEnded:
+    """Playback goes on after `seconds` without a new frame."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last frame has been on screen for its full period."""
+
+
+Action = Show | Wait | StallBegan | StallEnded | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Chunks below `limit` may be generated; the next one that is not there is due in `due_in` seconds."""
+
+    limit: int
+    due_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    index: int
+    first_frame: int
+    frames: int
+
+
+class Playback:
+    """One stream's clock. Call `tick` until it answers `Wait`, and again when that time comes or a frame arrives."""
+
+    def __init__(self, *, fps: int, chunk_frames: int, first_chunk_frames: int) -> None:
+        self.fps = fps
+        self.received = 0
+        """Frames that have arrived."""
+        self.shown = 0
+        """Frames that have been shown; also the index of the next frame."""
+        self.stalls = 0
+        self.paused = False
+        self.complete = False
+        """No further frame will arrive."""
+        self._period = 1.0 / fps
+        self._chunk_frames = chunk_frames
+        self._first_chunk_frames = first_chunk_frames
+        self._chunks: deque[_Chunk] = deque()
+        self._next_chunk = 0
+        self._anchor: tuple[float, int] | None = None
+        self._first_due: float | None = None
+        self._first_ready_at = 0.0
+        self._stalled_since: float | None = None
+        self._stalled_seconds = 0.0
+        self._generation: deque[float] = deque(maxlen=RECENT_CHUNKS)
+        self._granted = 0
+        self._due_moved = True
+
+    # what has arrived, and what is wanted
+
+    @property
+    def next_chunk(self) -> int:
+        """Index of the next chunk to arrive."""
+        return self._next_chunk
+
+    @property
+    def chunk_on_screen(self) -> int:
+        """Index of the chunk that the latest shown frame belongs to; 0 before the first."""
+        return self._chunks[0].index if self._chunks else 0
+
+    @property
+    def buffered_seconds(self) -> float:
+        """Playback time of the frames that are there and not shown yet."""
+        return (self.received - self.shown) * self._period
+
+    def stalled_seconds(self, now: float) -> float:
+        """Total time without a due frame, a stall that still lasts included."""
+        ongoing = now - self._stalled_since if self._stalled_since is not None else 0.0
+        return self._stalled_seconds + ongoing
+
+    def arrive(self, frames: int, gen_seconds: float, now: float) -> None:
+        """The next chunk is there, with this many frames, which took this long to generate."""
+        self._generation.append(gen_seconds)
+        if self.received == 0:
+            self._first_ready_at = now
+        self._chunks.append(_Chunk(self._next_chunk, self.received, frames))
+        self._next_chunk += 1
+        self.received += frames
+        self._due_moved = True
+
+    def finish(self) -> None:
+        """No further frame will arrive: play what is there and end."""
+        self.complete = True
+
+    def pause(self, now: float) -> StallEnded | None:
+        """Hold the current frame from now on. A stall ends here: a paused picture is not a stalled one."""
+        self.paused = True
+        return self._settle_stall(now)
+
+    def resume(self, now: float) -> None:
+        """Go on: the next frame is due now."""
+        self.paused = False
+        if self._anchor is not None:
+            self._re_anchor(now)
+
+    # decisions
+
+    def tick(self, now: float, *, watched: bool) -> Action:
+        """Decide what is due at `now`; `watched` says whether the stream has a viewer."""
+        if self.paused:
+            return Wait(None)
+        if self._anchor is None:
+            if self.received == 0:
+                return Finished() if self.complete else Wait(None)
+            start = self._first_ready_at + START_UNWATCHED_SECONDS
+            if not watched and now < start:
+                return Wait(start)
+            self._re_anchor(now)
+        due = self._due(self.shown)
+        if now < due:
+            return Wait(due)
+        if self.shown < self.received or self.complete:
+            if ended := self._settle_stall(now):
+                self._re_anchor(now)
+                return ended
+            return self._show(now, due) if self.shown < self.received else Finished()
+        if self._stalled_since is not None:
+            return Wait(None)
+        missed = due + GRACE_PERIODS * self._period
+        if now < missed:
+            return Wait(missed)
+        self.stalls += 1
+        self._stalled_since = due
+        return StallBegan(self.shown)
+
+    def grant(self, now: float) -> Grant | None:
+        """What the engine should be told, or None when it knows already.
+
+        A paused stream grants nothing, but for the first chunks: they make it a stream that can be paused.
+        """
+        if self.complete or (self.paused and self.received):
+            return None
+        limit, start = self._next_chunk, self.received
+        lead = SLACK_CHUNKS * self._chunk_frames + max(self._generation, default=0.0) * self.fps
+        while start <= self.shown + min(lead, MAX_LEAD_CHUNKS * self._chunk_frames):
+            start += self._chunk_frames if start else self._first_chunk_frames
+            limit += 1
+        limit = max(limit, self._granted)
+        if limit == self._granted and not self._due_moved:
+            return None
+        self._granted, self._due_moved = limit, False
+        if self._anchor is not None:
+            return Grant(limit, self._due(self.received) - now)
+        if self._first_due is None:
+            self._first_due = now + FIRST_FRAME_SECONDS
+        return Grant(limit, self.buffered_seconds if self.received else self._first_due - now)
+
+    def forget_grant(self) -> None:
+        """A new engine process has taken over, which was never told anything."""
+        self._granted, self._due_moved = 0, True
+
+    # the clock itself
+
+    def _due(self, frame: int) -> float:
+        assert self._anchor is not None
+        at, anchored = self._anchor
+        return at + (frame - anchored) * self._period
+
+    def _re_anchor(self, now: float) -> None:
+        self._anchor = (now, self.shown)
+        self._due_moved = True
+
+    def _show(self, now: float, due: float) -> Show:
+        late = now - due
+        if late >= self._period:
+            self._re_anchor(now)
+        action = Show(self.shown, late)
+        while self._chunks[0].first_frame + self._chunks[0].frames <= self.shown:
+            self._chunks.popleft()
+        self.shown += 1
+        return action
+
+    def _settle_stall(self, now: float) -> StallEnded | None:
+        if self._stalled_since is None:
+            return None
+        seconds = now - self._stalled_since
+        self._stalled_since = None
+        self._stalled_seconds += seconds
+        return StallEnded(seconds)

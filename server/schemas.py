@@ -1,0 +1,202 @@
+"""What clients send and get, as pydantic models: strict types, unknown fields refused, every limit in the schema."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
+
+from server.errors import ApiError
+
+MAX_PROMPT_BYTES = 4096
+MAX_SEED = 2**63 - 1
+MAX_DURATION_SECONDS = 86_400
+
+REQUIREMENTS = {
+    "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters",
+    "model": "the name of a model in /v1/models",
+    "seed": f"an integer from 0 to {MAX_SEED}",
+    "duration_s": f"a number of seconds above 0 and at most {MAX_DURATION_SECONDS}",
+    "transition": "one of soft, recache, cut",
+    "paused": "true or false",
+}
+"""What each field must be, as the error message says it."""
+
+
+def check_prompt(prompt: str) -> str:
+    """The prompt without white space around it; raises when it is not a fit sentence."""
+    for position, character in enumerate(prompt):
+        category = unicodedata.category(character)
+        if category in ("Cc", "Cs"):
+            what = "control character" if category == "Cc" else "lone surrogate"
+            raise PydanticCustomError(
+                "prompt_character",
+                "it has the {what} U+{code} at position {position}",
+                {"what": what, "code": f"{ord(character):04X}", "position": position},
+            )
+    if (size := len(prompt.encode())) > MAX_PROMPT_BYTES:
+        raise PydanticCustomError("prompt_too_long", "it has {size} bytes", {"size": size})
+    if not (prompt := prompt.strip()):
+        raise PydanticCustomError("prompt_empty", "it is empty")
+    return prompt
+
+
+Prompt = Annotated[
+    StrictStr,
+    AfterValidator(check_prompt),
+    Field(description=f"What to show: {REQUIREMENTS['prompt']}.", examples=["a red metal cube bouncing on grass"]),
+]
+Transition = Literal["soft", "recache", "cut"]
+StateName = Literal["queued", "starting", "live", "paused", "ended", "failed"]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CreateStream(Request):
+    """A stream to open."""
+
+    prompt: Prompt
+    model: StrictStr | None = Field(None, description="Name of a model; the server's default when absent.")
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="The same seed and prompt give the same frames; random when absent."
+    )
+    duration_s: Annotated[float, Field(strict=True, gt=0, le=MAX_DURATION_SECONDS, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds of video after which the stream ends; endless when absent."
+    )
+
+
+class ChangeStream(Request):
+    """A change to a stream; at least one of `prompt` and `paused`."""
+
+    prompt: Prompt | None = None
+    transition: Transition | None = Field(
+        None,
+        description="How the picture gets to the new prompt: `soft` blends over, `recache` (the default) carries "
+        "the scene over, `cut` starts a new one. Only with `prompt`.",
+    )
+    paused: StrictBool | None = Field(None, description="Hold the picture, or go on.")
+
+
+class ErrorDetail(BaseModel):
+    message: str = Field(description="For people: what is wrong and how to mend it.")
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="The field at fault, if one is.")
+    code: str = Field(description="For programs; stable.")
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class StreamFailure(BaseModel):
+    code: str
+    message: str
+
+
+class StreamObject(BaseModel):
+    """One stream. Width, height and fps are null until the engine is up for the first time."""
+
+    id: str
+    object: Literal["stream"] = "stream"
+    state: StateName
+    model: str
+    prompt: str
+    seed: int
+    width: int | None
+    height: int | None
+    fps: int | None
+    duration_s: float | None
+    ws_url: str = Field(description="WebSocket with events and frames; add `?format=rgb24` for raw frames.")
+    created_at: float = Field(description="Unix time.")
+    queue_position: int | None = Field(description="1 is next; null when not queued.")
+    queue_wait_s: float | None = Field(description="Estimate; null when nobody knows.")
+    frames_generated: int
+    frames_shown: int
+    chunk_index: int = Field(description="The chunk on screen.")
+    real_time_factor: float | None = Field(description="Generation time over playback time of the recent chunks.")
+    time_to_first_frame_s: float | None = Field(description="From the request to the first frame ready to be sent.")
+    stalls: int = Field(description="Times that a due frame was not there.")
+    stalled_s: float
+    buffer_s: float = Field(description="Playback time of the frames generated and not shown yet.")
+    viewers: int
+    error: StreamFailure | None = Field(description="Why the stream failed.")
+    ended_reason: str | None = Field(description="finished, deleted, idle, shutdown or failed.")
+
+
+class StreamChanged(StreamObject):
+    """The stream after the change; `chunk_index` is where it takes effect."""
+
+    chunk_index: int = Field(description="The chunk where the change takes effect.")
+
+
+class StreamList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[StreamObject]
+
+
+class ModelObject(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    width: int
+    height: int
+    fps: int
+    chunk_frames: int = Field(description="Frames in every chunk but the first.")
+    first_chunk_frames: int
+    steps: int = Field(description="Denoising steps per chunk.")
+    chunk_seconds: float = Field(description="Time to generate one chunk, measured when the engine started.")
+    real_time_factor: float = Field(description="Generation time over playback time, measured then.")
+    capacity: int = Field(description="Streams of this model that play at 1:1 at once.")
+    parameters: int
+    description: str
+    default: bool
+
+
+MODEL_FIELDS = (
+    "width",
+    "height",
+    "fps",
+    "chunk_frames",
+    "first_chunk_frames",
+    "steps",
+    "chunk_seconds",
+    "parameters",
+    "description",
+)
+"""What a model object takes over from `wire.ModelInfo` as it is."""
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class Alive(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    ready: bool
+    reason: str
+
+
+def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's findings about a request body, as an error that names the field and says the fix."""
+    error = errors[0]
+    kind, field = error["type"], next((str(part) for part in error["loc"][1:]), None)
+    if kind == "json_invalid":
+        return ApiError(400, "invalid_json", "The body is not valid JSON.")
+    if field is None:
+        return ApiError(400, "invalid_body", "The body must be a JSON object whose field names are valid Unicode.")
+    if kind == "extra_forbidden":
+        # The name is the client's: show it in ASCII and short, whatever it holds.
+        name = field.encode("ascii", "backslashreplace").decode()[:64]
+        return ApiError(400, "unknown_field", f"There is no field `{name}`: remove it.", param=name)
+    requirement = REQUIREMENTS.get(field, "left out")
+    if kind == "missing":
+        return ApiError(400, "missing_field", f"`{field}` is missing: it must be {requirement}.", param=field)
+    ours = kind.startswith("prompt_")
+    message = f"`{field}` must be {requirement}{'; ' + error['msg'] if ours else ''}."
+    return ApiError(400, kind if ours else "invalid_value", message, param=field)

@@ -1,0 +1,702 @@
+"""The live streams: does what session, admission and pacing decide, between the engine and the viewers.
+
+Everything here runs on the event loop and never blocks it. A stream owns one task, which plays it; the collection
+owns one more, which looks after idle streams and old records.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine import wire
+from server import admission, pacing
+from server.backends.base import Backend, EngineEvent, Lost
+from server.config import Config
+from server.errors import ApiError, stream_ended, stream_not_found
+from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
+from server.media.viewer import Viewer
+from server.metrics import Metrics
+from server.session import Event, Session, State
+
+logger = logging.getLogger("livereel.streams")
+
+RECORD_SECONDS = 600.0
+"""How long a stream can still be asked about after its end."""
+MAX_RECORDS = 256
+MAX_VIEWERS = 256
+"""Per stream."""
+STEER_SECONDS = 15.0
+"""How long the engine may take to say when a prompt change takes effect."""
+HOUSEKEEPING_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class _Steer:
+    """A prompt change on its way: sent, then promised for a chunk, then on screen."""
+
+    prompt: str
+    transition: wire.Transition
+    asked_at: float
+    chunk: asyncio.Future[int]
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One stream with everything that belongs to it. `session` is what clients see."""
+
+    session: Session
+    created: float
+    """When it was asked for, on the monotonic clock."""
+    unwatched_since: float
+    playback: pacing.Playback | None = None
+    max_frames: int | None = None
+    opened: bool = False
+    """The current engine process knows the stream."""
+    interrupted: bool = False
+    """The engine process that knew it has died, and no other has taken over yet."""
+    last: Frame | None = None
+    """The frame on screen."""
+    hold: bool = False
+    """Paused before there was a clock to pause."""
+    buffer: deque[Frame] = field(default_factory=deque)
+    viewers: set[Viewer] = field(default_factory=set)
+    steers: dict[int, _Steer] = field(default_factory=dict)
+    """By event number: those that are not on screen yet."""
+    next_event: int = 1
+    marks: dict[int, tuple[int, _Steer]] = field(default_factory=dict)
+    """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    player: asyncio.Task[None] | None = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """The stream object of the API, but for `ws_url`, which depends on who asks."""
+        session, playback = self.session, self.playback
+        return {
+            "id": session.id,
+            "object": "stream",
+            "state": session.state.value,
+            "model": session.model,
+            "prompt": session.prompt,
+            "seed": session.seed,
+            "width": session.width,
+            "height": session.height,
+            "fps": session.fps,
+            "duration_s": session.duration_s,
+            "created_at": session.created_at,
+            "queue_position": session.queue.position if session.queue else None,
+            "queue_wait_s": session.queue.wait if session.queue else None,
+            "frames_generated": session.frames_generated,
+            "frames_shown": playback.shown if playback else 0,
+            "chunk_index": playback.chunk_on_screen if playback else 0,
+            "real_time_factor": session.real_time_factor,
+            "time_to_first_frame_s": session.time_to_first_frame_s,
+            "stalls": playback.stalls if playback else 0,
+            "stalled_s": playback.stalled_seconds(time.monotonic()) if playback else 0.0,
+            "buffer_s": playback.buffered_seconds if playback else 0.0,
+            "viewers": len(self.viewers),
+            "error": session.error,
+            "ended_reason": session.ended_reason,
+        }
+
+
+class Streams:
+    """All streams of one gateway. Start it once, stop it once."""
+
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
+        self._config = config
+        self._backend = backend
+        self._metrics = metrics
+        self._streams: dict[str, Stream] = {}
+        self._admission = admission.Admission(config.queue_limit)
+        self._models: dict[str, wire.ModelInfo] = {}
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="encoder")
+        self._encoder = Encoder(self._executor)
+        self._housekeeper: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._failed = False
+        self._settled = asyncio.Event()
+
+    async def start(self) -> None:
+        """Bring the backend up, without waiting for it."""
+        await self._backend.start(self._on_engine)
+        self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
+
+    async def stop(self) -> None:
+        """End every stream, then the backend. Safe to call again."""
+        self.drain()
+        if self._housekeeper is None:
+            return
+        self._housekeeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._housekeeper
+        self._housekeeper = None
+        await self._backend.stop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def engine_came_up(self) -> bool:
+        """Waits until the engine is up for the first time; False when it was given up before that."""
+        await self._settled.wait()
+        return not self._failed
+
+    def drain(self) -> None:
+        """Take no new stream, and end those there are: their viewers hear it before their sockets close."""
+        self._draining = True
+        for stream in list(self._streams.values()):
+            if not stream.session.state.over:
+                self._end(stream, "shutdown")
+
+    # what clients ask for
+
+    @property
+    def models(self) -> list[wire.ModelInfo]:
+        """The models that can be asked for; none before the engine is up."""
+        return list(self._models.values())
+
+    @property
+    def default_model(self) -> str:
+        """The model of a request that names none."""
+        return self._config.model
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether a stream could start now, and why not."""
+        if self._draining:
+            return False, "the server is shutting down"
+        health = self._backend.health()
+        return health.ready, health.reason
+
+    def open(self, prompt: str, model: str | None, seed: int | None, duration_s: float | None) -> Stream:
+        """Create a stream: it starts when the engine has a place for it."""
+        if self._draining:
+            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+        model = self._config.model if model is None else model
+        known = list(self._models) or [self._config.model]
+        if model not in known:
+            message = f"There is no model of this name: `model` must be one of {', '.join(known)}."
+            raise ApiError(404, "model_not_found", message, param="model")
+        if self._failed:
+            raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
+        now = time.monotonic()
+        session = Session(
+            id=f"st_{secrets.token_hex(12)}",
+            model=model,
+            prompt=prompt,
+            seed=secrets.randbits(32) if seed is None else seed,
+            duration_s=duration_s,
+            created_at=time.time(),
+        )
+        stream = Stream(session, created=now, unwatched_since=now)
+        if full := self._admission.request(session.id, model, now):
+            self._metrics.refused.inc()
+            raise ApiError(
+                429,
+                "queue_full",
+                f"Every place is taken and the queue is full: try again in {full.retry_after} s.",
+                headers={"Retry-After": str(full.retry_after)},
+            )
+        self._streams[session.id] = stream
+        if info := self._models.get(model):
+            self._shape(stream, info)
+        self._admit()
+        return stream
+
+    def get(self, id: str) -> Stream:
+        """The stream of this id, also for a while after its end."""
+        stream = self._streams.get(id)
+        if stream is None:
+            raise stream_not_found()
+        if stream.session.state is State.QUEUED:
+            # Whoever waits in the queue may do so by asking now and then, without a socket.
+            stream.unwatched_since = time.monotonic()
+        return stream
+
+    def all(self) -> list[Stream]:
+        """Every stream that is kept, the oldest first."""
+        return list(self._streams.values())
+
+    async def change(
+        self, stream: Stream, prompt: str | None, transition: wire.Transition | None, paused: bool | None
+    ) -> int:
+        """Change a stream; returns the index of the chunk where it takes effect."""
+        if stream.session.state.over:
+            raise stream_ended(stream.session.ended_reason)
+        chunk = stream.playback.chunk_on_screen if stream.playback else 0
+        if prompt is not None:
+            chunk = await self._steer(stream, prompt, transition or "recache")
+        if paused is not None and not stream.session.state.over:
+            self._pause(stream, paused)
+        return chunk
+
+    def close(self, stream: Stream) -> None:
+        """End a stream because a client asked for it; one that is over stays as it is."""
+        if not stream.session.state.over:
+            self._end(stream, "deleted")
+
+    # viewers
+
+    async def attach(self, stream: Stream, format: Format, ws_url: str) -> Viewer:
+        """Add a viewer, who came by `ws_url`: a snapshot, the frame on screen, then everything as it happens."""
+        if len(stream.viewers) >= MAX_VIEWERS:
+            raise ApiError(503, "too_many_viewers", "This stream has all the viewers that it can take.")
+        viewer = Viewer(format)
+        last = stream.last
+        packet = await self._encoder.packet(last, format) if last is not None else None
+        # From here on nothing is awaited, so that the viewer misses no event and gets none twice.
+        session = stream.session
+        fields = {"type": "stream.started", "seq": session.seq, "ts": time.time(), "stream_id": session.id}
+        viewer.event(_json({**fields, "stream": {**stream.snapshot(), "ws_url": ws_url}}))
+        if packet is not None:
+            viewer.frame(packet)
+        if session.state.over:
+            viewer.event(_json({**fields, "type": "ended", "reason": session.ended_reason}))
+            viewer.finish(_close_code(session))
+        else:
+            stream.viewers.add(viewer)
+            self._metrics.viewers.inc()
+            stream.wake.set()
+        return viewer
+
+    def detach(self, stream: Stream, viewer: Viewer) -> None:
+        """The viewer is gone. Safe to call again."""
+        if viewer in stream.viewers:
+            stream.viewers.remove(viewer)
+            self._metrics.viewers.dec()
+            stream.unwatched_since = time.monotonic()
+
+    def viewer_too_slow(self) -> None:
+        """Count a viewer that had to be disconnected."""
+        self._metrics.viewers_dropped.inc()
+
+    # the engine
+
+    def _on_engine(self, event: EngineEvent, pixels: bytes) -> None:
+        match event:
+            case wire.Ready():
+                self._on_ready(event)
+            case Lost():
+                self._on_lost(event)
+            case wire.Heartbeat():
+                pass
+            case wire.Fault(stream=None):
+                logger.error("engine fault %s: %s", event.code, event.message)
+            case _:
+                stream = self._streams.get(event.stream or "")
+                if stream is None or stream.session.state.over or not stream.opened:
+                    return  # sent before the engine heard that the stream is over
+                match event:
+                    case wire.Frames():
+                        self._on_frames(stream, event, pixels)
+                    case wire.Steered():
+                        self._on_steered(stream, event)
+                    case wire.Ended():
+                        self._on_ended(stream, event)
+                    case wire.Fault():
+                        self._on_fault(stream, event)
+
+    def _on_ready(self, ready: wire.Ready) -> None:
+        self._models = {info.name: info for info in ready.models}
+        self._admission.set_costs(
+            {info.name: admission.cost(info.chunk_seconds, info.chunk_frames, info.fps) for info in ready.models}
+        )
+        generation = self._backend.health().generation
+        for stream in list(self._streams.values()):
+            session = stream.session
+            if session.state.over:
+                continue
+            info = self._models.get(session.model)
+            if info is None:
+                self._fail(stream, "model_not_found", "The engine no longer has this model.", retryable=False)
+                continue
+            if not self._shape(stream, info):
+                message = "The engine came back with another picture size or frame rate."
+                self._fail(stream, "engine_changed", message)
+                continue
+            if session.state is not State.QUEUED and not (stream.playback and stream.playback.complete):
+                if stream.interrupted:
+                    stream.interrupted = False
+                    self._publish(stream, [session.event("engine.restarted", time.time(), generation=generation)])
+                self._open(stream)
+        self._admit()
+        self._settled.set()
+
+    def _on_lost(self, lost: Lost) -> None:
+        if lost.retrying:
+            self._metrics.engine_restarts.inc()
+        else:
+            self._failed = True
+            self._admission.set_costs({})
+        for stream in list(self._streams.values()):
+            if stream.session.state.over or (stream.playback and stream.playback.complete):
+                continue
+            if not lost.retrying:
+                self._fail(stream, "engine_failed", "The engine failed and could not be restarted.")
+            elif stream.opened:
+                stream.opened, stream.interrupted = False, True
+                message = "The engine failed and is being restarted; the stream goes on when it is back."
+                event = stream.session.event(
+                    "error", time.time(), code="engine_restarted", message=message, retryable=True
+                )
+                self._publish(stream, [event])
+        if not lost.retrying:
+            self._settled.set()
+
+    def _on_frames(self, stream: Stream, chunk: wire.Frames, pixels: bytes) -> None:
+        session, playback = stream.session, stream.playback
+        assert playback is not None
+        assert session.fps is not None
+        if chunk.chunk != playback.next_chunk or (chunk.width, chunk.height) != (session.width, session.height):
+            logger.warning("dropped chunk %d of stream %s: not the one expected", chunk.chunk, session.id)
+            return
+        now, ts = time.monotonic(), time.time()
+        first, count = playback.received, chunk.frames
+        if stream.max_frames is not None:
+            count = min(count, stream.max_frames - first)
+        size = chunk.width * chunk.height * 3
+        view = memoryview(pixels)
+        for k in range(count):
+            flags = DISCONTINUITY if chunk.discontinuity and k == 0 else 0
+            pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
+            rgb = view[k * size : (k + 1) * size]
+            stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+        playback.arrive(count, chunk.gen_seconds, now)
+        self._encode_ahead(stream)
+        if chunk.applied is not None:
+            self._mark(stream, chunk.applied, chunk.chunk, first)
+        self._metrics.chunk_seconds.observe(chunk.gen_seconds)
+        self._metrics.real_time_factor.observe(chunk.gen_seconds * session.fps / count)
+        events = session.chunk(
+            index=chunk.chunk,
+            pts=chunk.pts,
+            frames=count,
+            gen_seconds=chunk.gen_seconds,
+            paused=playback.paused,
+            ts=ts,
+        )
+        self._publish(stream, events)
+        if stream.max_frames is not None and playback.received >= stream.max_frames:
+            self._complete(stream)
+        self._grant(stream)
+        stream.wake.set()
+
+    def _on_steered(self, stream: Stream, steered: wire.Steered) -> None:
+        if steer := stream.steers.get(steered.event):
+            stream.session.prompt = steer.prompt
+            _resolve(steer, steered.chunk)
+
+    def _on_ended(self, stream: Stream, ended: wire.Ended) -> None:
+        stream.opened = False
+        if ended.reason == "finished":
+            self._complete(stream)
+            stream.wake.set()
+        else:
+            self._fail(stream, "engine_closed", "The engine closed the stream unasked.")
+
+    def _on_fault(self, stream: Stream, fault: wire.Fault) -> None:
+        if fault.event is None:
+            logger.error("stream %s failed in the engine: %s: %s", stream.session.id, fault.code, fault.message)
+            stream.opened = False
+            self._fail(stream, fault.code, fault.message)
+        elif steer := stream.steers.pop(fault.event, None):
+            _reject(steer, ApiError(409, fault.code, f"The engine refused the change: {fault.message}"))
+
+    # steps in a stream's life
+
+    def _shape(self, stream: Stream, info: wire.ModelInfo) -> bool:
+        """Give the stream the model's size and rate; false when it has others already."""
+        session = stream.session
+        if stream.playback is None:
+            session.width, session.height, session.fps = info.width, info.height, info.fps
+            if session.duration_s is not None:
+                stream.max_frames = max(1, math.ceil(session.duration_s * info.fps))
+            stream.playback = pacing.Playback(
+                fps=info.fps, chunk_frames=info.chunk_frames, first_chunk_frames=info.first_chunk_frames
+            )
+            if stream.hold:
+                stream.playback.pause(time.monotonic())
+        return (session.width, session.height, session.fps) == (info.width, info.height, info.fps)
+
+    def _admit(self) -> None:
+        for id in self._admission.admit():
+            stream = self._streams[id]
+            stream.unwatched_since = max(stream.unwatched_since, time.monotonic())
+            self._publish(stream, stream.session.admit(time.time()))
+            stream.player = self._spawn(self._play(stream), f"player {id}")
+            self._open(stream)
+        self._tell_places()
+
+    def _tell_places(self) -> None:
+        for id, place in self._admission.places(time.monotonic()).items():
+            stream = self._streams[id]
+            self._publish(stream, stream.session.wait(place, time.time()))
+
+    def _open(self, stream: Stream) -> None:
+        """Hand the stream to the engine: from the start, or from where an engine that died had come to."""
+        session, playback = stream.session, stream.playback
+        if playback is None or session.state.over or not self._backend.health().ready:
+            return  # `_on_ready` comes back to it
+        if stream.steers:
+            newest = stream.steers[max(stream.steers)]
+            session.prompt = newest.prompt
+            self._mark(stream, max(stream.steers), playback.next_chunk, playback.received)
+        stream.opened = True
+        self._backend.send(
+            wire.Open(
+                stream=session.id,
+                model=session.model,
+                prompt=session.prompt,
+                seed=session.seed,
+                max_frames=stream.max_frames,
+                start_chunk=playback.next_chunk,
+                start_frame=playback.received,
+            )
+        )
+        playback.forget_grant()
+        self._grant(stream)
+        self._expect_end(stream)
+
+    def _grant(self, stream: Stream) -> None:
+        if stream.opened and stream.playback and (grant := stream.playback.grant(time.monotonic())):
+            self._backend.send(wire.Credit(stream.session.id, grant.limit, grant.due_in))
+
+    async def _steer(self, stream: Stream, prompt: str, transition: wire.Transition) -> int:
+        session, playback = stream.session, stream.playback
+        if playback is not None and playback.complete:
+            raise ApiError(409, "stream_ended", "Every frame of the stream is generated already: open a new one.")
+        if session.state is State.QUEUED:
+            session.prompt = prompt
+            return 0
+        event, stream.next_event = stream.next_event, stream.next_event + 1
+        chunk: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        stream.steers[event] = _Steer(prompt, transition, time.monotonic(), chunk)
+        if stream.opened:
+            self._backend.send(wire.Steer(session.id, event, prompt, transition))
+        # Without an engine the change waits in `steers` until `_open` hands the stream to the next one.
+        try:
+            return await asyncio.wait_for(chunk, STEER_SECONDS)
+        except TimeoutError:
+            message = "The engine has not said yet when the change takes effect; it may still do so."
+            raise ApiError(504, "engine_timeout", message) from None
+
+    def _mark(self, stream: Stream, event: int, chunk: int, first_frame: int) -> None:
+        """Prompt change `event`, and every older one, takes effect with this frame."""
+        for number in sorted(number for number in stream.steers if number <= event):
+            steer = stream.steers.pop(number)
+            _resolve(steer, chunk)
+            stream.marks[first_frame] = (chunk, steer)
+
+    def _pause(self, stream: Stream, paused: bool) -> None:
+        session, playback, now = stream.session, stream.playback, time.monotonic()
+        stream.hold = paused
+        if playback is not None and playback.paused != paused:
+            if paused:
+                if ended := playback.pause(now):
+                    self._stall_ended(stream, ended.seconds)
+            else:
+                playback.resume(now)
+                self._grant(stream)
+            stream.wake.set()
+        self._publish(stream, session.pause(paused, time.time()))
+        self._expect_end(stream)
+
+    def _complete(self, stream: Stream) -> None:
+        """The engine has generated everything; what is left is to play it."""
+        if stream.playback is not None:
+            stream.playback.finish()
+        self._engine_close(stream)
+        for steer in stream.steers.values():
+            _reject(steer, stream_ended("finished"))
+        stream.steers.clear()
+
+    def _end(self, stream: Stream, reason: str) -> None:
+        self._leave(stream, stream.session.end(reason, time.time()))
+
+    def _fail(self, stream: Stream, code: str, message: str, *, retryable: bool = True) -> None:
+        self._leave(stream, stream.session.fail(code, message, time.time(), retryable=retryable))
+
+    def _leave(self, stream: Stream, events: list[Event]) -> None:
+        session = stream.session
+        self._engine_close(stream)
+        self._publish(stream, events)
+        for viewer in list(stream.viewers):
+            viewer.finish(_close_code(session))
+            self.detach(stream, viewer)
+        for steer in stream.steers.values():
+            _reject(steer, stream_ended(session.ended_reason))
+        stream.steers.clear()
+        stream.marks.clear()
+        stream.buffer.clear()
+        if stream.player is not None and stream.player is not asyncio.current_task():
+            stream.player.cancel()
+        stream.player = None
+        self._admission.release(session.id)
+        if not self._draining:
+            self._admit()
+
+    def _engine_close(self, stream: Stream) -> None:
+        if stream.opened:
+            stream.opened = False
+            self._backend.send(wire.Close(stream.session.id))
+
+    # playback
+
+    async def _play(self, stream: Stream) -> None:
+        try:
+            while not stream.session.state.over:
+                stream.wake.clear()
+                playback = stream.playback
+                action = (
+                    playback.tick(time.monotonic(), watched=bool(stream.viewers)) if playback else pacing.Wait(None)
+                )
+                match action:
+                    case pacing.Show():
+                        await self._show(stream, action)
+                    case pacing.StallBegan():
+                        self._metrics.stalls.inc()
+                        self._publish(stream, [stream.session.event("stall", time.time(), phase="began")])
+                    case pacing.StallEnded():
+                        self._stall_ended(stream, action.seconds)
+                    case pacing.Finished():
+                        self._end(stream, "finished")
+                    case pacing.Wait():
+                        self._encode_ahead(stream)
+                        self._grant(stream)
+                        await _wait_until(stream.wake, action.until)
+        except Exception:
+            logger.exception("stream %s failed in the gateway", stream.session.id)
+            if not stream.session.state.over:
+                self._fail(stream, "internal_error", "The server failed to play the stream.")
+
+    async def _show(self, stream: Stream, action: pacing.Show) -> None:
+        frame = stream.buffer.popleft()
+        stream.last = frame
+        # A viewer that comes while this is being encoded gets the frame from `attach`.
+        audience = list(stream.viewers)
+        packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
+        if stream.session.state.over:
+            return
+        if mark := stream.marks.pop(frame.index, None):
+            self._announce(stream, frame, *mark)
+        for viewer in audience:
+            if viewer in stream.viewers and (dropped := viewer.frame(packets[viewer.format])):
+                self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
+        self._metrics.frames_shown.inc()
+        self._metrics.frame_late_seconds.observe(action.late)
+        if frame.index == 0:
+            self._expect_end(stream)
+
+    def _announce(self, stream: Stream, frame: Frame, chunk: int, steer: _Steer) -> None:
+        seconds = time.monotonic() - steer.asked_at
+        self._metrics.steer_seconds.observe(seconds)
+        event = stream.session.event(
+            "prompt.applied",
+            time.time(),
+            chunk_index=chunk,
+            pts=frame.pts,
+            prompt=steer.prompt,
+            transition=steer.transition,
+            latency_s=round(seconds, 3),
+        )
+        self._publish(stream, [event])
+
+    def _encode_ahead(self, stream: Stream) -> None:
+        """Have the next frame's packets ready before it is due."""
+        if not stream.buffer:
+            return
+        frame, session = stream.buffer[0], stream.session
+        packets = [self._encoder.packet(frame, format) for format in _formats(stream)]
+        if session.time_to_first_frame_s is None:
+            packets = packets or [self._encoder.packet(frame, "mjpeg")]
+            packets[0].add_done_callback(lambda _: self._first_frame_ready(stream))
+
+    def _first_frame_ready(self, stream: Stream) -> None:
+        if stream.session.time_to_first_frame_s is None:
+            seconds = stream.session.time_to_first_frame_s = time.monotonic() - stream.created
+            self._metrics.first_frame_seconds.observe(seconds)
+
+    def _stall_ended(self, stream: Stream, seconds: float) -> None:
+        self._metrics.stalled_seconds.inc(seconds)
+        self._publish(stream, [stream.session.event("stall", time.time(), phase="ended", seconds=round(seconds, 3))])
+        self._grant(stream)
+
+    def _expect_end(self, stream: Stream) -> None:
+        """Tell those who wait when this stream's place comes free."""
+        playback = stream.playback
+        if playback is not None and stream.max_frames is not None and not playback.paused:
+            ends_at = time.monotonic() + (stream.max_frames - playback.shown) / playback.fps
+            self._admission.expect_end(stream.session.id, ends_at)
+        else:
+            self._admission.expect_end(stream.session.id, None)
+
+    def _publish(self, stream: Stream, events: list[Event]) -> None:
+        for event in events:
+            text = _json(event)
+            for viewer in stream.viewers:
+                viewer.event(text)
+
+    # upkeep
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            now, ts, idle = time.monotonic(), time.time(), self._config.idle_timeout_s
+            for stream in list(self._streams.values()):
+                if not stream.session.state.over and not stream.viewers and 0 < idle < now - stream.unwatched_since:
+                    self._end(stream, "idle")
+            ended = [stream for stream in self._streams.values() if stream.session.state.over]
+            for stream in ended[: max(0, len(ended) - MAX_RECORDS)]:
+                del self._streams[stream.session.id]
+            for stream in ended[-MAX_RECORDS:]:
+                if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
+                    del self._streams[stream.session.id]
+            self._tell_places()
+
+    def count(self) -> None:
+        """Bring the gauges up to date."""
+        self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _formats(stream: Stream) -> set[Format]:
+    return {viewer.format for viewer in stream.viewers}
+
+
+def _close_code(session: Session) -> int:
+    return 1011 if session.state is State.FAILED else 1000
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _resolve(steer: _Steer, chunk: int) -> None:
+    if not steer.chunk.done():
+        steer.chunk.set_result(chunk)
+
+
+def _reject(steer: _Steer, error: Exception) -> None:
+    if not steer.chunk.done():
+        steer.chunk.set_exception(error)
+
+
+async def _wait_until(wake: asyncio.Event, until: float | None) -> None:
+    if until is None:
+        await wake.wait()
+        return
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(wake.wait(), max(0.0, until - time.monotonic()))

@@ -1,0 +1,125 @@
+"""The WebSocket side: one socket per viewer, events as text, frames as bytes."""
+
+import asyncio
+import contextlib
+import time
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from server.errors import ApiError
+from server.http import streams_of, ws_url
+from server.media.packets import FORMATS
+from server.media.viewer import Viewer
+from server.streams import Streams
+
+POLICY, TRY_LATER, NOT_FOUND = 1008, 1013, 4404
+
+SEND_SECONDS = 10.0
+"""A viewer to whom nothing could be sent for this long is let go."""
+CLOSE_SECONDS = 1.0
+MAX_MESSAGES, MESSAGES_SECONDS = 100, 10.0
+"""A viewer has nothing to say; more messages than this within this many seconds are an attack or a bug."""
+
+ABORT = "livereel.abort"
+"""ASGI extension of our own server (see `server.__main__`): drops the connection without waiting for the peer."""
+
+
+async def watch(websocket: WebSocket) -> None:
+    """Serve one viewer until it leaves, the stream ends, or it falls too far behind."""
+    if not same_origin(websocket):
+        await websocket.close(POLICY)  # before the handshake is done, this is a 403
+        return
+    await websocket.accept()
+    with contextlib.suppress(WebSocketDisconnect):
+        await serve(websocket, streams_of(websocket))
+
+
+async def serve(websocket: WebSocket, streams: Streams) -> None:
+    name = websocket.query_params.get("format", "mjpeg")
+    try:
+        stream = streams.get(websocket.path_params["id"])
+        if name not in FORMATS:
+            raise ApiError(400, "invalid_value", f"`format` must be one of {', '.join(FORMATS)}.", param="format")
+        viewer = await streams.attach(stream, FORMATS[name][0], ws_url(websocket, stream.session.id))
+    except ApiError as error:
+        await refuse(websocket, error)
+        return
+    try:
+        code, reason = await talk(websocket, viewer)
+    finally:
+        streams.detach(stream, viewer)
+    if code == TRY_LATER:
+        streams.viewer_too_slow()
+    await hang_up(websocket, code, reason)
+
+
+async def talk(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
+    """Send what there is until somebody hangs up; returns the close code and why."""
+    sender, listener = asyncio.create_task(send_all(websocket, viewer)), asyncio.create_task(listen(websocket))
+    try:
+        done, _ = await asyncio.wait((sender, listener), return_when=asyncio.FIRST_COMPLETED)
+        return (sender if sender in done else listener).result()
+    finally:
+        sender.cancel()
+        listener.cancel()
+        await asyncio.gather(sender, listener, return_exceptions=True)
+
+
+async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
+    while (item := await viewer.next()) is not None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                if isinstance(item, str):
+                    await websocket.send_text(item)
+                else:
+                    await websocket.send_bytes(item)
+        except TimeoutError:
+            return TRY_LATER, "too slow"
+    if viewer.overrun:
+        return TRY_LATER, "too slow"
+    return viewer.close_code or 1000, ""
+
+
+async def listen(websocket: WebSocket) -> tuple[int, str]:
+    """Ignore what the client says, unless it never stops. Ends with `WebSocketDisconnect` when it leaves."""
+    count, since = 0, time.monotonic()
+    while True:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        now = time.monotonic()
+        if now - since > MESSAGES_SECONDS:
+            count, since = 0, now
+        count += 1
+        if count > MAX_MESSAGES:
+            return POLICY, "too many messages"
+
+
+async def refuse(websocket: WebSocket, error: ApiError) -> None:
+    """Say what is wrong as an event, and close."""
+    detail = error.body["error"]
+    event = {"type": "error", "seq": 0, "ts": time.time(), **{k: detail[k] for k in ("code", "message", "param")}}
+    await websocket.send_text(msgspec.json.encode({**event, "retryable": error.status_code >= 500}).decode())
+    code = {404: NOT_FOUND, 503: TRY_LATER}.get(error.status_code, POLICY)
+    await hang_up(websocket, code, error.code)
+
+
+async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close, politely if the peer still reads, and for certain in any case."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await websocket.close(code, reason)
+    except (TimeoutError, RuntimeError, WebSocketDisconnect):
+        pass
+    else:
+        return
+    if abort := websocket.scope.get("extensions", {}).get(ABORT):
+        abort["call"]()
+
+
+def same_origin(websocket: WebSocket) -> bool:
+    """Whether a browser says that the page which opens the socket came from here; programs say nothing."""
+    origin = websocket.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc.lower() == websocket.headers.get("host", "").lower() != ""

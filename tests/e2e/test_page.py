@@ -1,0 +1,197 @@
+"""The page in a real browser, against the gateway with a pretended engine."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def start_gateway(port: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "server", "--backend", "fake", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("Livereel is ready")
+    return process
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start_gateway(port)
+    yield process, port
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as api:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = api.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, gateway: tuple[subprocess.Popen[str], int]) -> Iterator[Any]:
+    page = browser.new_page(base_url=f"http://127.0.0.1:{gateway[1]}", viewport={"width": 1280, "height": 860})
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto("/")
+    yield page
+    page.close()
+
+
+def state(page: Any, wanted: str, seconds: float = 10) -> None:
+    page.wait_for_selector(f"body[data-state={wanted}]", timeout=seconds * 1000)
+
+
+def eventually(condition: Any, seconds: float = 10) -> None:
+    # Playwright's own wait_for_function evaluates a string in the page, which the page's policy forbids.
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def states(page: Any) -> list[str]:
+    return page.evaluate("fetch('/v1/streams').then(r => r.json()).then(r => r.data.map(s => s.state))")
+
+
+def play(page: Any, prompt: str) -> None:
+    page.fill("#prompt", prompt)
+    page.press("#prompt", "Enter")
+
+
+def number(page: Any, figure: str) -> float:
+    found = re.match(r"[\d.]+", page.inner_text(f"#{figure}"))
+    assert found, page.inner_text(f"#{figure}")
+    return float(found[0])
+
+
+def colours(page: Any) -> int:
+    """How many different colours a diagonal of the picture has."""
+    script = """() => {
+        const context = document.getElementById("picture").getContext("2d");
+        const {data} = context.getImageData(0, 0, 256, 256);
+        return new Set(Array.from({length: 256}, (_, i) => data.slice(i * 257 * 4, i * 257 * 4 + 3).join())).size;
+    }"""
+    return page.evaluate(script)
+
+
+def test_a_prompt_becomes_video_and_changes(page: Any, tmp_path: Path) -> None:
+    assert page.inner_text("#message-title") == "Type a sentence to begin"
+    eventually(lambda: "256" in page.inner_text("#model"))
+    play(page, "a red metal cube bouncing on grass at sunset")
+    state(page, "live")
+    page.wait_for_timeout(3500)
+    assert number(page, "fps") == pytest.approx(16, abs=1.5)
+    assert number(page, "rtf") == pytest.approx(0.33, abs=0.1)
+    assert number(page, "ttff") < 2
+    assert number(page, "stalls") == 0
+    assert 0 < number(page, "buffer") < 3
+    assert number(page, "chunk") > 1
+    assert colours(page) > 2
+    assert page.locator("#timeline .bar").count() > 3
+
+    evil = "<img src=x onerror=alert(1)> a blue cone"
+    play(page, evil)
+    page.wait_for_selector("#log li.applied:first-child", timeout=10_000)
+    assert page.inner_text("#log li:first-child").startswith(evil)
+    assert page.locator("#log img").count() == 0
+    assert "on screen after" in page.inner_text("#log li:first-child")
+    assert 0 < number(page, "steer") < 5
+    assert page.locator("#timeline .asked").count() == page.locator("#timeline .applied").count() == 1
+
+    page.click("#pause")
+    state(page, "paused")
+    page.wait_for_timeout(300)
+    assert number(page, "fps") == 0
+    page.click("#pause")
+    state(page, "live")
+
+    page.click("#stop")
+    state(page, "ended")
+    assert page.inner_text("#message-title") == "Stopped"
+    eventually(lambda: states(page) == ["ended"])
+    assert page.complaints == []
+    page.screenshot(path=tmp_path / "page.png")
+
+
+def test_errors_are_shown(page: Any) -> None:
+    page.press("#prompt", "Enter")
+    assert "Type what you want to see" in page.inner_text("#alert")
+    page.evaluate("document.getElementById('prompt').removeAttribute('maxlength')")
+    play(page, "é" * 2500)
+    assert "too long" in page.inner_text("#alert")
+    # What only the server can know: a character that it refuses.
+    play(page, "a\u0001b")
+    state(page, "failed")
+    assert "control character" in page.inner_text("#alert")
+    assert page.inner_text("#message-title") == "That did not start"
+
+
+def test_a_queue_is_shown(page: Any, gateway: tuple[subprocess.Popen[str], int]) -> None:
+    for _ in range(2):
+        body = {"prompt": "a ball", "duration_s": 3}
+        assert page.request.post("/v1/streams", data=body).status == 201
+    play(page, "a cube")
+    state(page, "queued")
+    assert page.inner_text("#message-title") == "Place 1 in the queue"
+    eventually(lambda: page.inner_text("#queue") == "1")
+    state(page, "live", 20)
+
+
+def test_a_lost_connection_is_tried_again(page: Any, gateway: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = gateway
+    play(page, "a cube")
+    state(page, "live")
+    process.kill()
+    process.wait()
+    page.wait_for_selector("body[data-trouble]")
+    assert page.inner_text("#message-title") == "Connection lost"
+    again = start_gateway(port)
+    try:
+        # The new gateway has never heard of the stream, and says so.
+        state(page, "failed", 20)
+        play(page, "a cone")
+        state(page, "live")
+    finally:
+        again.kill()
+        again.communicate()
+
+
+def test_leaving_ends_the_stream(page: Any) -> None:
+    play(page, "a cube")
+    state(page, "live")
+    page.goto("/docs")
+    page.wait_for_selector("details summary")
+    assert "POST" in page.inner_text("#docs")
+    eventually(lambda: states(page) == ["ended"])
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_nothing_sticks_out(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    play(page, "a cube " * 40)
+    state(page, "live")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,0 +1,42 @@
+"""A pipeline of toy size with random weights: every engine test but those of the shipped model runs on it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.config import MINI, Preset
+from engine.models.dit import CausalWan, DiTConfig
+from engine.models.light_vae import LightDecoder, LightVAEConfig
+from engine.models.text_encoder import TextConfig, TextEncoder
+from engine.models.tokenizer import Tokenizer
+from engine.pipeline import Pipeline
+
+TOY = replace(
+    MINI,
+    name="toy",
+    width=64,
+    height=64,
+    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4)),
+    text=TextConfig(vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=16),
+    light_vae=LightVAEConfig(widths=(16, 16, 8)),
+)
+
+
+def build(preset: Preset, seed: int = 0) -> Pipeline:
+    torch.manual_seed(seed)
+    modules = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
+    for module in modules:
+        module.requires_grad_(False).eval()
+    tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
+    return Pipeline(preset, tokenizer, *modules)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def pipeline() -> Pipeline:
+    return build(TOY)

@@ -1,0 +1,159 @@
+"""The recipes at toy size on the CPU: that training sees what serving sees, and that every stage runs and resumes."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import MINI
+from engine.models.dit import DiTConfig
+from engine.models.light_vae import LightVAEConfig
+from engine.models.text_encoder import TextConfig
+from engine.models.vae import VAEConfig
+from engine.recipes import distill, evaluate, probe, teacher, train_vae
+from engine.recipes.optimizer import MuonAdamW, orthogonalise
+from engine.recipes.run import Run, learning_rate
+from engine.stream.kv_cache import KVCache
+from engine.stream.rollout import forward
+
+TOY = replace(
+    MINI,
+    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4)),
+    text=TextConfig(vocab_size=512, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=64),
+    vae=VAEConfig(widths=(8, 8, 8)),
+    light_vae=LightVAEConfig(widths=(8, 8, 8)),
+)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_teacher_forcing_equals_the_cached_rollout(copies: int) -> None:
+    """Every noisy chunk gets the flow that a live stream with that clean past would compute."""
+    torch.manual_seed(0)
+    model = teacher.Model(TOY).requires_grad_(False)
+    chunks, batch = teacher.CHUNKS + 1, 2
+    context = torch.randn(batch, 16, 3 * chunks, 32, 32)
+    noisy = torch.randn(batch, copies, 16, 3 * chunks, 32, 32)
+    sigma = torch.rand(batch, copies, chunks)
+    text = model.dit.encode_text(torch.randn(batch, 7, 32))
+    parts = (1 + copies) * chunks
+    spread = [(k.repeat_interleave(parts, 0), v.repeat_interleave(parts, 0)) for k, v in text]
+    attend = teacher.forcing(TOY, copies, chunks, torch.device("cpu"))
+    forced = teacher.forced_flow(model, attend, context, torch.zeros(batch, chunks), noisy, sigma, spread)
+    for row in range(batch):
+        one = [(k[row : row + 1], v[row : row + 1]) for k, v in text]
+        cache = KVCache(TOY.cache(), layers=2, heads=2, head_dim=32)
+        for chunk in range(chunks):
+            span = slice(3 * chunk, 3 * chunk + 3)
+            for copy in range(copies):
+                x = noisy[row : row + 1, copy, :, span]
+                served = forward(model.dit, x, float(sigma[row, copy, chunk]), one, cache)
+                assert torch.allclose(served, forced[row : row + 1, copy, :, span], atol=2e-4)
+            forward(model.dit, context[row : row + 1, :, span], 0.0, one, cache)
+            cache.advance()
+
+
+def test_first_chunks_alone_equal_the_cached_rollout() -> None:
+    torch.manual_seed(0)
+    model = teacher.Model(TOY).requires_grad_(False)
+    text = model.dit.encode_text(torch.randn(1, 7, 32))
+    x = torch.randn(1, 16, 3, 32, 32)
+    alone = model.dit(x, torch.full((1, 3), 700.0), text, teacher.forcing(TOY, 0, 1, torch.device("cpu")))
+    cache = KVCache(TOY.cache(), layers=2, heads=2, head_dim=32)
+    assert torch.allclose(alone, forward(model.dit, x, 0.7, text, cache), atol=1e-5)
+
+
+def test_newton_schulz_orthogonalises() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (2, 16, 64), (2, 64, 16)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        assert values.min() > 0.3
+        assert values.max() < 1.4
+
+
+def test_the_optimiser_descends() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8)
+    optimiser = MuonAdamW([layer], {id(layer.weight)}, lr=0.02)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimiser.step(1.0)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    assert learning_rate(0.0, 0) == pytest.approx(0.01)
+    assert learning_rate(0.3, 1000) == 1.0
+    assert learning_rate(0.8, 1000) == pytest.approx(0.5)
+    assert learning_rate(1.0, 1000) == pytest.approx(0.02)
+
+
+def test_checkpoints_are_cut_into_files_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.recipes.run.SHARD_BYTES", 100)
+    run = Run("x", tmp_path, 1)
+    tensors = {f"w{i}": torch.randn(8, 4) for i in range(5)}
+    run.save("c", tensors, torch.float32)
+    assert len(list(tmp_path.glob("c-*.safetensors"))) == 5
+    assert all(torch.equal(run.load("c")[name], value) for name, value in tensors.items())
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'd'"):
+        run.load("d")
+
+
+def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student from nothing in half a minute: it draws nothing, but the whole line holds together."""
+    config = replace(probe.PROBES["probe-a"], widths=(8, 8, 8, 8), size=64)
+    monkeypatch.setattr(probe, "PROBES", {"probe-a": config})
+
+    def run(name: str, seconds: float) -> Run:
+        return Run(name, tmp_path, seconds)
+
+    train_vae.train(run("vae", 2), TOY, light_share=0.5, clips=1)
+    probe.train(run("probe-a", 1), "probe-a", pool=4, batch=2)
+    pools = teacher.code_pools(run("pools", 1), TOY, clips=2, firsts=3, seed=1)
+    assert pools.clips.latents.shape == (2, 16, 3 * teacher.CHUNKS, 32, 32)
+    assert pools.firsts.latents.shape == (3, 16, 3, 32, 32)
+    for _ in range(2):  # from nothing, then from its own checkpoint
+        teacher.train(run("teacher", 2), TOY, pools, clip_batch=2, first_batch=2, final=True)
+    first = run("x", 1).load("teacher")
+    distill.train(run("distill", 2), TOY, pools, clip_batch=2, first_batch=2)
+    student = run("x", 1).load("student")
+    assert set(student) == set(first)
+    assert all(value.isfinite().all() for value in student.values())
+    assert any(not torch.equal(student[name], first[name]) for name in student if name.startswith("dit"))
+    assert all(torch.equal(student[name], first[name]) for name in student if name.startswith("text"))
+    options = Namespace(
+        served=False,
+        prompts=2,
+        drift_minutes=0.1,
+        drift_streams=1,
+        skip=["teacher"],
+        json=None,
+        pictures=tmp_path,
+        seed=1,
+    )
+    rows = evaluate.evaluate(run("evaluate", 1), TOY, options).rows
+    assert {"vae", "real renders [probe-a]", "student 2 [probe-a]", "student 2, recache, changed [probe-a]"} <= set(
+        rows
+    )
+    assert any(name.startswith("drift, ") for name in rows)
+    assert (tmp_path / "student-2.png").exists()
+
+
+def test_accuracy_counts_only_what_is_there() -> None:
+    scenes = torch.zeros(2, 14, dtype=torch.long)
+    scenes[1, 0] = 1  # the second scene has one companion
+    read = scenes.clone()
+    read[0, 1] = 3
+    read[0, 8] = 2  # wrong, but the first scene has no companion
+    table = evaluate.accuracy(read, scenes)
+    assert table["shape"] == 50
+    assert table["shape2"] == 100
+    assert "shape3" not in table
+    changed = torch.zeros_like(scenes, dtype=torch.bool)
+    changed[0, 1] = True
+    assert evaluate.accuracy(read, scenes, changed)["mean"] == 0

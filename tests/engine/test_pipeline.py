@@ -1,0 +1,146 @@
+"""The pipeline on random weights: counting, determinism, transitions."""
+
+import pytest
+import torch
+
+from engine.pipeline import NotFiniteError, Pipeline
+from engine.stream.state import StreamState
+from engine.wire import Transition
+
+
+def run(pipeline: Pipeline, state: StreamState, chunks: int) -> list[torch.Tensor]:
+    out = []
+    for _ in range(chunks):
+        out.append(pipeline.next_chunk(state).frames)
+        pipeline.commit(state)
+    return out
+
+
+def test_frames_are_counted_and_shaped(pipeline: Pipeline) -> None:
+    state = pipeline.open("a red ball", seed=1)
+    chunks = [pipeline.next_chunk(state) for _ in range(4)]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12, 12]
+    assert [chunk.frame for chunk in chunks] == [0, 9, 21, 33]
+    assert chunks[0].frames.shape == (9, 64, 64, 3) and chunks[0].frames.dtype == torch.uint8
+    assert [chunk.discontinuity for chunk in chunks] == [True, False, False, False]
+
+
+def test_same_seed_and_prompt_give_the_same_frames(pipeline: Pipeline) -> None:
+    one, two, other = (run(pipeline, pipeline.open("a red ball", seed=seed), 5) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0], other[0])
+
+
+def test_streams_do_not_touch_each_other(pipeline: Pipeline) -> None:
+    alone = run(pipeline, pipeline.open("a red ball", seed=3), 4)
+    a, b = pipeline.open("a red ball", seed=3), pipeline.open("a blue cube", seed=9)
+    mixed = []
+    for _ in range(4):
+        mixed.append(pipeline.next_chunk(a).frames)
+        pipeline.next_chunk(b)
+        pipeline.commit(b)
+        pipeline.commit(a)
+    assert all(torch.equal(x, y) for x, y in zip(alone, mixed, strict=True))
+
+
+def test_the_owed_context_pass_is_made_up(pipeline: Pipeline) -> None:
+    explicit = run(pipeline, pipeline.open("a red ball", seed=3), 4)
+    state = pipeline.open("a red ball", seed=3)
+    owed = [pipeline.next_chunk(state).frames for _ in range(4)]
+    assert all(torch.equal(x, y) for x, y in zip(explicit, owed, strict=True))
+
+
+@pytest.mark.parametrize("transition", ["soft", "recache", "cut"])
+def test_a_steer_takes_effect_at_the_chunk_it_names(pipeline: Pipeline, transition: Transition) -> None:
+    plain = run(pipeline, pipeline.open("a red ball", seed=3), 6)
+    state = pipeline.open("a red ball", seed=3)
+    before = run(pipeline, state, 3)
+    assert pipeline.steer(state, "a blue cube", transition) == 3
+    after = [pipeline.next_chunk(state) for _ in range(3)]
+    assert all(torch.equal(x, y) for x, y in zip(before, plain, strict=False))
+    assert not torch.equal(after[0].frames, plain[3])
+    cut = transition == "cut"
+    assert [chunk.discontinuity for chunk in after] == [cut, False, False]
+    assert [len(chunk.frames) for chunk in after] == [9 if cut else 12, 12, 12]
+    assert after[1].frame == after[0].frame + len(after[0].frames)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committed: bool) -> None:
+    """Rewriting the window is what a context pass over the same latents under the new prompt would have left."""
+    state = pipeline.open("a red ball", seed=3)
+    run(pipeline, state, 4)
+    pipeline.next_chunk(state)
+    if committed:
+        pipeline.commit(state)
+    kept = [*state.recent, *([] if committed else [state.uncommitted])][-2:]
+    pipeline.steer(state, "a blue cube", "recache")
+    other = pipeline.open("a blue cube", seed=3)
+    with torch.inference_mode():
+        pipeline._cross_boundary(state)
+        other.cache.reset(9)
+        for chunk, latents in zip((3, 4), kept, strict=True):
+            assert latents is not None
+            pipeline._write(other, latents, chunk, other.text_kv)
+    assert state.cache.start_frame == other.cache.start_frame == 15
+    span = slice(0, 2 * state.cache.chunk_tokens)
+    assert torch.equal(state.cache.keys[:, :, span], other.cache.keys[:, :, span])
+    assert torch.equal(state.cache.values[:, :, span], other.cache.values[:, :, span])
+
+
+def test_cut_forgets_the_old_scene(pipeline: Pipeline) -> None:
+    histories = []
+    for first in ("a red ball", "a cube"):
+        state = pipeline.open(first, seed=3)
+        run(pipeline, state, 3)
+        pipeline.steer(state, "a blue cube", "cut")
+        histories.append(run(pipeline, state, 3))
+    assert all(torch.equal(x, y) for x, y in zip(*histories, strict=True))
+
+
+def test_soft_blends_over_its_chunks(pipeline: Pipeline) -> None:
+    state = pipeline.open("a red ball", seed=3)
+    start, goal = state.text, pipeline.encode_prompt("a blue cube")
+    run(pipeline, state, 2)
+    pipeline.steer(state, "a blue cube", "soft")
+    pipeline.next_chunk(state)
+    assert torch.allclose(state.text, (start + goal) / 2, atol=1e-6)
+    pipeline.next_chunk(state)
+    assert torch.equal(state.text, goal)
+    assert state.blend_to is None
+
+
+def test_the_newest_waiting_steer_wins(pipeline: Pipeline) -> None:
+    outs = []
+    for prompts in (["a cube", "a blue cube"], ["a blue cube"]):
+        state = pipeline.open("a red ball", seed=3)
+        run(pipeline, state, 2)
+        for prompt in prompts:
+            pipeline.steer(state, prompt, "recache")
+        outs.append(pipeline.next_chunk(state).frames)
+    assert torch.equal(outs[0], outs[1])
+
+
+def test_a_resumed_stream_continues_the_clock(pipeline: Pipeline) -> None:
+    state = pipeline.open("a red ball", seed=3, chunk=10, frame=117)
+    first, second = pipeline.next_chunk(state), pipeline.next_chunk(state)
+    assert (first.index, first.frame, len(first.frames), first.discontinuity) == (10, 117, 9, True)
+    assert (second.index, second.frame) == (11, 126)
+
+
+def test_values_that_are_not_finite_end_the_stream(pipeline: Pipeline) -> None:
+    state = pipeline.open("a red ball", seed=3)
+    pipeline.dit.head.head.bias.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="chunk 0"):
+        pipeline.next_chunk(state)
+
+
+def test_state_does_not_grow(pipeline: Pipeline) -> None:
+    state = pipeline.open("a red ball", seed=3)
+    run(pipeline, state, 4)
+    size = state.cache.bytes()
+    run(pipeline, state, 4)
+    assert state.cache.bytes() == size
+    assert len(state.recent) == 2
+    assert state.memories is not None and len(state.memories) == 4

@@ -1,0 +1,176 @@
+"""The process loop over a real socket, on the toy pipeline."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from engine import wire
+from engine.pipeline import Pipeline
+from engine.worker import Wire, Worker
+
+
+class Gateway:
+    """The other end of the socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.socket = socket
+
+    def send(self, message: wire.Message) -> None:
+        self.socket.send(wire.encode(message))
+
+    def receive(self, *, beats: bool = False) -> tuple[wire.ToGateway, bytes | None]:
+        while True:
+            assert self.socket.poll(20_000), "nothing came"
+            parts = self.socket.recv_multipart()
+            message = wire.decode_to_gateway(parts[0])
+            if beats or not isinstance(message, wire.Heartbeat):
+                return message, parts[1] if len(parts) > 1 else None
+
+    def expect(self, kind: type[wire.Message]) -> wire.ToGateway:
+        message, _ = self.receive()
+        assert isinstance(message, kind), message
+        return message
+
+    def nothing(self) -> bool:
+        """No message but heartbeats within a moment."""
+        while self.socket.poll(300):
+            if not isinstance(wire.decode_to_gateway(self.socket.recv_multipart()[0]), wire.Heartbeat):
+                return False
+        return True
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, pipeline: Pipeline) -> Iterator[Gateway]:
+    address = f"ipc://{tmp_path}/engine.sock"
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(address)
+    link = Wire(address, parent=None)
+    link.start()
+    loop = threading.Thread(target=Worker(pipeline, link).run)
+    loop.start()
+    gateway = Gateway(socket)
+    yield gateway
+    gateway.send(wire.Shutdown())
+    loop.join(timeout=20)
+    assert not loop.is_alive()
+    link.finish()
+    assert not link.is_alive()
+    socket.close()
+    context.term()
+
+
+def opened(gateway: Gateway, name: str = "s", limit: int = 0, **options: int) -> None:
+    gateway.send(wire.Open(name, "toy", "a red ball", 7, **options))
+    if limit:
+        gateway.send(wire.Credit(name, limit, 0.5))
+        gateway.expect(wire.Started)
+
+
+def frames(gateway: Gateway) -> tuple[wire.Frames, np.ndarray]:
+    message, payload = gateway.receive()
+    assert isinstance(message, wire.Frames), message
+    assert payload is not None
+    pixels = np.frombuffer(payload, np.uint8).reshape(message.frames, message.height, message.width, 3)
+    return message, pixels
+
+
+def test_credit_bounds_generation(gateway: Gateway) -> None:
+    opened(gateway)
+    assert gateway.nothing()
+    gateway.send(wire.Credit("s", 2, 0.5))
+    gateway.expect(wire.Started)
+    assert [frames(gateway)[0].chunk for _ in range(2)] == [0, 1]
+    assert gateway.nothing()
+    gateway.send(wire.Credit("s", 2, 0.5))  # cumulative: the same limit again allows nothing
+    assert gateway.nothing()
+    gateway.send(wire.Credit("s", 3, 0.5))
+    message, pixels = frames(gateway)
+    assert (message.chunk, message.pts, message.frames) == (2, 21 * 5625, 12)
+    assert pixels.shape == (12, 64, 64, 3) and pixels.std() > 0
+
+
+def test_the_clip_is_trimmed_and_ends(gateway: Gateway) -> None:
+    opened(gateway, limit=9, max_frames=15)
+    counts = [frames(gateway)[0].frames for _ in range(2)]
+    assert counts == [9, 6]
+    ended = gateway.expect(wire.Ended)
+    assert ended == wire.Ended("s", "finished")
+
+
+def test_steer_is_answered_and_marked(gateway: Gateway) -> None:
+    opened(gateway, limit=1)
+    frames(gateway)
+    gateway.send(wire.Steer("s", 41, "a blue cube", "cut"))
+    assert gateway.expect(wire.Steered) == wire.Steered("s", 41, 1)
+    gateway.send(wire.Credit("s", 3, 0.5))
+    first, second = frames(gateway)[0], frames(gateway)[0]
+    assert (first.chunk, first.applied, first.discontinuity) == (1, 41, True)
+    assert (second.applied, second.discontinuity) == (None, False)
+
+
+def test_unknown_streams_and_models_are_refused(gateway: Gateway) -> None:
+    gateway.send(wire.Steer("ghost", 5, "a cube", "soft"))
+    fault = gateway.expect(wire.Fault)
+    assert isinstance(fault, wire.Fault) and (fault.stream, fault.event) == ("ghost", 5)
+    gateway.send(wire.Open("x", "other", "a cube", 1))
+    fault = gateway.expect(wire.Fault)
+    assert isinstance(fault, wire.Fault) and fault.code == "model_not_found" and "toy" in fault.message
+    gateway.send(wire.Close("ghost"))
+    gateway.send(wire.Credit("ghost", 4, 0.1))
+    assert gateway.nothing()
+
+
+def test_garbage_does_no_harm(gateway: Gateway) -> None:
+    for data in (b"", b"\x80\x04.", b"\xc1" * 1000):
+        gateway.socket.send(data)
+    opened(gateway, limit=1)
+    assert frames(gateway)[0].chunk == 0
+
+
+def test_close_frees_and_others_go_on(gateway: Gateway) -> None:
+    opened(gateway, "a", limit=1)
+    frames(gateway)
+    opened(gateway, "b", limit=1)
+    frames(gateway)
+    gateway.send(wire.Close("a"))
+    assert gateway.expect(wire.Ended) == wire.Ended("a", "closed")
+    gateway.send(wire.Credit("a", 9, 0.1))
+    gateway.send(wire.Credit("b", 2, 0.1))
+    assert frames(gateway)[0].stream == "b"
+    assert gateway.nothing()
+
+
+def test_a_failing_stream_leaves_others_unharmed(gateway: Gateway, pipeline: Pipeline) -> None:
+    opened(gateway, "a", limit=1)
+    frames(gateway)
+    opened(gateway, "b", limit=1)
+    frames(gateway)
+    healthy: Callable[..., object] = pipeline.next_chunk
+    failing = {7: True}
+
+    def next_chunk(state):  # type: ignore[no-untyped-def]
+        if failing.pop(state.seed, False):
+            raise RuntimeError("CUDA error: an illegal access at 0x7f00")
+        return healthy(state)
+
+    pipeline.next_chunk = next_chunk  # type: ignore[method-assign]
+    gateway.send(wire.Credit("a", 2, 0.1))
+    fault = gateway.expect(wire.Fault)
+    assert isinstance(fault, wire.Fault)
+    assert (fault.stream, fault.code) == ("a", "generation_failed") and "0x7f00" not in fault.message
+    gateway.send(wire.Credit("b", 2, 0.1))
+    assert frames(gateway)[0].stream == "b"
+
+
+def test_heartbeats_go_out_while_idle(gateway: Gateway) -> None:
+    message, _ = gateway.receive(beats=True)
+    assert isinstance(message, wire.Heartbeat)
+    assert message.resident_bytes > 0
+    message, _ = gateway.receive(beats=True)
+    assert isinstance(message, wire.Heartbeat) and message.step_age < 5

@@ -1,0 +1,129 @@
+"""A gateway on a loopback port with a pretended engine, inside the test's own event loop."""
+
+import asyncio
+import contextlib
+import json
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+
+from server.__main__ import Server, listen, uvicorn_config
+from server.backends.fake import FakeBackend
+from server.config import Config
+from server.streams import Streams
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass
+class Watched:
+    """What a viewer was sent."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[tuple[float, bytes]] = field(default_factory=list)
+    """Arrival time on the loop's clock, packet."""
+    order: list[str] = field(default_factory=list)
+    """Event types and "frame", as they came."""
+    close_code: int | None = None
+
+    def of(self, type: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["type"] == type]
+
+    @property
+    def pts(self) -> list[int]:
+        return [struct.unpack("!BBHHHQ", packet[:16])[5] for _, packet in self.frames]
+
+
+@dataclass
+class Gateway:
+    address: str
+    backend: FakeBackend
+    streams: Streams
+    http: httpx.AsyncClient
+
+    async def open(self, prompt: str = "a red ball", **fields: Any) -> dict[str, Any]:
+        response = await self.http.post("/v1/streams", json={"prompt": prompt, **fields})
+        assert response.status_code == 201, response.text
+        return response.json()
+
+    async def get(self, stream: dict[str, Any]) -> dict[str, Any]:
+        return (await self.http.get(f"/v1/streams/{stream['id']}")).json()
+
+    async def patch(self, stream: dict[str, Any], **fields: Any) -> httpx.Response:
+        return await self.http.patch(f"/v1/streams/{stream['id']}", json=fields)
+
+    def connect(self, stream: dict[str, Any], query: str = "", **options: Any) -> websockets.connect:
+        return websockets.connect(stream["ws_url"] + query, compression=None, **options)
+
+    async def watch(
+        self,
+        stream: dict[str, Any],
+        query: str = "",
+        *,
+        until: Callable[[Watched], bool] = lambda _: False,
+        seen: Watched | None = None,
+    ) -> Watched:
+        """Read until the socket closes or `until` says enough."""
+        seen = seen or Watched()
+        loop = asyncio.get_running_loop()
+        async with self.connect(stream, query) as socket:
+            try:
+                while not until(seen):
+                    item = await asyncio.wait_for(socket.recv(), 10)
+                    if isinstance(item, str):
+                        event = json.loads(item)
+                        seen.events.append(event)
+                        seen.order.append(event["type"])
+                    else:
+                        seen.frames.append((loop.time(), item))
+                        seen.order.append("frame")
+            except websockets.ConnectionClosed as closed:
+                seen.close_code = closed.rcvd.code if closed.rcvd else None
+        return seen
+
+    async def until(self, condition: Callable[[], Awaitable[bool] | bool], seconds: float = 5.0) -> None:
+        """Wait for something to become true."""
+        async with asyncio.timeout(seconds):
+            while True:
+                result = condition()
+                if result if isinstance(result, bool) else await result:
+                    return
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def gateway(backend: FakeBackend | None = None, *, ready: bool = True, **settings: Any) -> AsyncIterator[Gateway]:
+    backend = backend or FakeBackend(width=64, height=48, chunk_seconds=0.02)
+    config = Config(port=0, **settings)
+    listener = listen(config.host, 0)
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    uvicorn_settings, streams = uvicorn_config(config, backend)
+    server = Server(uvicorn_settings, streams)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as client:
+            running = Gateway(address, backend, streams, client)
+            await running.until(lambda: server.started)
+            if ready:
+                await running.until(lambda: backend.health().ready)
+            yield running
+    finally:
+        server.should_exit = True
+        await task
+        # Whoever forgets a task of a stream fails here.
+        left = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("player")]
+        assert left == []
+
+
+@pytest.fixture
+def run_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[Gateway]]:
+    """Start a gateway: `async with run_gateway(backend, idle_timeout_s=1) as gateway`."""
+    return gateway

@@ -1,0 +1,122 @@
+"""The command line, and the process as an operator sees it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from server.config import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process once it is ready, and its address."""
+    command = [sys.executable, "-m", "server", "--backend", "fake", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        ready = re.fullmatch(r"Livereel is ready: open (http://127\.0\.0\.1:\d+/)\n", line)
+        assert ready, line
+        yield process, ready[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_ready_line_and_orderly_end(sig: signal.Signals) -> None:
+    with gateway() as (process, address):
+        assert httpx.get(address + "readyz").status_code == 200
+        assert "Livereel" in httpx.get(address).text
+        stream = httpx.post(address + "v1/streams", json={"prompt": "a very private ball"}).json()
+        with connect(stream["ws_url"]) as viewer:
+            viewer.recv()
+            process.send_signal(sig)
+            items = list(viewer)
+        assert '"reason":"shutdown"' in items[-1]
+        output, log = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert output == ""  # nothing but the one line
+        assert "private" not in log
+        assert "Traceback" not in log
+
+
+def test_a_connection_that_is_open_does_not_keep_it() -> None:
+    with gateway() as (process, address):
+        host, port = re.findall(r"//(.*):(\d+)", address)[0]
+        with socket.create_connection((host, int(port))) as idle:
+            idle.sendall(b"GET / HTTP/1.1\r\n")
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=10)
+            assert process.returncode == 0
+            assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "--insecure"),
+        (["--host", "192.0.2.1"], "no authentication"),
+        (["--port", "70000"], "70000"),
+        (["--port", "x"], "invalid int"),
+        (["--engine-threads", "0"], "engine-threads"),
+        (["--idle-timeout", "nan"], "idle-timeout"),
+        (["--queue-limit", "-1"], "queue-limit"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        Config.from_arguments(arguments, {})
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings() -> None:
+    assert Config.from_arguments([], {}) == Config()
+    given = Config.from_arguments(
+        ["--port", "1", "--model", "wan", "--engine-threads", "2"], {"LIVEREEL_PORT": "9", "LIVEREEL_IDLE_TIMEOUT": "5"}
+    )
+    assert (given.port, given.model, given.engine_threads, given.idle_timeout_s) == (1, "wan", 2, 5.0)
+    assert Config.from_arguments(["--host", "0.0.0.0", "--insecure"], {}).host == "0.0.0.0"
+    for loopback in ("localhost", "127.0.0.2", "::1"):
+        assert Config(host=loopback).host == loopback
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "server", "--backend", "fake", "--port", str(taken.getsockname()[1])]
+        result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert result.returncode == 1
+    assert result.stderr.startswith("cannot listen on 127.0.0.1:")
+
+
+def test_an_engine_that_never_comes_up_ends_the_gateway(tmp_path: Path) -> None:
+    # An `engine` package that shadows the real one: it refuses its command line.
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'engine')!r})")
+    (tmp_path / "engine" / "__main__.py").write_text("raise SystemExit(2)")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "server", "--port", "0"]
+    result = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=30
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "refuses its command line" in result.stderr

@@ -1,0 +1,238 @@
+"""Supervision of a real child process that plays the engine, well and badly."""
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from engine import wire
+from server.backends import local
+from server.backends.base import EngineEvent, Lost
+from server.backends.local import LocalBackend
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, str(Path(__file__).with_name("stub_engine.py")))
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+class Heard:
+    """What the backend delivered."""
+
+    def __init__(self) -> None:
+        self.events: list[EngineEvent] = []
+        self.pixels = b""
+        self._news = asyncio.Event()
+
+    def __call__(self, event: EngineEvent, pixels: bytes) -> None:
+        if not isinstance(event, wire.Heartbeat):
+            self.events.append(event)
+        self.pixels = pixels or self.pixels
+        self._news.set()
+
+    async def until(self, *types: type) -> None:
+        """Wait for exactly these events, in this order."""
+        async with asyncio.timeout(15):
+            while len(self.events) < len(types):
+                self._news.clear()
+                await self._news.wait()
+        assert [type(event) for event in self.events] == list(types)
+
+
+@asynccontextmanager
+async def engine(behaviour: str, **options: object) -> AsyncIterator[tuple[LocalBackend, Heard]]:
+    settings = {"silent_seconds": 5.0, "hung_seconds": 0.5, "backoff_seconds": (0.02, 0.05), **options}
+    backend, heard = LocalBackend(behaviour, command=COMMAND, **settings), Heard()
+    await backend.start(heard)
+    try:
+        yield backend, heard
+    finally:
+        await backend.stop()
+        assert backend.pid is None
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def test_a_stream_there_and_back() -> None:
+    async with engine("good", threads=3) as (backend, heard):
+        assert not backend.health().ready
+        await heard.until(wire.Ready)
+        ready = heard.events[0]
+        assert isinstance(ready, wire.Ready)
+        assert ready.models[0].description == "3 threads"
+        assert backend.health().ready
+        assert backend.health().generation == 1
+        backend.send(wire.Open("a", "mini", "a ball", 1))
+        backend.send(wire.Credit("a", 1, 0.5))
+        await heard.until(wire.Ready, wire.Started, wire.Frames)
+        assert heard.pixels == bytes(range(96))
+        backend.send(wire.Close("a"))
+        await heard.until(wire.Ready, wire.Started, wire.Frames, wire.Ended)
+        pid = backend.pid
+        assert pid is not None
+    assert gone(pid)
+
+
+async def test_the_socket_is_private_and_tidied_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
+    async with engine("good") as (_, heard):
+        await heard.until(wire.Ready)
+        (directory,) = tmp_path.iterdir()
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert [path.name for path in directory.iterdir()] == ["engine.sock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_garbage_is_dropped_and_the_rest_still_counts(caplog: pytest.LogCaptureFixture) -> None:
+    async with engine("garbage") as (backend, heard):
+        await heard.until(wire.Ready)
+        assert caplog.text.count("malformed") == 8
+        assert backend.health().ready
+
+
+async def test_a_killed_engine_is_replaced() -> None:
+    async with engine("good") as (backend, heard):
+        await heard.until(wire.Ready)
+        pid = backend.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        lost = heard.events[1]
+        assert isinstance(lost, Lost)
+        assert lost.retrying
+        assert "killed by signal 9" in lost.reason
+        assert backend.pid != pid
+        assert backend.health().generation == 2
+
+
+async def test_a_stopped_engine_falls_silent_and_is_replaced() -> None:
+    async with engine("good", silent_seconds=1.0) as (backend, heard):
+        await heard.until(wire.Ready)
+        pid = backend.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        local_stop, local.STOP_SECONDS = local.STOP_SECONDS, 0.1
+        try:
+            await heard.until(wire.Ready, Lost, wire.Ready)
+        finally:
+            local.STOP_SECONDS = local_stop
+        lost = heard.events[1]
+        assert isinstance(lost, Lost)
+        assert "silent" in lost.reason
+        assert gone(pid)
+
+
+async def test_an_engine_that_hangs_with_work_to_do_is_replaced() -> None:
+    async with engine("hangs") as (backend, heard):
+        await heard.until(wire.Ready)
+        backend.send(wire.Open("a", "mini", "a ball", 1))
+        backend.send(wire.Credit("a", 1, 0.5))
+        await heard.until(wire.Ready, wire.Started, Lost, wire.Ready)
+        lost = heard.events[2]
+        assert isinstance(lost, Lost)
+        assert "not moved" in lost.reason
+
+
+async def test_a_still_engine_without_work_is_left_alone() -> None:
+    async with engine("hangs") as (backend, heard):
+        await heard.until(wire.Ready)
+        backend.send(wire.Open("a", "mini", "a ball", 1))
+        backend.send(wire.Credit("a", 0, 0.5))  # the clock of the stub stands still, but nothing is allowed
+        await asyncio.sleep(1.0)
+        await heard.until(wire.Ready, wire.Started)
+
+
+async def test_a_crash_loop_is_given_up() -> None:
+    async with engine("dies") as (backend, heard):
+        await heard.until(Lost, Lost, Lost)
+        assert [event.retrying for event in heard.events if isinstance(event, Lost)] == [True, True, False]
+        assert not backend.health().ready
+        assert "status 7" in backend.health().reason
+        backend.send(wire.Open("a", "mini", "a ball", 1))  # goes nowhere, and does no harm
+        assert backend.pid is None
+
+
+async def test_a_crash_on_every_stream_is_a_crash_loop_too() -> None:
+    async with engine("crashes") as (backend, heard):
+        for times in range(1, 4):
+            await heard.until(*(wire.Ready, wire.Started, Lost) * (times - 1), wire.Ready)
+            backend.send(wire.Open("a", "mini", "a ball", 1))
+            await heard.until(*(wire.Ready, wire.Started, Lost) * times)
+        assert not backend.health().ready
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"), [("no-weights", "dit.safetensors is truncated"), ("usage", "command line")]
+)
+async def test_what_cannot_get_better_is_not_tried_again(behaviour: str, reason: str) -> None:
+    async with engine(behaviour) as (backend, heard):
+        async with asyncio.timeout(15):
+            while not any(isinstance(event, Lost) for event in heard.events):
+                await asyncio.sleep(0.02)
+        lost = heard.events[-1]
+        assert isinstance(lost, Lost)
+        assert not lost.retrying
+        assert reason in backend.health().reason
+
+
+async def test_another_protocol_is_refused() -> None:
+    async with engine("old") as (_, heard):
+        await heard.until(Lost, Lost, Lost)
+        assert isinstance(heard.events[0], Lost)
+        assert "protocol" in heard.events[0].reason
+
+
+async def test_a_program_that_does_not_exist() -> None:
+    backend, heard = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.01)), Heard()
+    await backend.start(heard)
+    await heard.until(Lost, Lost, Lost)
+    await backend.stop()
+
+
+async def test_stopping_does_not_wait_for_a_stubborn_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "STOP_SECONDS", 0.2)
+    async with engine("stubborn") as (backend, heard):
+        await heard.until(wire.Ready)
+        pid = backend.pid
+        assert pid is not None
+    assert gone(pid)
+
+
+async def test_the_engine_goes_when_the_gateway_is_killed() -> None:
+    code = (
+        "import asyncio, sys; from server.backends.local import LocalBackend\n"
+        "async def main():\n"
+        f"    backend = LocalBackend('good', command={COMMAND!r})\n"
+        "    await backend.start(lambda event, pixels: print(backend.pid, flush=True))\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert parent.stdout is not None
+        pid = int(await asyncio.to_thread(parent.stdout.readline))
+        assert not gone(pid)
+    finally:
+        parent.kill()
+        parent.communicate()
+    async with asyncio.timeout(5):
+        while not gone(pid):
+            await asyncio.sleep(0.02)
