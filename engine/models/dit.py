@@ -195,8 +195,9 @@ class CausalWan(nn.Module):
         """
         patches = self.patch_embedding(x)
         grid = patches.shape[2:]
-        tokens = patches.flatten(2).transpose(1, 2)
-        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(tokens.dtype))
+        # the residual stream has the parameters' precision, also where autocast runs the layers in another
+        tokens = patches.flatten(2).transpose(1, 2).to(self.head.modulation.dtype)
+        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, e6, text[layer], self_attend.at(layer))

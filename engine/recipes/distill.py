@@ -77,6 +77,7 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
     resumed = run.has("student")
     student, average = (base.load(run, "student" if resumed else "teacher", preset) for _ in range(2))
     student.text.requires_grad_(False)
+    pools.read(teacher.text, preset)
     average.requires_grad_(False)
     for model in (teacher, student, average):
         base.compile_blocks(model, device)
@@ -85,19 +86,18 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
     targets: list[Tensor] = [dict(average.named_parameters())[name] for name in ema.average]
     attend = base.forcing(preset, 1, base.CHUNKS, device)
     first_attend = base.forcing(preset, 0, 1, device)
-    null = base.null_ids(preset, device)
 
     def first_flow(model: base.Model, noisy: Tensor, sigma: Tensor, text: TextKV) -> Tensor:
         t = sigma[:, 0].repeat_interleave(preset.chunk, dim=1) * 1000
         return model.dit(noisy[:, 0], t, text, first_attend)[:, None]
 
-    def prompt_text(model: base.Model, ids: Tensor) -> TextKV:
-        return model.dit.encode_text(model.text(ids))
+    def prompt_text(model: base.Model, encoded: Tensor) -> TextKV:
+        return model.dit.encode_text(encoded)
 
     def null_text(model: base.Model, rows: int) -> TextKV:
         return [
             (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
-            for k, v in model.dit.encode_text(model.text(null[None]))
+            for k, v in model.dit.encode_text(pools.clips.null[None])
         ]
 
     step = 0
@@ -141,14 +141,15 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
             else:
                 index = torch.randint(0, len(pools.firsts), (first_batch,), device=device)
                 latents = pools.firsts.latents[index].float()
-                ids = pools.firsts.ids[index, 0, torch.randint(0, base.CAPTIONS, (first_batch,), device=device)]
+                wording = torch.randint(0, base.CAPTIONS, (first_batch,), device=device)
+                encoded = pools.firsts.text[index, 0, wording]
                 loss = consistency_loss(
                     student,
                     average,
                     teacher,
                     first_flow,
                     latents[:, None],
-                    partial(prompt_text, ids=ids),
+                    partial(prompt_text, encoded=encoded),
                     partial(null_text, rows=first_batch),
                     preset,
                     served,

@@ -173,8 +173,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 def vae_figures(bundle: train_vae.Bundle, clips: int, generator: torch.Generator) -> dict[str, float]:
     """PSNR (dB), SSIM and gradient energy ratio of both decoders over `clips` clips of 33 frames."""
     light_psnr, full_psnr, similar, energy, full_energy = [], [], [], [], []
+    batches = train_vae.frame_batches(4, 33, generator, ahead=1)
     for _ in range(clips // 4):
-        frames = train_vae.sample_frames(4, 33, generator)
+        frames = next(batches)
         target = frames.float() / 255
         z = bundle.encode(frames)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):

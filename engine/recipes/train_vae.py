@@ -7,6 +7,8 @@ normalised by running statistics that are stored with the weights and applied by
 Cost on one H100: about 4 minutes. Result: see `engine.recipes.evaluate`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from engine.recipes.optimizer import average_gradients
 from engine.recipes.run import EMA, Run, arguments, channels_last, learning_rate
 
 FRAMES = 9
-CLIPS = 16
+CLIPS = 32
 CROP = 192
 """Training sees random squares of this side, in pixels: the networks are convolutional."""
 FULL_EVERY = 4
@@ -55,15 +57,21 @@ class Statistics(nn.Module):
         return latents * self.std.view(shape) + self.mean.view(shape)
 
 
-def sample_frames(clips: int, frames: int, generator: torch.Generator) -> Tensor:
-    """uint8 [clips, frames, 3, H, W] of random training scenes, half of them steered inside the clip."""
-    before = world.sample_scenes(clips, generator, split="train", count_weights=(0.5, 0.3, 0.2))
-    after = world.steer_scenes(before, generator, split="train")
-    device = generator.device
-    start = torch.rand(clips, generator=generator, device=device) * 60
-    change = torch.randint(-12, 2 * frames, (clips,), generator=generator, device=device).float()
-    params = world.clip_params(before, after, change, world.sample_variation(clips, generator), frames, start)
-    return world.render(params.flatten(0, 1)).unflatten(0, (clips, frames))
+def frame_batches(clips: int, frames: int, generator: torch.Generator, ahead: int = 64) -> Iterator[Tensor]:
+    """Endless batches uint8 [clips, frames, 3, H, W] of random training scenes, half of them steered inside the clip.
+
+    The parameters of `ahead` batches are worked out at once: that takes a thousand small kernels however many clips
+    there are, which would otherwise be most of a training step.
+    """
+    count, device = clips * ahead, generator.device
+    while True:
+        before = world.sample_scenes(count, generator, split="train", count_weights=(0.5, 0.3, 0.2))
+        after = world.steer_scenes(before, generator, split="train")
+        start = torch.rand(count, generator=generator, device=device) * 60
+        change = torch.randint(-12, 2 * frames, (count,), generator=generator, device=device).float()
+        params = world.clip_params(before, after, change, world.sample_variation(count, generator), frames, start)
+        for part in params.split(clips):
+            yield world.render(part.flatten(0, 1)).unflatten(0, (clips, frames))
 
 
 def differences(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,12 +168,13 @@ def train_jointly(run: Run, bundle: Bundle, generator: torch.Generator, clips: i
     parameters = [p for p in bundle.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     ema = EMA(bundle, 0.998)
+    batches = frame_batches(clips, FRAMES, generator)
     step = 0
     while run.progress() < until:
         factor = learning_rate(run.progress() / until, step, warmup=200, decay_from=0.5)
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * factor
-        frames = random_crop(sample_frames(clips, FRAMES, generator), CROP)
+        frames = random_crop(next(batches), CROP)
         target = frames.float() / 255
         with torch.autocast(run.device.type, torch.bfloat16):
             latents = bundle.vae.encode(to_pixels(frames)).float()
@@ -194,12 +203,13 @@ def train_light(run: Run, bundle: Bundle, generator: torch.Generator, clips: int
     optimiser = torch.optim.AdamW(bundle.light.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     ema = EMA(bundle.light, 0.998)
     bundle.vae.requires_grad_(False)
+    batches = frame_batches(clips, FRAMES + 4, generator)
     step = 0
     while run.progress() < 1:
         share = (run.progress() - begun) / (1 - begun)
         for group in optimiser.param_groups:
             group["lr"] = 1.5e-3 * learning_rate(share, step, decay_from=0.3)
-        frames = random_crop(sample_frames(clips, FRAMES + 4, generator), CROP)
+        frames = random_crop(next(batches), CROP)
         target = frames.float() / 255
         with torch.autocast(run.device.type, torch.bfloat16):
             normal = bundle.encode(frames)
