@@ -179,7 +179,7 @@ FN V3 sky(const float* P, V3 d) {
         int ix = (int)fx, iy = (int)fy;
         float a = x - fx - 0.25f - 0.5f * hash(ix, iy), b = y - fy - 0.25f - 0.5f * hash(ix + 31, iy);
         float bright = fmaxf(hash(ix, iy + 57) - 0.55f, 0.0f) * 1.6f;
-        c = c + vec(0.9f, 0.95f, 1.0f) * (starry * bright * expf(-150.0f * (a * a + b * b)));
+        c = c + vec(0.9f, 0.95f, 1.0f) * (starry * bright * expf(-90.0f * (a * a + b * b)));
     }
     if (w[2] > 0.0f) {
         float r = sqrtf(square(u - 0.30f) + square(v - 0.21f));
@@ -244,15 +244,15 @@ FN V3 ground(const float* P, V3 origin, V3 ray, float t, float pixel) {
         float a = cosf(2.1f * x + 1.2f * z + f[0]), b = cosf(-1.5f * x + 2.7f * z + f[1]);
         float d = cosf(4.6f * x + 2.0f * z + f[2]), e = cosf(-3.1f * x + 5.2f * z + f[3]);
         float slow = fade(footprint, 1.6f), fast = fade(footprint, 0.9f);
-        float nx = 0.055f * slow * (2.1f * a - 1.5f * b) * 0.45f + 0.020f * fast * (4.6f * d - 3.1f * e) * 0.45f;
-        float nz = 0.055f * slow * (1.2f * a + 2.7f * b) * 0.45f + 0.020f * fast * (2.0f * d + 5.2f * e) * 0.45f;
+        float nx = 0.055f * slow * (2.1f * a - 1.5f * b) * 0.45f + 0.012f * fast * (4.6f * d - 3.1f * e) * 0.45f;
+        float nz = 0.055f * slow * (1.2f * a + 2.7f * b) * 0.45f + 0.012f * fast * (2.0f * d + 5.2f * e) * 0.45f;
         V3 n = unit(vec(-nx, 1.0f, -nz));
         float facing = fmaxf(-dot(ray, n), 0.0f);
         V3 mirror = ray + n * (2.0f * facing);
         mirror.y = fabsf(mirror.y);
         float fresnel = 0.10f + 0.75f * square(square(1.0f - facing));
         V3 deep = vec(0.016f, 0.13f, 0.22f) * (load(P + P_GROUND_KEY) + load(P + P_GROUND_AMBIENT));
-        V3 wet = mix(deep, sky(P, mirror), fresnel);
+        V3 wet = mix(deep, gradient(P, mirror.y), fresnel);
         float glint = fmaxf(dot(mirror, vec(-light.x, light.y, -light.z)), 0.0f);
         glint = square(square(square(glint)));
         wet = wet + load(P + P_GROUND_KEY) * (0.25f * glint);

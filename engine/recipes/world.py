@@ -763,7 +763,7 @@ class _Frame:
             ix, iy = fx.long(), fy.long()
             a, b = x - fx - 0.25 - 0.5 * _hash(ix, iy), y - fy - 0.25 - 0.5 * _hash(ix + 31, iy)
             bright = (_hash(ix, iy + 57) - 0.55).clamp(min=0) * 1.6
-            glow = starry * bright * torch.exp(-150.0 * (a * a + b * b))
+            glow = starry * bright * torch.exp(-90.0 * (a * a + b * b))
             c = c.plus(_V3(0.9 * glow, 0.95 * glow, glow))
         if w[2] > 0:
             r = torch.sqrt((u - 0.30).square() + (v - 0.21).square())
@@ -821,7 +821,7 @@ class _Frame:
             f = self.list("WAVES")
             a, b = torch.cos(2.1 * x + 1.2 * z + f[0]), torch.cos(-1.5 * x + 2.7 * z + f[1])
             d, e = torch.cos(4.6 * x + 2.0 * z + f[2]), torch.cos(-3.1 * x + 5.2 * z + f[3])
-            slow, fast = 0.055 * 0.45 * fade(1.6), 0.020 * 0.45 * fade(0.9)
+            slow, fast = 0.055 * 0.45 * fade(1.6), 0.012 * 0.45 * fade(0.9)
             nx = slow * (2.1 * a - 1.5 * b) + fast * (4.6 * d - 3.1 * e)
             nz = slow * (1.2 * a + 2.7 * b) + fast * (2.0 * d + 5.2 * e)
             normal = _V3(-nx, torch.ones_like(nx), -nz).unit()
@@ -829,7 +829,7 @@ class _Frame:
             mirror = ray.plus(normal.times(2 * facing))
             mirror = _V3(mirror.x, mirror.y.abs(), mirror.z)
             fresnel = 0.10 + 0.75 * (1 - facing).square().square()
-            wet = _V3(0.016, 0.13, 0.22).tinted(key.plus(ambient)).mix(self.sky(mirror), fresnel)
+            wet = _V3(0.016, 0.13, 0.22).tinted(key.plus(ambient)).mix(self.gradient(mirror.y), fresnel)
             glint = mirror.dot(_V3(-self.light.x, self.light.y, -self.light.z)).clamp(min=0)
             glint = 0.25 * glint.square().square().square()
             wet = wet.plus(_V3(key.x * glint, key.y * glint, key.z * glint))
