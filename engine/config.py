@@ -84,7 +84,7 @@ MINI = Preset(
     width=256,
     height=256,
     fps=16,
-    dit=DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=256, patch=(1, 4, 4)),
+    dit=DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=256, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=512, dim=256, ffn_dim=512, num_heads=4, head_dim=64, num_layers=4, length=64),
     light_vae=LightVAEConfig(),
     vae=VAEConfig(),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset
-from engine.models.dit import CausalWan, TextKV
+from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Pipeline:
         """
         self._cross_boundary(state)
         fresh = state.memories is None
-        latents = denoise_chunk(self.dit, self.rollout, state.cache, state.text_kv, [state.seed], state.chunk)
+        latents = denoise_chunk(self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk)
         if not torch.isfinite(latents).all():
             raise NotFiniteError(f"chunk {state.chunk} has values that are not finite")
         frames = self.decode(latents, state)
@@ -109,11 +109,11 @@ class Pipeline:
         if state.uncommitted is None:
             return
         latents, state.uncommitted = state.uncommitted, None
-        self._write(state, latents, state.chunk - 1, state.text_kv)
+        self._write(state, latents, state.chunk - 1, state.context)
         self._remember(state, latents)
 
-    def _write(self, state: StreamState, latents: Tensor, chunk: int, text_kv: TextKV) -> None:
-        commit_chunk(self.dit, self.rollout, state.cache, text_kv, latents, [state.seed], chunk)
+    def _write(self, state: StreamState, latents: Tensor, chunk: int, context: TextContext) -> None:
+        commit_chunk(self.dit, self.rollout, state.cache, context, latents, [state.seed], chunk)
 
     def _remember(self, state: StreamState, latents: Tensor) -> None:
         past = self.preset.window // self.preset.chunk - 1
@@ -143,7 +143,7 @@ class Pipeline:
 
     def _set_text(self, state: StreamState, text: Tensor) -> None:
         state.text = text
-        state.text_kv = self.dit.encode_text(text)
+        state.context = self.dit.encode_text(text)
 
     def _recache(self, state: StreamState) -> None:
         """Rewrite the K and V of the window's latents under the new text, in order and at their old positions."""
@@ -155,7 +155,7 @@ class Pipeline:
         end = state.cache.start_frame + (0 if committed else self.preset.chunk)
         state.cache.reset(end - count * self.preset.chunk)
         for position, latents in enumerate(state.recent):
-            self._write(state, latents, state.chunk - count + position, state.text_kv)
+            self._write(state, latents, state.chunk - count + position, state.context)
 
     def _cut(self, state: StreamState) -> None:
         """A fresh scene: nothing of the old one is seen again."""

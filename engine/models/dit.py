@@ -31,6 +31,8 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
     eps: float = 1e-6
+    pooled_text: bool = False
+    """A linear layer adds the prompt's mean to the time embedding: what binds words to pictures in a small model."""
 
     @property
     def head_dim(self) -> int:
@@ -48,8 +50,35 @@ class SelfAttend(Protocol):
         """The attention of one layer."""
 
 
-TextKV = list[tuple[Tensor, Tensor]]
-"""Per layer, the cross-attention K and V of a prompt: [B, L, heads, head_dim] each; made once per prompt."""
+@dataclass(frozen=True)
+class TextContext:
+    """What the transformer reads of prompts, made once for each of the G prompts."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    """The cross-attention K and V of every layer, [G, L, heads, head_dim] each."""
+    pooled: Tensor
+    """[G, dim]: added to the time embedding; zero where the model has no such path."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
+        """The same context with every tensor changed, all along their first axis."""
+        return TextContext([(change(k), change(v)) for k, v in self.layers], change(self.pooled))
+
+
+def pool_text(text: Tensor) -> Tensor:
+    """Mean of text [G, L, D] over the positions that are not padding, which are zero: [G, D]."""
+    present = (text != 0).any(dim=-1, keepdim=True)
+    return text.sum(dim=1) / present.sum(dim=1).clamp(min=1)
+
+
+class NoPooledText(nn.Module):
+    """The public Wan models read text by cross-attention alone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled.new_zeros(len(pooled), self.dim)
 
 
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
@@ -173,15 +202,17 @@ class CausalWan(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.text_pool = nn.Linear(config.text_dim, dim, bias=False) if config.pooled_text else NoPooledText(dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
-    def encode_text(self, text: Tensor) -> TextKV:
-        """Cross-attention K and V of text [B, L, text_dim], whose padding positions are zero, for every layer."""
+    def encode_text(self, text: Tensor) -> TextContext:
+        """The context of text [G, L, text_dim], whose padding positions are zero."""
         context = self.text_embedding(text)
-        return [block.cross_attn.keys_values(context) for block in cast(Iterable[Block], self.blocks)]
+        layers = [block.cross_attn.keys_values(context) for block in cast(Iterable[Block], self.blocks)]
+        return TextContext(layers, self.text_pool(pool_text(text)))
 
-    def forward(self, x: Tensor, t: Tensor, text: TextKV, self_attend: SelfAttend) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, self_attend: SelfAttend) -> Tensor:
         """The flow of every frame.
 
         Args:
@@ -198,9 +229,11 @@ class CausalWan(nn.Module):
         # the residual stream has the parameters' precision, also where autocast runs the layers in another
         tokens = patches.flatten(2).transpose(1, 2).to(self.head.modulation.dtype)
         e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
+        runs = len(text.pooled) // len(x)
+        e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, e6, text[layer], self_attend.at(layer))
+            tokens = block(tokens, e6, text.layers[layer], self_attend.at(layer))
         return self.unpatchify(self.head(tokens, e), *grid)
 
     def unpatchify(self, tokens: Tensor, frames: int, rows: int, columns: int) -> Tensor:

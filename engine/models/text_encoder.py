@@ -52,9 +52,3 @@ class TextEncoder(nn.Module):
         mask = ids != 0
         hidden: Tensor = self.umt5(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return hidden * mask.unsqueeze(-1).to(hidden.dtype)
-
-
-def pool(text: Tensor) -> Tensor:
-    """Mean of text [B, L, dim] over the positions that are not padding."""
-    present = (text != 0).any(dim=-1, keepdim=True)
-    return text.sum(dim=1) / present.sum(dim=1).clamp(min=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset
-from engine.models.dit import TextKV
+from engine.models.dit import TextContext
 from engine.recipes import teacher as base
 from engine.recipes.optimizer import MuonAdamW
 from engine.recipes.run import EMA, Run, learning_rate
@@ -25,7 +25,7 @@ from engine.stream.schedule import shifted_sigma
 GRID = 16
 GUIDANCE = 2.0
 
-Flow = Callable[[base.Model, Tensor, Tensor, TextKV], Tensor]
+Flow = Callable[[base.Model, Tensor, Tensor, TextContext], Tensor]
 """(model, noisy [B, K, C, F, h, w], sigma [B, K, chunks], text) -> flow, same shape as noisy."""
 
 
@@ -35,8 +35,8 @@ def consistency_loss(
     teacher: base.Model,
     flow: Flow,
     latents: Tensor,
-    text: Callable[[base.Model], TextKV],
-    null: Callable[[base.Model], TextKV],
+    text: Callable[[base.Model], TextContext],
+    null: Callable[[base.Model], TextContext],
     preset: Preset,
     served: float,
     weight: Tensor,
@@ -87,22 +87,19 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
     attend = base.forcing(preset, 1, base.CHUNKS, device)
     first_attend = base.forcing(preset, 0, 1, device)
 
-    def first_flow(model: base.Model, noisy: Tensor, sigma: Tensor, text: TextKV) -> Tensor:
+    def first_flow(model: base.Model, noisy: Tensor, sigma: Tensor, text: TextContext) -> Tensor:
         t = sigma[:, 0].repeat_interleave(preset.chunk, dim=1) * 1000
         return model.dit(noisy[:, 0], t, text, first_attend)[:, None]
 
-    def prompt_text(model: base.Model, encoded: Tensor) -> TextKV:
+    def prompt_text(model: base.Model, encoded: Tensor) -> TextContext:
         return model.dit.encode_text(encoded)
 
-    def null_text(model: base.Model, rows: int) -> TextKV:
-        return [
-            (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
-            for k, v in model.dit.encode_text(pools.clips.null[None])
-        ]
+    def null_text(model: base.Model, rows: int) -> TextContext:
+        return model.dit.encode_text(pools.clips.null[None]).map(lambda x: x.expand(rows, *x.shape[1:]))
 
     step = 0
     totals = {"clip": torch.zeros((), device=device), "first": torch.zeros((), device=device)}
-    while run.progress() < 1:
+    while step == 0 or run.progress() < 1:
         progress = run.progress()
         served = 0.0 if progress < 0.4 and not resumed else 0.5
         full = step % 2 == 0
@@ -120,7 +117,7 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
                     model: base.Model,
                     noisy: Tensor,
                     sigma: Tensor,
-                    text: TextKV,
+                    text: TextContext,
                     context: Tensor = context,
                     level: Tensor = context_sigma,
                 ) -> Tensor:

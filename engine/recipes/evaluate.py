@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import MINI, Preset
-from engine.models.dit import CausalWan, TextKV
+from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ READ_FROM = 2
 """First chunk of the two that are read: past the start."""
 STEER_AT = 3
 
-Sampler = Callable[[TextKV, KVCache, Tensor], Tensor]
+Sampler = Callable[[TextContext, KVCache, Tensor], Tensor]
 """(text, cache, start noise [B, C, F, h, w]) -> clean latents of the chunk."""
 
 
@@ -113,7 +113,7 @@ class Generator:
                     self._commit(kv, cache, out[-1])
         return torch.cat(out, dim=2)
 
-    def _chunk(self, kvs: list[TextKV], caches: list[KVCache], batch: int) -> Tensor:
+    def _chunk(self, kvs: list[TextContext], caches: list[KVCache], batch: int) -> Tensor:
         if self.guidance == 1:
             return few_step(
                 lambda x, sigma: forward(self.dit, x, sigma, kvs[0], caches[0]),
@@ -127,7 +127,7 @@ class Generator:
 
         return euler(guided, self._noise(batch), self.sigmas)
 
-    def _commit(self, kv: TextKV, cache: KVCache, latents: Tensor) -> None:
+    def _commit(self, kv: TextContext, cache: KVCache, latents: Tensor) -> None:
         sigma = self.preset.context_sigma
         forward(self.dit, (1 - sigma) * latents + sigma * self._noise(len(latents)), sigma, kv, cache)
         cache.advance()
@@ -249,7 +249,7 @@ def evaluate(run: Run, preset: Preset, options: argparse.Namespace) -> Report:
             report.add(f"{name} [{probe_name}]", accuracy(judge.read(frames), scenes, only))
 
     if "vae" not in options.skip:
-        report.add("vae", vae_figures(bundle, max(8, n // 4), generator))
+        report.add("vae", vae_figures(bundle, max(4, n // 4), generator))
 
     real = world.sample_scenes(2 * n, generator, split="any")
     coded: list[Tensor] = []

@@ -150,7 +150,7 @@ def train(run: Run, name: str, pool: int, batch: int) -> None:
     run.say(f"ready after {run.elapsed():.0f} s")
     run.restart_clock()
     step = 0
-    while run.progress() < 1:
+    while step == 0 or run.progress() < 1:
         for group in optimiser.param_groups:
             group["lr"] = 1.5e-3 * learning_rate(run.progress(), step, decay_from=0.4)
         index = torch.randint(0, pool, (batch,), device=run.device)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import MINI, Preset
-from engine.models.dit import Attend, Block, CausalWan, TextKV
-from engine.models.text_encoder import TextEncoder, pool
+from engine.models.dit import Attend, Block, CausalWan, TextContext, pool_text
+from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
 from engine.ops.attention import attention
 from engine.ops.rope import rope_angles, rotate
@@ -195,12 +195,12 @@ class Batch:
         self.context_side = torch.where(recache[:, None], 1, self.side)
         self.weight = torch.where(recache[:, None] & (self.side == 0), 0.0, 1.0)
 
-    def text(self, model: Model, copies: int) -> TextKV:
-        """K and V for [clean | noisy ...], one row per chunk of every part: [B * (1 + copies) * CHUNKS, L, ...]."""
-        kv = model.dit.encode_text(self.encoded.flatten(0, 1))
+    def text(self, model: Model, copies: int) -> TextContext:
+        """For [clean | noisy ...], one row per chunk of every part: B * (1 + copies) * CHUNKS rows."""
+        context = model.dit.encode_text(self.encoded.flatten(0, 1))
         rows = torch.arange(len(self.encoded), device=self.encoded.device)[:, None] * 2
         picked = (rows + torch.cat([self.context_side, *[self.side] * copies], dim=1)).flatten()
-        return [(k.index_select(0, picked), v.index_select(0, picked)) for k, v in kv]
+        return context.map(lambda x: x.index_select(0, picked))
 
 
 def forced_flow(
@@ -210,7 +210,7 @@ def forced_flow(
     context_sigma: Tensor,
     noisy: Tensor,
     sigma: Tensor,
-    text: TextKV,
+    text: TextContext,
 ) -> Tensor:
     """The flow of noisy [B, K, C, F, h, w] at sigma [B, K, chunks] over context [B, C, F, h, w]; same shape."""
     copies = noisy.shape[1]
@@ -299,7 +299,7 @@ def pretrain_text(run: Run, model: Model, clips: Clips, preset: Preset, seconds:
             group["lr"] = 2e-3 * learning_rate(share, step, decay_from=0.5)
         wording = torch.randint(0, CAPTIONS, (512,), device=run.device)
         with torch.autocast(run.device.type, torch.bfloat16):
-            logits = heads(pool(model.text(ids[index, wording]))).float().split(sizes, dim=1)
+            logits = heads(pool_text(model.text(ids[index, wording]))).float().split(sizes, dim=1)
         loss = torch.zeros((), device=run.device)
         for column, logit in enumerate(logits):
             each = F.cross_entropy(logit, scenes[index, column], reduction="none")
@@ -383,7 +383,7 @@ def train(run: Run, preset: Preset, pools: Pools, *, clip_batch: int, first_batc
     ema = EMA(model, 0.998)
     step = 0
     totals = {"clip": torch.zeros((), device=device), "first": torch.zeros((), device=device)}
-    while run.progress() < 1:
+    while step == 0 or run.progress() < 1:
         progress = run.progress()
         full = step % 2 == 0
         with torch.autocast(device.type, torch.bfloat16):

@@ -170,7 +170,7 @@ def train_jointly(run: Run, bundle: Bundle, generator: torch.Generator, clips: i
     ema = EMA(bundle, 0.998)
     batches = frame_batches(clips, FRAMES, generator)
     step = 0
-    while run.progress() < until:
+    while step == 0 or run.progress() < until:
         factor = learning_rate(run.progress() / until, step, warmup=200, decay_from=0.5)
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * factor
@@ -205,7 +205,7 @@ def train_light(run: Run, bundle: Bundle, generator: torch.Generator, clips: int
     bundle.vae.requires_grad_(False)
     batches = frame_batches(clips, FRAMES + 4, generator)
     step = 0
-    while run.progress() < 1:
+    while step == 0 or run.progress() < 1:
         share = (run.progress() - begun) / (1 - begun)
         for group in optimiser.param_groups:
             group["lr"] = 1.5e-3 * learning_rate(share, step, decay_from=0.3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.models.dit import CausalWan, TextKV
+from engine.models.dit import CausalWan, TextContext
 from engine.stream.kv_cache import KVCache
 from engine.stream.sampler import chunk_noise, few_step
 
@@ -24,14 +24,14 @@ class RolloutConfig:
     """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
-def forward(model: CausalWan, x: Tensor, sigma: float, text_kv: TextKV, cache: KVCache) -> Tensor:
+def forward(model: CausalWan, x: Tensor, sigma: float, context: TextContext, cache: KVCache) -> Tensor:
     """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
     t = torch.full((x.shape[0], x.shape[2]), sigma * 1000, device=x.device, dtype=torch.float32)
-    return model(x.to(model.patch_embedding.weight.dtype), t, text_kv, cache).float()
+    return model(x.to(model.patch_embedding.weight.dtype), t, context, cache).float()
 
 
 def denoise_chunk(
-    model: CausalWan, config: RolloutConfig, cache: KVCache, text_kv: TextKV, seeds: Sequence[int], chunk: int
+    model: CausalWan, config: RolloutConfig, cache: KVCache, context: TextContext, seeds: Sequence[int], chunk: int
 ) -> Tensor:
     """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row."""
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
@@ -39,7 +39,7 @@ def denoise_chunk(
     def noise(step: int) -> Tensor:
         return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
 
-    return few_step(lambda x, sigma: forward(model, x, sigma, text_kv, cache), noise, config.sigmas)
+    return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, config.sigmas)
 
 
 CONTEXT_STEP = 1000
@@ -50,7 +50,7 @@ def commit_chunk(
     model: CausalWan,
     config: RolloutConfig,
     cache: KVCache,
-    text_kv: TextKV,
+    context: TextContext,
     latents: Tensor,
     seeds: Sequence[int],
     chunk: int,
@@ -61,5 +61,5 @@ def commit_chunk(
         shape = latents.shape[1:]
         noise = torch.stack([chunk_noise(seed, chunk, CONTEXT_STEP, shape, latents.device) for seed in seeds])
         latents = (1 - sigma) * latents + sigma * noise
-    forward(model, latents, sigma, text_kv, cache)
+    forward(model, latents, sigma, context, cache)
     cache.advance()

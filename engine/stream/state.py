@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.models.dit import TextKV
+from engine.models.dit import TextContext
 from engine.models.light_vae import Memories
 from engine.stream.kv_cache import KVCache
 from engine.wire import Transition
@@ -26,7 +26,7 @@ class StreamState:
     cache: KVCache
     text: Tensor
     """[1, L, text_dim]: what the running prompt encodes to, or the blend on its way there."""
-    text_kv: TextKV
+    context: TextContext
     chunk: int = 0
     frame: int = 0
     """Pixel frames generated so far: the media clock."""

@@ -17,7 +17,7 @@ TOY = replace(
     name="toy",
     width=64,
     height=64,
-    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4)),
+    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=16),
     light_vae=LightVAEConfig(widths=(16, 16, 8)),
 )

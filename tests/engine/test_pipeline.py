@@ -82,7 +82,7 @@ def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committ
         other.cache.reset(9)
         for chunk, latents in zip((3, 4), kept, strict=True):
             assert latents is not None
-            pipeline._write(other, latents, chunk, other.text_kv)
+            pipeline._write(other, latents, chunk, other.context)
     assert state.cache.start_frame == other.cache.start_frame == 15
     span = slice(0, 2 * state.cache.chunk_tokens)
     assert torch.equal(state.cache.keys[:, :, span], other.cache.keys[:, :, span])

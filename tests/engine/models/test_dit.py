@@ -67,7 +67,9 @@ def test_timestep_embedding_is_cosines_then_sines() -> None:
 
 def test_unpatchify_keeps_channels_last_in_a_patch() -> None:
     model = CausalWan(
-        DiTConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=8, in_channels=4, out_channels=4)
+        DiTConfig(
+            dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=8, in_channels=4, out_channels=4, pooled_text=True
+        )
     )
     tokens = torch.arange(2 * 16, dtype=torch.float32).reshape(1, 2, 16)  # one frame of 1 x 2 tokens
     x = model.unpatchify(tokens, 1, 1, 2)
@@ -80,7 +82,9 @@ def test_text_may_differ_between_runs_of_frames() -> None:
     """Two halves of a row under two texts equal each half under its own, where frames do not see each other."""
     torch.manual_seed(0)
     model = CausalWan(
-        DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, in_channels=4, out_channels=4)
+        DiTConfig(
+            dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, in_channels=4, out_channels=4, pooled_text=True
+        )
     )
 
     class Blind:
@@ -91,6 +95,6 @@ def test_text_may_differ_between_runs_of_frames() -> None:
     text = model.encode_text(torch.randn(2, 3, 8))
     both = model(x, t, text, Blind())
     for half in range(2):
-        one = [(k[half : half + 1], v[half : half + 1]) for k, v in text]
+        one = text.map(lambda x, half=half: x[half : half + 1])
         alone = model(x[:, :, half : half + 1], t[:, :1], one, Blind())
         assert torch.allclose(both[:, :, half : half + 1], alone, atol=1e-5)

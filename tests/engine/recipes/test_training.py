@@ -20,7 +20,7 @@ from engine.stream.rollout import forward
 
 TOY = replace(
     MINI,
-    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4)),
+    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=512, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=64),
     vae=VAEConfig(widths=(8, 8, 8)),
     light_vae=LightVAEConfig(widths=(8, 8, 8)),
@@ -38,11 +38,11 @@ def test_teacher_forcing_equals_the_cached_rollout(copies: int) -> None:
     sigma = torch.rand(batch, copies, chunks)
     text = model.dit.encode_text(torch.randn(batch, 7, 32))
     parts = (1 + copies) * chunks
-    spread = [(k.repeat_interleave(parts, 0), v.repeat_interleave(parts, 0)) for k, v in text]
+    spread = text.map(lambda x: x.repeat_interleave(parts, 0))
     attend = teacher.forcing(TOY, copies, chunks, torch.device("cpu"))
     forced = teacher.forced_flow(model, attend, context, torch.zeros(batch, chunks), noisy, sigma, spread)
     for row in range(batch):
-        one = [(k[row : row + 1], v[row : row + 1]) for k, v in text]
+        one = text.map(lambda x, row=row: x[row : row + 1])
         cache = KVCache(TOY.cache(), layers=2, heads=2, head_dim=32)
         for chunk in range(chunks):
             span = slice(3 * chunk, 3 * chunk + 3)
@@ -104,6 +104,7 @@ def test_checkpoints_are_cut_into_files_and_read_back(tmp_path: Path, monkeypatc
         run.load("d")
 
 
+@pytest.mark.timeout(600)
 def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student from nothing in half a minute: it draws nothing, but the whole line holds together."""
     config = replace(probe.PROBES["probe-a"], widths=(8, 8, 8, 8), size=64)
