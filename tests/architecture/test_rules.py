@@ -1,0 +1,62 @@
+"""The rules of the house that a program can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter import cli
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(path for folder in ("engine", "server") for path in (ROOT / folder).rglob("*.py"))
+PURE = ["server/session.py", "server/admission.py", "server/pacing.py", "engine/scheduler.py"]
+WIRE = "engine/wire.py"
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_import_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_decisions_are_pure(name: str) -> None:
+    """Standard library and each other only, and nothing that waits or reads a clock."""
+    used = imports(ROOT / name)
+    assert used <= set(sys.stdlib_module_names) | {"server", "engine"}
+    assert not used & {"asyncio", "threading", "socket", "time", "subprocess", "os"}
+
+
+def test_the_contract_needs_msgspec_alone() -> None:
+    assert imports(ROOT / WIRE) - set(sys.stdlib_module_names) == {"msgspec"}
+
+
+def test_the_gateway_loads_no_torch() -> None:
+    code = "import sys, server.app, server.__main__; sys.exit(int('torch' in sys.modules or 'numpy' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    for path in SOURCES:
+        assert not imports(path) & {"pickle", "cloudpickle", "marshal", "shelve", "dill"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load", "torch.save"}, f"{path}: {called}"
+
+
+def test_names() -> None:
+    banned = {"utils", "util", "helpers", "helper", "manager", "handler", "misc", "common"}
+    assert not [path for path in SOURCES if path.stem in banned]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
