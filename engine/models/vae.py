@@ -21,7 +21,8 @@ class VAEConfig:
 
     widths: tuple[int, ...] = (16, 48, 96)
     latent_channels: int = 16
-    res_blocks: int = 1
+    res_blocks: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks of each level of the encoder; the decoder has one more. Wan 2.1 has 2 everywhere."""
     patch: int = 2
     """Pixels are folded patch x patch into channels first (Wan 2.2 does so with 2, Wan 2.1 not: 1)."""
 
@@ -157,7 +158,7 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         for level, width in enumerate(widths):
             inputs = widths[max(level - 1, 0)]
-            for block in range(config.res_blocks):
+            for block in range(config.res_blocks[level]):
                 layers.append(ResidualBlock(inputs if block == 0 else width, width))
             if level + 1 < len(widths):
                 layers.append(Downsample(width))
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
         self.middle = middle(widths[0])
         layers: list[nn.Module] = []
         for level, width in enumerate(widths):
-            for _ in range(config.res_blocks + 1):
+            for _ in range(config.res_blocks[-1 - level] + 1):
                 layers.append(ResidualBlock(width, width))
             if level + 1 < len(widths):
                 layers.append(Upsample(width, widths[level + 1]))

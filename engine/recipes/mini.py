@@ -1,13 +1,8 @@
-"""The recipe of the embedded model from the teacher on, in one process: pools are coded once, then used twice.
+"""The teacher and the student of the embedded model in one process: pools are coded once, then used twice.
 
-    python -m engine.recipes.train_vae --seconds 170     # VAE and light decoder
-    python -m engine.recipes.probe --seconds 50          # the two judges
-    torchrun --nproc-per-node 2 -m engine.recipes.mini --seconds 560
-    python -m engine.recipes.evaluate --drift-minutes 10
-    python -m engine.recipes.export                      # low-bit weights into engine/weights/mini
-
-Every stage resumes from the checkpoints in `--folder`. Seconds are H100s' and include compilation. With
-`--distill-share 0` the teacher alone is trained, at a learning rate that stays up for a later call.
+`engine/recipes/train_mini.sh` has the whole recipe. This stage resumes from the checkpoints in `--folder`. Its seconds
+include compilation. With `--distill-share 0` the teacher alone is trained, at a learning rate that stays up for a later
+call; with 1 only the student is.
 """
 
 from engine.config import MINI
