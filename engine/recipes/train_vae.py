@@ -41,12 +41,17 @@ class Statistics(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
-    @torch.no_grad()
-    def update(self, latents: Tensor, decay: float) -> None:
-        """latents [B, C, T, h, w]."""
-        std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3, 4))
-        self.mean.lerp_(mean, 1 - decay)
-        self.std.lerp_(std, 1 - decay)
+    def follow(self, latents: Tensor, decay: float) -> Tensor:
+        """Normalise latents [B, C, T, h, w] by their own statistics, and move the averages towards these.
+
+        Normalised by averages, which lag, an encoder gains by growing without end: the noise then counts for less.
+        """
+        std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+        with torch.no_grad():
+            self.mean.lerp_(mean, 1 - decay)
+            self.std.lerp_(std, 1 - decay)
+        shape = (1, -1, 1, 1, 1)
+        return (latents - mean.view(shape)) / (std.view(shape) + 1e-3)
 
     def normalise(self, latents: Tensor) -> Tensor:
         shape = (1, -1, 1, 1, 1)
@@ -166,20 +171,19 @@ def train(run: Run, preset: Preset, light_share: float, clips: int = CLIPS) -> N
 def train_jointly(run: Run, bundle: Bundle, generator: torch.Generator, clips: int, until: float) -> None:
     """Encoder and both decoders, until this share of the budget."""
     parameters = [p for p in bundle.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     ema = EMA(bundle, 0.998)
     batches = frame_batches(clips, FRAMES, generator)
     step = 0
     while step == 0 or run.progress() < until:
         factor = learning_rate(run.progress() / until, step, warmup=200, decay_from=0.5)
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * factor
+            group["lr"] = 1e-3 * factor
         frames = random_crop(next(batches), CROP)
         target = frames.float() / 255
         with torch.autocast(run.device.type, torch.bfloat16):
             latents = bundle.vae.encode(to_pixels(frames)).float()
-            bundle.statistics.update(latents, min(0.99, 0.5 + step / 100))
-            normal = bundle.statistics.normalise(latents)
+            normal = bundle.statistics.follow(latents, min(0.99, 0.5 + step / 100))
             noisy = normal + LATENT_NOISE * torch.randn_like(normal)
             loss = light_loss = pixel_loss(light_frames(bundle.light, noisy, bundle.stride).float(), target)
             if step % FULL_EVERY == 0:
