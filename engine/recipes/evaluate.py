@@ -38,9 +38,6 @@ READ_FROM = 2
 """First chunk of the two that are read: past the start."""
 STEER_AT = 3
 
-Sampler = Callable[[TextContext, KVCache, Tensor], Tensor]
-"""(text, cache, start noise [B, C, F, h, w]) -> clean latents of the chunk."""
-
 
 def prompts(scenes: Tensor, preset: Preset, seed: int) -> Tensor:
     """Token ids [N, length] of complete captions."""
