@@ -164,8 +164,9 @@ def train(run: Run, preset: Preset, light_share: float, clips: int = CLIPS) -> N
     if joint_until > 0:
         train_jointly(run, bundle, generator, clips, joint_until)
         run.save("vae", bundle.state_dict(), torch.float16)
-    train_light(run, bundle, generator, clips, joint_until)
-    run.save("vae", bundle.state_dict(), torch.float16)
+    if light_share > 0:
+        train_light(run, bundle, generator, clips, joint_until)
+        run.save("vae", bundle.state_dict(), torch.float16)
 
 
 def train_jointly(run: Run, bundle: Bundle, generator: torch.Generator, clips: int, until: float) -> None:
