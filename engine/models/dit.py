@@ -149,7 +149,8 @@ class Block(nn.Module):
         its own text.
         """
         frames = e.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(2).unbind(3)
+        modulation = self.modulation.to(e.dtype) + e
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(3)
 
         def modulate(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
             return (y.unflatten(1, (frames, -1)) * (1 + scale) + shift).flatten(1, 2)
@@ -181,7 +182,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, S, D], e [B, F, D] -> [B, S, patch * channels]."""
-        shift, scale = (self.modulation + e.unsqueeze(2)).unsqueeze(2).unbind(3)
+        shift, scale = (self.modulation.to(e.dtype) + e.unsqueeze(2)).unsqueeze(2).unbind(3)
         x = self.norm(x).unflatten(1, (e.shape[1], -1)) * (1 + scale) + shift
         return self.head(x).flatten(1, 2)
 
@@ -226,8 +227,7 @@ class CausalWan(nn.Module):
         """
         patches = self.patch_embedding(x)
         grid = patches.shape[2:]
-        # the residual stream has the parameters' precision, also where autocast runs the layers in another
-        tokens = patches.flatten(2).transpose(1, 2).to(self.head.modulation.dtype)
+        tokens = patches.flatten(2).transpose(1, 2)
         e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
         runs = len(text.pooled) // len(x)
         e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)

@@ -21,7 +21,7 @@ class VAEConfig:
 
     widths: tuple[int, ...] = (16, 48, 96)
     latent_channels: int = 16
-    res_blocks: tuple[int, ...] = (1, 1, 1)
+    res_blocks: tuple[int, ...] = (0, 1, 1)
     """Residual blocks of each level of the encoder; the decoder has one more. Wan 2.1 has 2 everywhere."""
     patch: int = 2
     """Pixels are folded patch x patch into channels first (Wan 2.2 does so with 2, Wan 2.1 not: 1)."""

@@ -8,6 +8,10 @@ import random
 import re
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from engine.models.tokenizer import Tokenizer
 from engine.recipes.world import ATTRIBUTES, COLUMN
 
 SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -151,6 +155,16 @@ def describe(scene: Sequence[int], rng: random.Random, *, complete: bool = False
             text = ", ".join(parts)
         if text.count(" ") < LONGEST:
             return text
+
+
+def encode(scenes: Tensor, seed: int, length: int, wordings: int, *, complete: bool = False) -> Tensor:
+    """Token ids, int64 [N, wordings, length], of differently worded captions of scenes [N, A]."""
+    rng, tokenizer = random.Random(seed), Tokenizer(VOCABULARY)
+    rows = [
+        [tokenizer.encode(describe(scene, rng, complete=complete), length) for _ in range(wordings)]
+        for scene in scenes.tolist()
+    ]
+    return torch.tensor(rows)
 
 
 def _compose(scene: Sequence[int], rng: random.Random, complete: bool) -> str:

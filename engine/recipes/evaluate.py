@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from engine.config import MINI, Preset
 from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
 from engine.recipes import captions, export, train_vae, world
 from engine.recipes import probe as probes
 from engine.recipes import teacher as base
@@ -41,11 +39,7 @@ STEER_AT = 3
 
 def prompts(scenes: Tensor, preset: Preset, seed: int) -> Tensor:
     """Token ids [N, length] of complete captions."""
-    rng, tokenizer = Random(seed), Tokenizer(captions.VOCABULARY)
-    rows = [
-        tokenizer.encode(captions.describe(scene, rng, complete=True), preset.text.length) for scene in scenes.tolist()
-    ]
-    return torch.tensor(rows, device=scenes.device)
+    return captions.encode(scenes, seed, preset.text.length, 1, complete=True)[:, 0].to(scenes.device)
 
 
 class Generator:
@@ -144,9 +138,12 @@ def decode(light: LightDecoder, latents: Tensor, preset: Preset, first: int, bat
 
 
 def accuracy(read: Tensor, scenes: Tensor, only: Tensor | None = None) -> dict[str, float]:
-    """Per cent right in each attribute over the rows where it is active (and in `only`), and the mean of these."""
+    """Per cent right in each attribute over the rows where it is active (and in `only`), and the mean of these.
+
+    `read` and `only` are in canonical order, `scenes` need not be.
+    """
     counted = world.active(scenes) if only is None else world.active(scenes) & only
-    right = ((read == scenes) & counted).sum(dim=0).double()
+    right = ((read == world.canonical(scenes)) & counted).sum(dim=0).double()
     total = counted.sum(dim=0).double()
     table = {name: float(100 * right[i] / total[i]) for i, name in enumerate(world.ATTRIBUTES) if total[i] > 0}
     return table | {"mean": sum(table.values()) / len(table), "n": float(len(scenes))}
@@ -291,7 +288,7 @@ def evaluate(run: Run, preset: Preset, options: argparse.Namespace) -> Report:
         if served and "steer" not in options.skip:
             target = world.steer_scenes(scenes, generator, split="train")
             both = world.active(target) & ~world.active(scenes)
-            changed = (target != scenes) | both
+            changed = (world.canonical(target) != world.canonical(scenes)) | both
             for transition in ("recache", "soft") if guidance == 1 else ("recache",):
                 steered = make.roll(ids, STEER_AT + 4, prompts(target, preset, options.seed + 1), STEER_AT, transition)
                 frames = decode(light, steered, preset, STEER_AT + 2)

@@ -1,17 +1,23 @@
-"""Muon for the matrices of transformer blocks, AdamW for everything else.
+"""Muon for the matrices inside a network, AdamW for everything else, and steps that run as CUDA graphs.
 
-torch.optim.Muon orthogonalises one matrix at a time, which is bound by launches at our sizes; here matrices of one
-shape go through Newton-Schulz together. Coefficients and the 0.2 sqrt(max dimension) scale, which lets both
-optimisers share a learning rate: Jordan et al. 2024 and Liu et al. 2025 (arXiv 2502.16982).
+Parameters, gradients and averages each lie in one flat buffer, matrices of one shape side by side: an exchange between
+ranks is one call, and Newton-Schulz takes all matrices of a shape at once. Coefficients and the 0.2 sqrt(max dimension)
+scale, which lets both parts share a learning rate: Jordan et al. 2024 and Liu et al. 2025 (arXiv 2502.16982).
+Convolutions count as matrices of [outputs, everything else].
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+BETAS = (0.9, 0.98)
+MOMENTUM = 0.95
+WEIGHT_DECAY = 0.01
+"""Of the matrices; nothing else decays."""
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
@@ -28,60 +34,150 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Mean over the ranks of a distributed run, in one exchange; nothing where there is one rank."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    torch._foreach_copy_(
-        gradients,
-        [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
-    )
+def convolutions(parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the convolutions that Muon takes: all but those that draw the picture itself."""
+    return {name for name, p in parameters.items() if p.ndim >= 4 and len(p) > 12 and p.numel() > 2000}
 
 
-class MuonAdamW:
-    """One step over both groups; `factor` scales the shared learning rate."""
+class Optimiser:
+    """Takes over the memory of `parameters`: their values and gradients become views of its buffers.
+
+    A step is `schedule`, then `clear`, a backward pass, `exchange`, `update`.
+    """
 
     def __init__(
         self,
-        modules: list[nn.Module],
-        matrices: set[int],
+        parameters: Mapping[str, nn.Parameter],
+        matrices: set[str],
         lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        *,
+        decay: float = 0.998,
+        averaged: int = 0,
+        clip: float = 1.0,
     ) -> None:
-        """`matrices`: ids of the 2-D parameters that Muon takes."""
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
-        for p in parameters:
-            if id(p) in matrices:
-                groups[p.shape].append(p)
-        self.groups = list(groups.values())
-        self.buffers = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
-        rest = [p for p in parameters if id(p) not in matrices]
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=rest[0].is_cuda)
-        self.parameters = parameters
+        """`decay`: of the moving average of the values, shorter at first unless `averaged` steps are behind it."""
+        self.lr, self.decay, self.steps, self.clip = lr, decay, averaged, clip
+        shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name in parameters:
+            if name in matrices:
+                rows = len(parameters[name])
+                shapes[rows, parameters[name].numel() // rows].append(name)
+        rest = [name for name in parameters if name not in matrices]
+        order = [name for names in shapes.values() for name in names] + rest
+        device = next(iter(parameters.values())).device
+        size = sum(p.numel() for p in parameters.values())
+        self.values, self.gradient = torch.empty(size, device=device), torch.zeros(size, device=device)
+        self.average = torch.empty(size, device=device)
+        self.averages: dict[str, Tensor] = {}
+        """The moving average of each parameter, by name."""
+        offset = 0
+        for name in order:
+            p = parameters[name]
+            views = [
+                flat.as_strided(p.shape, p.stride(), offset) for flat in (self.values, self.gradient, self.average)
+            ]
+            views[0].copy_(p.detach())
+            p.data, p.grad, self.averages[name] = views
+            offset += p.numel()
+        self.average.copy_(self.values)
+        self.groups: list[tuple[int, tuple[int, int, int]]] = []
+        start = 0
+        for (rows, columns), names in shapes.items():
+            self.groups.append((start, (len(names), rows, columns)))
+            start += len(names) * rows * columns
+        self.momentum = torch.zeros(start, device=device)
+        self.moments = torch.zeros(2, size - start, device=device)
+        self.rate = torch.zeros((), device=device)
+        self.weight = torch.ones((), device=device)
+        self.count = torch.zeros((), device=device)
+
+    def schedule(self, factor: float) -> None:
+        """Set the factor on the learning rate for the step that follows."""
+        self.rate.fill_(self.lr * factor)
+        self.weight.fill_(1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
+        self.steps += 1
+
+    def clear(self) -> None:
+        self.gradient.zero_()
+
+    def exchange(self) -> None:
+        """Average the gradients over the ranks of a distributed run."""
+        if dist.is_initialized():
+            dist.all_reduce(self.gradient)
+            self.gradient /= dist.get_world_size()
 
     @torch.no_grad()
-    def step(self, factor: float, clip: float = 1.0) -> Tensor:
-        """Average the gradients over the ranks, clip, update, clear them; returns the gradient norm."""
-        average_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr * factor
-        self.adamw.step()
-        lr = self.lr * factor
-        for parameters, buffer in zip(self.groups, self.buffers, strict=True):
-            gradient = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-            buffer.lerp_(gradient, 1 - self.momentum)
-            update = orthogonalise(gradient.lerp(buffer, self.momentum)).float()
-            update *= 0.2 * max(update.shape[-2:]) ** 0.5
-            torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
-            torch._foreach_add_(parameters, list(update.unbind()), alpha=-lr)
-        for p in self.parameters:
-            p.grad = None
+    def update(self) -> Tensor:
+        """Clip the gradient, move the values and their average; returns the gradient's norm before clipping."""
+        norm = self.gradient.norm()
+        self.gradient *= (self.clip / (norm + 1e-6)).clamp(max=1)
+        for start, shape in self.groups:
+            span = slice(start, start + shape[0] * shape[1] * shape[2])
+            values, gradient, momentum = (x[span].view(shape) for x in (self.values, self.gradient, self.momentum))
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            direction = orthogonalise(gradient.lerp(momentum, MOMENTUM)).float()
+            values *= 1 - WEIGHT_DECAY * self.rate
+            values -= direction * (self.rate * 0.2 * max(shape[1:]) ** 0.5)
+        rest = slice(len(self.momentum), None)
+        self.count += 1
+        mean, square = self.moments
+        mean.lerp_(self.gradient[rest], 1 - BETAS[0])
+        square.lerp_(self.gradient[rest].square(), 1 - BETAS[1])
+        spread = (square / (1 - BETAS[1] ** self.count)).sqrt() + 1e-8
+        self.values[rest] -= self.rate * mean / (1 - BETAS[0] ** self.count) / spread
+        self.average.lerp_(self.values, self.weight)
         return norm
+
+
+class Replay:
+    """Calls functions over and over; on a GPU each is recorded as a CUDA graph and then costs one launch.
+
+    A recorded function must do the same work every time, on tensors that stay where they are. What it returns is
+    overwritten by its next call. The stream must not be the default one (`Run` sees to that).
+    """
+
+    WARM_UP = 2
+    """Calls before recording: compilation and the choice of algorithms happen there."""
+    AHEAD = 2
+    """Calls that the CPU may be ahead of the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
+        self.calls: dict[str, int] = defaultdict(int)
+        self.cuda = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
+        self.pending: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, name: str, function: Callable[[], Tensor]) -> Tensor:
+        if not self.cuda:
+            return function()
+        self.calls[name] += 1
+        if self.calls[name] <= self.WARM_UP:
+            return function()
+        if name not in self.graphs:
+            self.graphs[name] = self._record(name, function)
+        recorded = self.graphs[name]
+        if recorded is None:
+            return function()
+        graph, out = recorded
+        graph.replay()
+        event = torch.cuda.Event()
+        event.record()
+        self.pending.append(event)
+        if len(self.pending) > self.AHEAD:
+            self.pending.popleft().synchronize()
+        return out
+
+    def _record(self, name: str, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog asks after its own events meanwhile
+        scope = torch.cuda.graph(
+            graph, pool=self.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        )
+        try:
+            with scope:
+                out = function()
+        except RuntimeError as error:
+            print(f"'{name}' cannot be recorded and runs more slowly: {str(error).splitlines()[0]}", flush=True)
+            return None
+        return graph, out

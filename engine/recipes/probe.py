@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.recipes import world
-from engine.recipes.run import EMA, Run, arguments, channels_last, learning_rate
+from engine.recipes.optimizer import Optimiser, Replay, convolutions
+from engine.recipes.run import Run, arguments, channels_last, learning_rate
 
 WINDOW = 24
 """Frames that a probe looks at: two chunks, 1.5 s."""
@@ -31,8 +32,8 @@ class ProbeConfig:
 
 
 PROBES = {
-    "probe-a": ProbeConfig(size=128, stride=2, widths=(32, 64, 128, 192), seed=1),
-    "probe-b": ProbeConfig(size=96, stride=3, widths=(48, 96, 128, 224), seed=2),
+    "probe-a": ProbeConfig(size=160, stride=3, widths=(32, 64, 128, 192), seed=1),
+    "probe-b": ProbeConfig(size=128, stride=3, widths=(48, 96, 128, 224), seed=2),
 }
 
 
@@ -59,7 +60,7 @@ class Residual(nn.Module):
 
 
 class Probe(nn.Module):
-    """24 frames -> logits of every attribute."""
+    """24 frames -> logits of every attribute of the scene in canonical order."""
 
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def read(self, frames: Tensor, batch: int = 32) -> Tensor:
-        """The most likely value of every attribute: uint8 [B, WINDOW, 3, H, W] -> int64 [B, A]."""
+        """The most likely value of every attribute, in canonical order: uint8 [B, WINDOW, 3, H, W] -> int64 [B, A]."""
         out = []
         for part in frames.split(batch):
             with torch.autocast(frames.device.type, torch.bfloat16):
@@ -135,39 +136,38 @@ def train(run: Run, name: str, pool: int, batch: int) -> None:
     if run.has(name):
         probe.load_state_dict(run.load(name))
     channels_last(probe)
-    scenes = world.sample_scenes(pool, generator, split="any", count_weights=(0.4, 0.35, 0.25))
-    active = world.active(scenes)
+    scenes = world.sample_scenes(pool, generator, split="any", count_weights=(0.25, 0.35, 0.4))
+    active, labels = world.active(scenes), world.canonical(scenes)
     count = len(range(0, WINDOW, config.stride))
     views = torch.empty((pool, count, 3, config.size, config.size), dtype=torch.uint8, device=run.device)
     position = 0
     for clips in _batches(scenes, generator):
         views[position : position + len(clips)] = probe.view(clips)
         position += len(clips)
-    optimiser = torch.optim.AdamW(probe.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    ema = EMA(probe, 0.998)
-    if run.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    parameters = dict(probe.named_parameters())
+    optimiser, replay = Optimiser(parameters, convolutions(parameters), 2e-3, clip=2.0), Replay(run.device)
     run.say(f"ready after {run.elapsed():.0f} s")
     run.restart_clock()
-    step = 0
-    while step == 0 or run.progress() < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = 1.5e-3 * learning_rate(run.progress(), step, decay_from=0.4)
+
+    def descend() -> Tensor:
+        optimiser.clear()
         index = torch.randint(0, pool, (batch,), device=run.device)
         with torch.autocast(run.device.type, torch.bfloat16):
             logits = probe(views[index])
         loss = torch.zeros((), device=run.device)
         for column, logit in enumerate(logits):
-            each = F.cross_entropy(logit.float(), scenes[index, column], reduction="none", label_smoothing=0.02)
+            each = F.cross_entropy(logit.float(), labels[index, column], reduction="none", label_smoothing=0.02)
             loss = loss + (each * active[index, column]).sum() / batch
         loss.backward()
-        nn.utils.clip_grad_norm_(probe.parameters(), 2.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(step)
+        return torch.stack([loss.detach(), optimiser.update()])
+
+    step = 0
+    while step == 0 or run.progress() < 1:
+        optimiser.schedule(learning_rate(run.progress(), step, decay_from=0.4))
+        loss = replay("probe", descend)
         step += 1
-        run.log(step, {"loss": loss})
-    probe.load_state_dict(ema.average)
+        run.log(step, {"loss": loss[0], "norm": loss[1]})
+    probe.load_state_dict(optimiser.averages)
     run.save(name, probe.state_dict())
     run.say(f"{step} steps")
 
@@ -187,7 +187,7 @@ def load(run: Run, name: str) -> Probe:
 def main() -> None:
     parser = arguments(__doc__, 75)
     parser.add_argument("--probe", choices=list(PROBES), action="append", help="which (default: each)")
-    parser.add_argument("--pool", type=int, default=20_000, help="clips rendered ahead of training")
+    parser.add_argument("--pool", type=int, default=50_000, help="clips rendered ahead of training")
     parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args()
     for name in options.probe or PROBES:

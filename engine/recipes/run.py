@@ -31,6 +31,8 @@ class Run:
         self.device = torch.device("cuda", self.rank) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream())  # steps are recorded, which the default stream does not allow
+            torch.backends.cudnn.benchmark = True
         if self.ranks > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self.started = time.monotonic()
@@ -129,20 +131,6 @@ def arguments(description: str | None, seconds: float) -> argparse.ArgumentParse
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="folder of checkpoints")
     parser.add_argument("--seconds", type=float, default=seconds, help="training time")
     return parser
-
-
-class EMA:
-    """An exponential moving average of a module's parameters."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = module
-        self.decay = decay
-        self.average = {name: value.detach().clone() for name, value in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.module.parameters()], 1 - decay)
 
 
 def learning_rate(progress: float, step: int, warmup: int = 100, decay_from: float = 0.6) -> float:

@@ -8,34 +8,33 @@ The context is spoiled in two ways, so that the model learns to repair what it w
 little noise, whose level it is told, and, in the second half of training, by replacing it with the model's own
 one-step guess of it.
 
-The text encoder is first taught, alone, to tell every attribute from a caption (20 s), and stands still after that:
-its output for every caption is worked out once. Cost on two H100: about 6 minutes.
+The text encoder is `engine.recipes.text`'s and stands still: its output for every caption is worked out once. Cost on
+two H100: about 9 minutes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from random import Random
+from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import MINI, Preset
-from engine.models.dit import Attend, Block, CausalWan, TextContext, pool_text
+from engine.models.dit import Attend, Block, CausalWan, TextContext
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
 from engine.ops.attention import attention
 from engine.ops.rope import rope_angles, rotate
 from engine.recipes import captions, train_vae, world
-from engine.recipes.optimizer import MuonAdamW
-from engine.recipes.run import EMA, Run, learning_rate
+from engine.recipes.optimizer import Optimiser, Replay
+from engine.recipes.run import Run, learning_rate
 from engine.stream.kv_cache import CacheConfig
 
 CHUNKS = 4
 COPIES = 2
-CLIPS = 40
-FIRST_CLIPS = 256
+CLIPS = 24
+FIRST_CLIPS = 192
+"""Of each step, on each rank."""
 CAPTIONS = 4
 """Wordings of each scene."""
 NEVER = 1e6
@@ -50,9 +49,9 @@ class Model(nn.Module):
         self.dit = CausalWan(preset.dit)
         self.text = TextEncoder(preset.text)
 
-    def matrices(self) -> set[int]:
-        """Ids of the parameters for Muon: the matrices inside transformer blocks."""
-        return {id(p) for p in self.dit.blocks.parameters() if p.ndim == 2}
+    def matrices(self) -> set[str]:
+        """Names of the parameters for Muon: the matrices inside transformer blocks."""
+        return {f"dit.blocks.{name}" for name, p in self.dit.blocks.named_parameters() if p.ndim == 2}
 
 
 class TeacherForcing:
@@ -96,15 +95,6 @@ class TeacherForcing:
 # data
 
 
-def caption_ids(scenes: Tensor, seed: int, length: int) -> Tensor:
-    """int64 [N, CAPTIONS, length]: differently worded captions of scenes [N, A]."""
-    rng, tokenizer = Random(seed), Tokenizer(captions.VOCABULARY)
-    rows = [
-        [tokenizer.encode(captions.describe(scene, rng), length) for _ in range(CAPTIONS)] for scene in scenes.tolist()
-    ]
-    return torch.tensor(rows)
-
-
 class Clips:
     """A pool of coded clips with the captions before and after the change of each.
 
@@ -140,7 +130,8 @@ class Clips:
             self.latents[i : i + batch] = bundle.encode(pixels).bfloat16()
         seed = int(torch.randint(0, 1 << 30, (1,), generator=generator, device=device))
         ids = [
-            caption_ids(side, seed + i, preset.text.length) for i, side in enumerate((before, after)[: min(chunks, 2)])
+            captions.encode(side, seed + i, preset.text.length, CAPTIONS)
+            for i, side in enumerate((before, after)[: min(chunks, 2)])
         ]
         self.ids = torch.stack([ids[0], ids[-1]], dim=1).to(device)
 
@@ -241,17 +232,20 @@ def own_guess(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset
     return noisy - spread * flow[:, 0].float()
 
 
+def mixed_context(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset, real: float) -> Tensor:
+    """The model's own guess of the latents, but the real ones in a share `real` of the clips."""
+    guess = own_guess(model, attend, batch, preset)
+    keep = (torch.rand(len(guess), 1, 1, 1, 1, device=guess.device) < real).float()
+    return keep * batch.latents + (1 - keep) * guess
+
+
 def flow_loss(
-    model: Model, attend: TeacherForcing, guess_attend: TeacherForcing, batch: Batch, preset: Preset, own_context: float
+    model: Model, attend: TeacherForcing, guess_attend: TeacherForcing, batch: Batch, preset: Preset, own_context: bool
 ) -> Tensor:
     """Mean squared error of the flow, averaged over noisy chunks."""
     size, copies = len(batch.latents), attend.parts - 1
     latents = batch.latents
-    context = latents
-    if own_context > 0 and torch.rand(()) < own_context:
-        guess = own_guess(model, guess_attend, batch, preset)
-        keep = (torch.rand(size, 1, 1, 1, 1, device=latents.device) < 0.3).float()
-        context = keep * latents + (1 - keep) * guess
+    context = mixed_context(model, guess_attend, batch, preset, 0.3) if own_context else latents
     context, context_sigma = spoil(context, preset)
     sigma = sample_sigma((size, copies, CHUNKS), preset.shift, latents.device)
     spread = sigma.repeat_interleave(preset.chunk, dim=2)[:, :, None, :, None, None]
@@ -263,14 +257,20 @@ def flow_loss(
     return (error * weight).sum() / weight.sum()
 
 
+def draw_firsts(clips: Clips, size: int, preset: Preset) -> tuple[Tensor, Tensor]:
+    """First chunks [size, C, chunk, h, w] and the text of each, from the pool."""
+    device = clips.latents.device
+    index = torch.randint(0, len(clips), (size,), device=device)
+    wording = torch.randint(0, CAPTIONS, (size,), device=device)
+    return clips.latents[index, :, : preset.chunk].float(), clips.text[index, 0, wording]
+
+
 def first_chunk_loss(
     model: Model, attend: TeacherForcing, clips: Clips, size: int, preset: Preset, drop: float
 ) -> Tensor:
     """The same loss on first chunks alone."""
     device = clips.latents.device
-    index = torch.randint(0, len(clips), (size,), device=device)
-    latents = clips.latents[index, :, : preset.chunk].float()
-    text = clips.text[index, 0, torch.randint(0, CAPTIONS, (size,), device=device)]
+    latents, text = draw_firsts(clips, size, preset)
     text = torch.where(torch.rand(size, 1, 1, device=device) < drop, clips.null, text)
     sigma = sample_sigma((size, 1), preset.shift, device)
     spread = per_frame(sigma, preset.chunk)
@@ -283,34 +283,6 @@ def first_chunk_loss(
 
 
 # stages
-
-
-def pretrain_text(run: Run, model: Model, clips: Clips, preset: Preset, seconds: float) -> None:
-    """Teach the text encoder, alone, to tell every attribute of the scene from its caption."""
-    sizes = [len(values) for values in world.ATTRIBUTES.values()]
-    heads = nn.Linear(preset.text.dim, sum(sizes)).to(run.device)
-    optimiser = torch.optim.AdamW([*model.text.parameters(), *heads.parameters()], lr=2e-3, betas=(0.9, 0.98))
-    scenes, ids = clips.scenes[:, 0], clips.ids[:, 0]
-    active = world.active(scenes)
-    start, step = run.elapsed(), 0
-    while (share := (run.elapsed() - start) / seconds) < 1:  # each rank by its own clock: `align` follows
-        index = torch.randint(0, len(ids), (512,), device=run.device)
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * learning_rate(share, step, decay_from=0.5)
-        wording = torch.randint(0, CAPTIONS, (512,), device=run.device)
-        with torch.autocast(run.device.type, torch.bfloat16):
-            logits = heads(pool_text(model.text(ids[index, wording]))).float().split(sizes, dim=1)
-        loss = torch.zeros((), device=run.device)
-        for column, logit in enumerate(logits):
-            each = F.cross_entropy(logit, scenes[index, column], reduction="none")
-            loss = loss + (each * active[index, column]).sum() / active[index, column].sum().clamp(min=1)
-        loss = loss / len(logits)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.text.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        step += 1
-        run.log(step, {"text": loss}, every=5)
 
 
 def forcing(preset: Preset, copies: int, chunks: int, device: torch.device) -> TeacherForcing:
@@ -355,53 +327,84 @@ class Pools:
 def code_pools(run: Run, preset: Preset, clips: int, firsts: int, seed: int) -> Pools:
     generator = run.generator(seed)
     bundle = train_vae.load(run, preset)
-    if run.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     pools = Pools(Clips(bundle, preset, clips, generator), Clips(bundle, preset, firsts, generator, chunks=1))
     run.say(f"{clips} clips and {firsts} first chunks coded on each rank after {run.elapsed():.0f} s")
     return pools
 
 
+class Trainer:
+    """Steps over whole clips and over first chunks in turn: what teacher and student training share.
+
+    A loss does the same work on tensors every time, so that it can be recorded.
+    """
+
+    def __init__(
+        self, run: Run, model: Model, optimiser: Optimiser, losses: Mapping[str, Callable[[], Tensor]]
+    ) -> None:
+        self.run, self.model, self.optimiser, self.losses = run, model, optimiser, losses
+        self.replay = Replay(run.device)
+        self.step = 0
+        self.norm = torch.zeros(())
+        self.totals = {kind: torch.zeros((), device=run.device) for kind in losses}
+
+    def _descend(self, kind: str) -> Tensor:
+        self.optimiser.clear()
+        with torch.autocast(self.run.device.type, torch.bfloat16):
+            loss = self.losses[kind]()
+        loss.backward()
+        return self.totals[kind].lerp_(loss.detach(), 0.03)
+
+    def descend(self, kind: str, factor: float) -> None:
+        self.optimiser.schedule(factor)
+        self.replay(kind, lambda: self._descend(kind))
+        self.optimiser.exchange()
+        self.norm = self.replay("update", self.optimiser.update)
+        self.step += 1
+        self.run.log(self.step, self.totals | {"norm": self.norm})
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def train(run: Run, preset: Preset, pools: Pools, *, clip_batch: int, first_batch: int, final: bool) -> None:
-    run.seed(1 + int(run.has("teacher")))
+    resumed = run.has("teacher")
+    run.seed(1 + int(resumed))
     device = run.device
-    if run.has("teacher"):
+    if resumed:
         model = load(run, preset=preset)
         run.say("resumes")
     else:
         model = Model(preset).to(device)
         initialise(model)
-        pretrain_text(run, model, pools.firsts, preset, min(20.0, 0.1 * run.seconds))
+        model.text.load_state_dict(run.load("text"))
         run.align(model)
     model.text.requires_grad_(False)
     pools.read(model.text, preset)
-    resumed = run.has("teacher")
     compile_blocks(model, device)
     attend, guess_attend = forcing(preset, COPIES, CHUNKS, device), forcing(preset, 1, CHUNKS, device)
     first_attend = forcing(preset, 0, 1, device)
-    optimiser = MuonAdamW([model], model.matrices(), lr=1.5e-3)
-    ema = EMA(model, 0.998)
-    step = 0
-    totals = {"clip": torch.zeros((), device=device), "first": torch.zeros((), device=device)}
-    while step == 0 or run.progress() < 1:
-        progress = run.progress()
-        full = step % 2 == 0
-        with torch.autocast(device.type, torch.bfloat16):
-            if full:
-                own = 0.5 if resumed or progress > 0.6 else 0.0
-                batch = Batch(pools.clips, clip_batch, 0.1, preset)
-                loss = flow_loss(model, attend, guess_attend, batch, preset, own)
-            else:
-                loss = first_chunk_loss(model, first_attend, pools.firsts, first_batch, preset, 0.1)
-        loss.backward()
-        factor = learning_rate(progress, step, decay_from=0.5 if final else 1.0)
-        norm = optimiser.step(factor)
-        ema.update(step)
-        step += 1
-        totals["clip" if full else "first"].lerp_(loss.detach(), 0.02 if step > 100 else 0.5)
-        run.log(step, totals | {"norm": norm})
-        if step == 2:
+    parameters = trainable(model)
+    optimiser = Optimiser(parameters, model.matrices(), lr=1.5e-3)
+
+    def clip_loss(own_context: bool) -> Tensor:
+        batch = Batch(pools.clips, clip_batch, 0.1, preset)
+        return flow_loss(model, attend, guess_attend, batch, preset, own_context)
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        "clip": partial(clip_loss, False),
+        "own": partial(clip_loss, True),
+        "first": lambda: first_chunk_loss(model, first_attend, pools.firsts, first_batch, preset, 0.1),
+    }
+    trainer = Trainer(run, model, optimiser, losses)
+    while (progress := run.progress()) < 1 or trainer.step == 0:
+        if trainer.step % 2:
+            kind = "first"
+        else:
+            kind = "own" if (resumed or progress > 0.7) and torch.rand(()) < 0.5 else "clip"
+        trainer.descend(kind, learning_rate(progress, trainer.step, decay_from=0.5 if final else 1.0))
+        if trainer.step == 2:
             run.say(f"compiled after {run.elapsed():.0f} s")
-    model.load_state_dict(dict(model.state_dict()) | ema.average)
+    model.load_state_dict(model.state_dict() | optimiser.averages)
     run.save("teacher", model.state_dict())
-    run.say(f"{step} steps")
+    run.say(f"{trainer.step} steps")

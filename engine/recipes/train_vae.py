@@ -1,13 +1,12 @@
-"""Train the causal VAE together with its light decoder, then the light decoder alone.
+"""Train the causal VAE together with the light decoder that serves.
 
-Both decoders read the same latents; the light decoder's error reaches the encoder too, so that the latents suit the
-decoder that serves. In the second stage the encoder stands still and the light decoder gets every step. Latents are
-normalised by running statistics that are stored with the weights and applied by nobody else.
+The latents are made for the light decoder: its error alone reaches the encoder. The VAE's own decoder learns beside it,
+seldom, from latents as they are. Latents are normalised by statistics that are stored with the weights.
 
-Cost on one H100: about 4 minutes. Result: see `engine.recipes.evaluate`.
+Cost on one H100: about 5 minutes, one of them compilation. Result: see `engine.recipes.evaluate`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,16 @@ from engine.config import MINI, Preset
 from engine.models.light_vae import LightDecoder
 from engine.models.vae import CausalVAE
 from engine.recipes import world
-from engine.recipes.optimizer import average_gradients
-from engine.recipes.run import EMA, Run, arguments, channels_last, learning_rate
+from engine.recipes.optimizer import Optimiser, Replay, convolutions
+from engine.recipes.run import Run, arguments, channels_last, learning_rate
 
-FRAMES = 9
-CLIPS = 32
+FRAMES = 13
+CLIPS = 16
 CROP = 192
 """Training sees random squares of this side, in pixels: the networks are convolutional."""
-FULL_EVERY = 4
-"""The VAE's own decoder, which does not serve, takes part in one step of so many."""
+RATE = 1.5e-3
+OWN_EVERY = 8
+"""The VAE's own decoder, which does not serve, learns in one step of so many."""
 LATENT_NOISE = 0.1
 """Standard deviation of the noise on normalised latents while decoders train: generated latents are not exact."""
 
@@ -41,7 +41,7 @@ class Statistics(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
-    def follow(self, latents: Tensor, decay: float) -> Tensor:
+    def follow(self, latents: Tensor, decay: float = 0.99) -> Tensor:
         """Normalise latents [B, C, T, h, w] by their own statistics, and move the averages towards these.
 
         Normalised by averages, which lag, an encoder gains by growing without end: the noise then counts for less.
@@ -148,7 +148,23 @@ def random_crop(frames: Tensor, side: int) -> Tensor:
     return frames[..., y : y + side, x : x + side]
 
 
-def train(run: Run, preset: Preset, light_share: float, clips: int = CLIPS) -> None:
+def training_loss(bundle: Bundle, frames: Tensor) -> Tensor:
+    """Of encoder and light decoder, on uint8 frames [B, T, 3, H, W]."""
+    normal = bundle.statistics.follow(bundle.vae.encode(to_pixels(frames)).float())
+    noisy = normal + LATENT_NOISE * torch.randn_like(normal)
+    return pixel_loss(light_frames(bundle.light, noisy, bundle.stride).float(), frames.float() / 255)
+
+
+def own_decoder_loss(bundle: Bundle, frames: Tensor) -> Tensor:
+    """Of the VAE's own decoder, on latents that it does not change."""
+    with torch.no_grad():
+        latents = bundle.vae.encode(to_pixels(frames)).float()
+        latents += LATENT_NOISE * bundle.statistics.std.view(1, -1, 1, 1, 1) * torch.randn_like(latents)
+    out = bundle.vae.decode(latents).float().transpose(1, 2) / 2 + 0.5
+    return pixel_loss(out, frames.float() / 255)
+
+
+def train(run: Run, preset: Preset, clips: int = CLIPS) -> None:
     resumed = run.has("vae")
     run.seed(10 + int(resumed))
     bundle = Bundle(preset).to(run.device)
@@ -157,84 +173,66 @@ def train(run: Run, preset: Preset, light_share: float, clips: int = CLIPS) -> N
     for half in (bundle.vae.encoder, bundle.vae.decoder):
         half.middle[1].requires_grad_(False)  # attention starts as nothing and stays so: crops would mislead it
     channels_last(bundle)
-    if run.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    parameters = {name: p for name, p in bundle.named_parameters() if p.requires_grad}
+    own = {name: p for name, p in parameters.items() if name.startswith(("vae.decoder", "vae.conv2"))}
+    served = {name: p for name, p in parameters.items() if name not in own}
+    serving = Optimiser(served, convolutions(served), RATE)
+    decoder = Optimiser(own, convolutions(own), RATE)
+    loss_of = torch.compile(training_loss, dynamic=False) if run.device.type == "cuda" else training_loss
+    replay = Replay(run.device)
     generator = run.generator(100 + int(resumed))
-    joint_until = 1 - light_share
-    if joint_until > 0:
-        train_jointly(run, bundle, generator, clips, joint_until)
-        run.save("vae", bundle.state_dict(), torch.float16)
-    if light_share > 0:
-        train_light(run, bundle, generator, clips, joint_until)
-        run.save("vae", bundle.state_dict(), torch.float16)
-
-
-def train_jointly(run: Run, bundle: Bundle, generator: torch.Generator, clips: int, until: float) -> None:
-    """Encoder and both decoders, until this share of the budget."""
-    parameters = [p for p in bundle.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    ema = EMA(bundle, 0.998)
     batches = frame_batches(clips, FRAMES, generator)
-    step = 0
-    while step == 0 or run.progress() < until:
-        factor = learning_rate(run.progress() / until, step, warmup=200, decay_from=0.5)
-        for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * factor
-        frames = random_crop(next(batches), CROP)
-        target = frames.float() / 255
+    frames = torch.empty((clips, FRAMES, 3, CROP, CROP), dtype=torch.uint8, device=run.device)
+
+    def descend(optimiser: Optimiser, loss_of: Callable[[Bundle, Tensor], Tensor]) -> Tensor:
+        optimiser.clear()
         with torch.autocast(run.device.type, torch.bfloat16):
-            latents = bundle.vae.encode(to_pixels(frames)).float()
-            normal = bundle.statistics.follow(latents, min(0.99, 0.5 + step / 100))
-            noisy = normal + LATENT_NOISE * torch.randn_like(normal)
-            loss = light_loss = pixel_loss(light_frames(bundle.light, noisy, bundle.stride).float(), target)
-            if step % FULL_EVERY == 0:
-                full = bundle.vae.decode(bundle.statistics.restore(noisy)).float().transpose(1, 2) / 2 + 0.5
-                full_loss = pixel_loss(full, target)
-                loss = light_loss + full_loss
+            loss = loss_of(bundle, frames)
         loss.backward()
-        average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(step)
-        step += 1
-        run.log(step, {"light": light_loss, "full": full_loss, "norm": norm})
-    bundle.load_state_dict(dict(bundle.state_dict()) | ema.average)
-    run.say(f"joint stage: {step} steps")
+        return torch.stack([loss.detach(), optimiser.update()])
 
-
-def train_light(run: Run, bundle: Bundle, generator: torch.Generator, clips: int, begun: float) -> None:
-    """The light decoder alone, from this share of the budget to its end."""
-    optimiser = torch.optim.AdamW(bundle.light.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    ema = EMA(bundle.light, 0.998)
-    bundle.vae.requires_grad_(False)
-    batches = frame_batches(clips, FRAMES + 4, generator)
     step = 0
     while step == 0 or run.progress() < 1:
-        share = (run.progress() - begun) / (1 - begun)
-        for group in optimiser.param_groups:
-            group["lr"] = 1.5e-3 * learning_rate(share, step, decay_from=0.3)
-        frames = random_crop(next(batches), CROP)
-        target = frames.float() / 255
-        with torch.autocast(run.device.type, torch.bfloat16):
-            normal = bundle.encode(frames)
-            amount = LATENT_NOISE * torch.rand(len(normal), 1, 1, 1, 1, device=normal.device)
-            out = light_frames(bundle.light, normal + amount * torch.randn_like(normal), bundle.stride).float()
-            loss = pixel_loss(out, target)
-        loss.backward()
-        average_gradients(list(bundle.light.parameters()))
-        nn.utils.clip_grad_norm_(bundle.light.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(step)
+        factor = learning_rate(run.progress(), step, warmup=200, decay_from=0.5)
+        frames.copy_(random_crop(next(batches), CROP))
+        serving.schedule(factor)
+        light = replay("light", lambda: descend(serving, loss_of))
+        if step % OWN_EVERY == 0:
+            decoder.schedule(factor)
+            full = replay("own", lambda: descend(decoder, own_decoder_loss))
         step += 1
-        if step % 50 == 0:
-            with torch.no_grad():
-                psnr = psnr_per_clip(out.clamp(0, 1), target)
-                energy = gradient_energy(out) / gradient_energy(target)
-            run.log(step, {"loss": loss, "psnr": psnr.mean(), "worst": psnr.min(), "energy": energy})
-    bundle.light.load_state_dict(ema.average)
-    run.say(f"light stage: {step} steps")
+        run.log(step, {"light": light[0], "norm": light[1], "own": full[0]})
+        if step == 1:
+            run.say(f"compiled after {run.elapsed():.0f} s")
+    bundle.load_state_dict(bundle.state_dict() | serving.averages | decoder.averages)
+    fresh = [next(batches) for _ in range(16)]
+    settle(bundle, fresh)
+    run.save("vae", bundle.state_dict(), torch.float16)
+    psnr, energy = quality(bundle, fresh)
+    run.say(f"{step} steps: {psnr.mean():.1f} dB, worst clip {psnr.min():.1f}, gradient energy {energy.mean():.2f}")
+
+
+@torch.no_grad()
+def settle(bundle: Bundle, batches: list[Tensor]) -> None:
+    """The statistics of the finished encoder, in place of those of its last steps."""
+    with torch.autocast(batches[0].device.type, torch.bfloat16):
+        latents = torch.cat([bundle.vae.encode(to_pixels(frames)).float() for frames in batches])
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+    bundle.statistics.mean.copy_(mean)
+    bundle.statistics.std.copy_(std)
+
+
+@torch.no_grad()
+def quality(bundle: Bundle, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The light decoder's PSNR (dB) and gradient energy, as a share of the render's, of every clip."""
+    psnr, energy = [], []
+    for frames in batches:
+        target = frames.float() / 255
+        with torch.autocast(frames.device.type, torch.bfloat16):
+            out = light_frames(bundle.light, bundle.encode(frames), bundle.stride).float().clamp(0, 1)
+        psnr.append(psnr_per_clip(out, target))
+        energy += [gradient_energy(a) / gradient_energy(b) for a, b in zip(out, target, strict=True)]
+    return torch.cat(psnr), torch.stack(energy)
 
 
 def psnr_per_clip(out: Tensor, target: Tensor) -> Tensor:
@@ -243,11 +241,8 @@ def psnr_per_clip(out: Tensor, target: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = arguments(__doc__, 240)
-    parser.add_argument("--light-share", type=float, default=0.45, help="share of the time for the light decoder alone")
-    parser.add_argument("--clips", type=int, default=CLIPS, help="clips a step")
-    options = parser.parse_args()
-    train(Run("vae", options.folder, options.seconds), MINI, options.light_share, options.clips)
+    options = arguments(__doc__, 270).parse_args()
+    train(Run("vae", options.folder, options.seconds), MINI)
 
 
 if __name__ == "__main__":

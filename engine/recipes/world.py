@@ -86,6 +86,19 @@ def active(scenes: Tensor) -> Tensor:
     return mask
 
 
+def canonical(scenes: Tensor) -> Tensor:
+    """The same scenes [N, A] with two companions in the order of their relations.
+
+    Nothing in a picture tells which of two companions was named first, so this is what can be read out of one.
+    """
+    second, third = (list(range(COLUMN["shape" + suffix], COLUMN["relation" + suffix] + 1)) for suffix in ("2", "3"))
+    swap = (scenes[:, 0] >= 2) & (scenes[:, second[-1]] > scenes[:, third[-1]])
+    ordered = scenes.clone()
+    ordered[:, second] = torch.where(swap[:, None], scenes[:, third], scenes[:, second])
+    ordered[:, third] = torch.where(swap[:, None], scenes[:, second], scenes[:, third])
+    return ordered
+
+
 def _pairs(n: int, generator: torch.Generator, split: Split) -> tuple[Tensor, Tensor]:
     """Shapes and colours, int64 [n] each, uniform over the pairs of the split."""
     held = torch.tensor(_HELD_COLOUR, device=generator.device)

@@ -12,8 +12,8 @@ from engine.models.dit import DiTConfig
 from engine.models.light_vae import LightVAEConfig
 from engine.models.text_encoder import TextConfig
 from engine.models.vae import VAEConfig
-from engine.recipes import distill, evaluate, probe, teacher, train_vae
-from engine.recipes.optimizer import MuonAdamW, orthogonalise
+from engine.recipes import distill, evaluate, probe, teacher, text, train_vae
+from engine.recipes.optimizer import Optimiser, orthogonalise
 from engine.recipes.run import Run, learning_rate
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import forward
@@ -22,7 +22,7 @@ TOY = replace(
     MINI,
     dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=512, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=64),
-    vae=VAEConfig(widths=(8, 8, 8)),
+    vae=VAEConfig(widths=(16, 16, 16)),
     light_vae=LightVAEConfig(widths=(8, 8, 8)),
 )
 
@@ -74,16 +74,40 @@ def test_newton_schulz_orthogonalises() -> None:
 
 def test_the_optimiser_descends() -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Linear(8, 8)
-    optimiser = MuonAdamW([layer], {id(layer.weight)}, lr=0.02)
-    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 1))
+    network[0].weight.data = network[0].weight.data.contiguous(memory_format=torch.channels_last)
+    parameters = dict(network.named_parameters())
+    optimiser = Optimiser(parameters, {"0.weight"}, lr=0.02, decay=0.9)
+    x, y = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
     losses = []
     for _ in range(60):
-        loss = (layer(x) - y).square().mean()
+        optimiser.schedule(1.0)
+        optimiser.clear()
+        loss = (network(x) - y).square().mean()
         loss.backward()
-        optimiser.step(1.0)
+        optimiser.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    averages = optimiser.averages
+    assert set(averages) == set(parameters)
+    network.load_state_dict(averages)
+    assert float((network(x) - y).square().mean().detach()) < 0.95 * losses[0]
+
+
+def test_weights_move_as_adamw_and_muon_say() -> None:
+    """One step against the formulas written out: AdamW moves by the rate, Muon by an orthogonal matrix."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 32)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimiser = Optimiser(dict(layer.named_parameters()), {"weight"}, lr=0.01, clip=1e9)
+    optimiser.schedule(0.5)
+    layer(torch.randn(512, 32)).square().sum().backward()
+    optimiser.update()
+    moved = before["bias"] - layer.bias.detach()
+    assert torch.allclose(moved.abs(), torch.full((32,), 0.005), atol=1e-5)
+    step = (before["weight"] * (1 - 0.005 * 0.01) - layer.weight.detach()) / (0.005 * 0.2 * 32**0.5)
+    assert 0.2 < torch.linalg.svdvals(step).min() <= torch.linalg.svdvals(step).max() < 1.4
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
@@ -113,7 +137,8 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     def run(name: str, seconds: float) -> Run:
         return Run(name, tmp_path, seconds)
 
-    train_vae.train(run("vae", 2), TOY, light_share=0.5, clips=1)
+    train_vae.train(run("vae", 2), TOY, clips=1)
+    text.train(run("text", 1), TOY, count=8, batch=4)
     probe.train(run("probe-a", 1), "probe-a", pool=4, batch=2)
     pools = teacher.code_pools(run("pools", 1), TOY, clips=2, firsts=3, seed=1)
     assert pools.clips.latents.shape == (2, 16, 3 * teacher.CHUNKS, 32, 32)

@@ -105,6 +105,20 @@ def test_active_follows_the_count() -> None:
 # ---------------------------------------------------------------- parameters
 
 
+def test_canonical_order_is_by_relation_and_loses_nothing() -> None:
+    scenes = world.sample_scenes(512, torch.Generator().manual_seed(3), count_weights=(0.2, 0.2, 0.6))
+    ordered = world.canonical(scenes)
+    two = scenes[:, 0] == 2
+    second, third = world.COLUMN["relation2"], world.COLUMN["relation3"]
+    assert (ordered[two, second] < ordered[two, third]).all()
+    assert torch.equal(ordered[~two], scenes[~two])
+    assert torch.equal(ordered.sort(dim=1).values, scenes.sort(dim=1).values)
+    assert torch.equal(world.canonical(ordered), ordered)
+    swapped = (ordered != scenes).any(dim=1)
+    assert swapped.any()
+    assert torch.equal(ordered[swapped][:, world.COLUMN["shape2"]], scenes[swapped][:, world.COLUMN["shape3"]])
+
+
 def test_parameters_are_finite_after_a_year() -> None:
     g = generator()
     scenes = world.sample_scenes(64, g, split="any")
