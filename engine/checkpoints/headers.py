@@ -1,0 +1,211 @@
+"""What safetensors files hold, read from their headers alone and without trusting them.
+
+A safetensors file is the length of its header (8 bytes, little endian), the header (a JSON object from tensor name to
+dtype, shape and byte range), and the bytes of the tensors without gap or overlap
+(https://huggingface.co/docs/safetensors). No torch here: checking weights must answer at once.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_HEADER = 100 << 20
+DTYPES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes of an element."""
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class StoreError(Exception):
+    """Weights cannot be used; the message names the file, what is wrong with it, and what helps."""
+
+
+class TruncatedError(StoreError):
+    """The header is sound, but the file ends before its last tensor or goes on after it."""
+
+    def __init__(self, message: str, entries: "dict[str, Entry]") -> None:
+        super().__init__(message)
+        self.entries = entries
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype]
+
+
+@dataclass
+class Weights:
+    """One network's tensors by the names that its files give them, and everything wrong with those files."""
+
+    files: list[Path] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries.values())
+
+    def sound(self) -> "Weights":
+        """These weights. Raises StoreError, naming every fault, if there is one."""
+        if self.faults:
+            raise StoreError("; ".join(self.faults))
+        return self
+
+
+def open_regular(path: Path, folder: Path) -> BinaryIO:
+    """A regular file of `folder`, open for reading.
+
+    Raises:
+        StoreError: it is missing, is a pipe, device or folder, or is a link that leads out of the folder.
+    """
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError until Python 3.13
+        raise StoreError(f"{path} is a link in a circle") from None
+    if not target.is_relative_to(folder.resolve()):
+        raise StoreError(
+            f"{path} is a link out of its folder, to {target}: copy the file itself (from a Hugging Face cache: download "
+            f"again with --local-dir)"
+        )
+    try:
+        # a pipe would block without O_NONBLOCK, and is refused before anything is read from it
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _json_object(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} has an unreadable header ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} has a header that is no JSON object: download it again")
+    return content
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
+    """Every tensor of a safetensors file, in the order of its bytes.
+
+    Raises:
+        TruncatedError: the file's length is not what the header says; the error carries the entries.
+        StoreError: the file is missing, or no sound safetensors file that lies in `folder` (default: its own).
+    """
+    with open_regular(path, folder or path.parent) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= size - 8:
+            raise StoreError(
+                f"{path} is no safetensors file: it says that its header has {length} bytes, and has {size} in all"
+            )
+        if length > MAX_HEADER:
+            raise StoreError(f"{path} has a header of {length} bytes, more than the {MAX_HEADER} that are read")
+        content = _json_object(file.read(length), path)
+    entries, ranges = {}, []
+    for name, value in content.items():
+        if name == "__metadata__":
+            continue
+        match value:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if (
+                all(map(_is_size, shape)) and _is_size(start) and _is_size(end)
+            ):
+                pass
+            case _:
+                raise StoreError(f"{path}: the entry of {name} in its header is malformed: download it again")
+        if dtype not in DTYPES:
+            raise StoreError(f"{path}: {name} is of type {dtype}, which is not known here: {', '.join(DTYPES)} are")
+        entries[name] = entry = Entry(path, dtype, tuple(shape))
+        if end - start != entry.bytes:
+            raise StoreError(
+                f"{path}: {name} has {end - start} bytes, but {dtype} {list(shape)} takes {entry.bytes}: "
+                f"download it again"
+            )
+        ranges.append((start, end, name))
+    ranges.sort(key=lambda part: part[:2])
+    position = 0
+    for start, end, name in ranges:
+        if start != position:
+            what = "overlaps the tensor before it" if start < position else "leaves a gap before it"
+            raise StoreError(f"{path}: {name} at byte {start} {what}: download it again")
+        position = end
+    entries = {name: entries[name] for _, _, name in ranges}
+    if size != 8 + length + position:
+        what = "truncated" if size < 8 + length + position else "too long"
+        raise TruncatedError(
+            f"{path} is {what}: {size} bytes, its header says {8 + length + position}: download it again", entries
+        )
+    return entries
+
+
+def read_weights(files: Iterable[Path], folder: Path) -> Weights:
+    """The headers of several files as one; a faulty file is listed, and the others are read all the same."""
+    weights = Weights()
+    for path in files:
+        weights.files.append(path)
+        try:
+            entries = read_header(path, folder)
+        except TruncatedError as error:
+            weights.faults.append(str(error))
+            entries = error.entries
+        except StoreError as error:
+            weights.faults.append(str(error))
+            continue
+        for name in entries.keys() & weights.entries.keys():
+            weights.faults.append(f"{path}: {name} is in {weights.entries[name].file.name} too: keep one of the two")
+        weights.entries |= entries
+    return weights
+
+
+def read_index(path: Path) -> Weights:
+    """The headers of all shards that an index (`*.safetensors.index.json`) names, checked against it."""
+    folder, weights = path.parent, Weights([path])
+    try:
+        with open_regular(path, folder) as file:
+            content = _json_object(file.read(MAX_HEADER), path)
+        shards = content.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise StoreError(f"{path} has no weight_map from tensors to files: download it again")
+        for name in shards.values():
+            if name in {"", ".", ".."} or Path(name).name != name or not name.endswith(".safetensors"):
+                raise StoreError(f"{path} names {name!r} as a shard: must be a plain file name beside the index")
+    except StoreError as error:
+        weights.faults.append(str(error))
+        return weights
+    found = read_weights([folder / name for name in sorted(set(shards.values()))], folder)
+    found.files.insert(0, path)
+    for name, entry in found.entries.items():
+        if shards.get(name) != entry.file.name:
+            found.faults.append(f"{path}: {name} is in {entry.file.name}, but the index says {shards.get(name)}")
+    return found
