@@ -1,4 +1,4 @@
-"""python -m engine MODEL --socket ADDRESS: the engine process."""
+"""python -m engine MODEL --socket ADDRESS: the engine process. Or a command: models, check, convert."""
 
 import argparse
 import os
@@ -10,18 +10,15 @@ from pathlib import Path
 # spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch
-
-from engine import wire
-from engine.assemble import assemble, best_device, best_dtype, describe, warm
-from engine.checkpoints.store import StoreError
+from engine import commands
 from engine.config import PRESETS
-from engine.worker import Wire, Worker
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> int:
+    return commands.run(sys.argv[1:]) if sys.argv[1:2] and sys.argv[1] in commands.NAMES else serve()
+
+
+def serve() -> int:
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
     parser.add_argument(
@@ -30,15 +27,25 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: what is fast here)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: what is fast here)"
+    )
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
+
+    import torch
+
+    from engine import wire
+    from engine.assemble import assemble, best_device, best_dtype, describe, warm
+    from engine.checkpoints.store import StoreError
+    from engine.worker import Wire, Worker
+
     if options.threads < 1:
         parser.error("--threads must be at least 1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
-    dtype = DTYPES[options.dtype] if options.dtype else best_dtype(device)
+    dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:

@@ -77,6 +77,13 @@ class Preset:
     """Chunks over which a `soft` prompt change blends."""
     weights: str = ""
     """What `python -m engine convert` is to be given."""
+    generator: Literal["generator_ema", "generator"] = "generator_ema"
+    """Which network of a pickled checkpoint the authors sample with."""
+
+    @property
+    def text_sizes(self) -> dict[str, int]:
+        """`text`, field by field, without loading its module."""
+        return MINI_TEXT if self.family == "mini" else UMT5_XXL
 
     @property
     def temporal_stride(self) -> int:
@@ -127,10 +134,31 @@ class Preset:
         )
 
 
+MINI_TEXT = {
+    "vocab_size": 512,
+    "dim": 256,
+    "ffn_dim": 512,
+    "num_heads": 4,
+    "head_dim": 64,
+    "num_layers": 4,
+    "length": 64,
+}
+UMT5_XXL = {
+    "vocab_size": 256_384,
+    "dim": 4096,
+    "ffn_dim": 10_240,
+    "num_heads": 64,
+    "head_dim": 64,
+    "num_layers": 24,
+    "length": 512,
+}
+"""Fields of a `TextConfig`; every public Wan model reads through this encoder."""
+
+
 def _mini_text() -> "TextConfig":
     from engine.models.text_encoder import TextConfig
 
-    return TextConfig(vocab_size=512, dim=256, ffn_dim=512, num_heads=4, head_dim=64, num_layers=4, length=64)
+    return TextConfig(**MINI_TEXT)
 
 
 def _mini_light_vae() -> "LightVAEConfig":
@@ -200,9 +228,7 @@ DIT_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_di
 def _umt5_xxl() -> "TextConfig":
     from engine.models.text_encoder import TextConfig
 
-    return TextConfig(
-        vocab_size=256_384, dim=4096, ffn_dim=10_240, num_heads=64, head_dim=64, num_layers=24, length=512
-    )
+    return TextConfig(**UMT5_XXL)
 
 
 def _wan21_vae() -> "VAEConfig":
@@ -241,12 +267,14 @@ def _wan(
     chunk: int = 3,
     window: int = 21,
     sink: int = 0,
+    generator: Literal["generator_ema", "generator"] = "generator_ema",
 ) -> Preset:
     new = dit is DIT_5B
     return Preset(
         name=name,
         description=description,
         weights=weights,
+        generator=generator,
         width=1280 if new else 832,
         height=704 if new else 480,
         fps=24 if new else 16,
@@ -284,6 +312,7 @@ PRESETS: dict[str, Preset] = {
             "causal-forcing-1.3b",
             "Causal-Forcing on Wan 2.1 T2V 1.3B, 4 steps",
             weights=f"the chunk-wise causal_forcing.pt {BASE}",
+            generator="generator",
         ),
         _wan(
             "causal-forcing-1.3b-2step",
@@ -303,6 +332,7 @@ PRESETS: dict[str, Preset] = {
             "longlive-1.3b",
             "LongLive on Wan 2.1 T2V 1.3B: trained with window and sink, for minutes",
             weights=f"longlive_base.pt with lora.pt merged in, {BASE}",
+            generator="generator",
             window=12,
             sink=3,
         ),

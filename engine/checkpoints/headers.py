@@ -79,8 +79,8 @@ def open_regular(path: Path, folder: Path) -> BinaryIO:
         raise StoreError(f"{path} is a link in a circle") from None
     if not target.is_relative_to(folder.resolve()):
         raise StoreError(
-            f"{path} is a link out of its folder, to {target}: copy the file itself (from a Hugging Face cache: download "
-            f"again with --local-dir)"
+            f"{path} is a link out of its folder, to {target}: copy the file itself (from a Hugging Face cache: "
+            f"download again with --local-dir)"
         )
     try:
         # a pipe would block without O_NONBLOCK, and is refused before anything is read from it

@@ -32,6 +32,8 @@ class Sources:
     parts: dict[str, Weights] = field(default_factory=dict)
     """By network: `dit`, `text_encoder`, `vae`, `light_vae`, or any other that a native store has."""
     pickles: list[Path] = field(default_factory=list)
+    unused: list[Path] = field(default_factory=list)
+    """Files that hold no network known here, such as a LoRA."""
     tokenizer: Path | None = None
     faults: list[str] = field(default_factory=list)
 
@@ -46,7 +48,7 @@ class Sources:
 def kind(names: Iterable[str]) -> str | None:
     """The network that tensors of these names belong to; None if they are of no known one."""
     bare = {wan.strip(name) for name in names}
-    if any(name.startswith("blocks.") and ".cross_attn." in name or ".attn2." in name for name in bare):
+    if any(name.startswith("blocks.") and (".cross_attn." in name or ".attn2." in name) for name in bare):
         return "dit"
     return next((part for part, marks in MARKS.items() if not bare.isdisjoint(marks)), None)
 
@@ -87,6 +89,7 @@ def find_all(paths: Sequence[Path]) -> Sources:
     for other in others:
         merged.parts = other.parts | merged.parts
         merged.pickles += other.pickles
+        merged.unused += other.unused
         merged.faults += other.faults
         merged.tokenizer = merged.tokenizer or other.tokenizer
     return merged
@@ -112,7 +115,7 @@ def _take(weights: Weights, path: Path, sources: Sources) -> None:
     elif weights.faults:
         sources.faults += weights.faults
     else:
-        sources.faults.append(f"{path} holds no network that is known here")
+        sources.unused.append(path)
 
 
 def _native(folder: Path) -> Sources:

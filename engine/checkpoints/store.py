@@ -6,21 +6,37 @@ Weights are verified before any of them is loaded. Matrices may be stored as int
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-MANIFEST = "manifest.json"
+from engine.checkpoints.headers import StoreError
+from engine.checkpoints.sources import MANIFEST
+
+__all__ = ["MANIFEST", "StoreError", "StoredTensor", "Writer", "load", "quantise", "save", "verify"]
+
 SHARD_BYTES = 15 << 20
-
-
-class StoreError(Exception):
-    """A store cannot be used; the message names the file and what is wrong with it."""
+"""What the repository takes for a file."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def _digest(path: Path) -> str:
@@ -83,6 +99,95 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.reshape(weight.shape), scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is to be written; `read` makes it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, value: Tensor) -> "StoredTensor":
+        return cls(value.dtype, tuple(value.shape), lambda: value)
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Writer:
+    """Writes a store one tensor at a time, so that a model larger than memory can be converted.
+
+    The manifest comes last: until `close`, the folder is no store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+    def add(self, component: str, tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> None:
+        """Write one component; a tensor's stored name is `component.name`, and no tensor is split.
+
+        Raises:
+            StoreError: the disk has not the room.
+        """
+        total = sum(tensor.bytes for tensor in tensors.values())
+        if total > (free := shutil.disk_usage(self.folder).free):
+            raise StoreError(f"{self.folder} has {free / 2**30:.1f} GiB free, {component} takes {total / 2**30:.1f}")
+        shards: list[dict[str, StoredTensor]] = [{}]
+        room = shard_bytes
+        for name, tensor in tensors.items():
+            if tensor.bytes > room and shards[-1]:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][f"{component}.{name}"] = tensor
+            room -= tensor.bytes
+        for index, shard in enumerate(shards):
+            self._shard(f"{component}{f'-{index}' if len(shards) > 1 else ''}.safetensors", shard)
+
+    def _shard(self, file_name: str, tensors: dict[str, StoredTensor]) -> None:
+        # large elements first: then each tensor starts at a multiple of its element's size
+        ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+        header, position = {}, 0
+        for name, tensor in ordered:
+            end = position + tensor.bytes
+            header[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        digest = hashlib.sha256()
+        with (self.folder / file_name).open("wb") as file:
+
+            def write(data: bytes | memoryview) -> None:
+                file.write(data)
+                digest.update(data)
+
+            write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in ordered:
+                value = tensor.read().detach().cpu().contiguous()
+                if (value.dtype, tuple(value.shape)) != (tensor.dtype, tensor.shape):
+                    raise ValueError(f"{name} came as {value.dtype} {list(value.shape)}, not as announced")
+                write(value.reshape(-1).view(torch.uint8).numpy().data)
+        self._files[file_name] = {"bytes": 8 + len(text) + position, "sha256": digest.hexdigest()}
+
+    def add_text(self, name: str, text: str) -> None:
+        path = self.folder / name
+        path.write_text(text)
+        self._files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+    def close(self, **facts: str) -> None:
+        """Write the manifest, with facts about the store for its reader: the preset, the source."""
+        content = {"format": 1, **facts, "files": dict(sorted(self._files.items()))}
+        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+
 def save(
     folder: Path, components: Mapping[str, Mapping[str, Tensor]], *, low_bit: set[str], extra: Mapping[str, str]
 ) -> None:
@@ -94,35 +199,21 @@ def save(
             vectors are float32.
         extra: further text files by name, such as the tokenizer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    writer = Writer(folder)
     for old in [*folder.glob("*.safetensors"), *folder.glob("*.json")]:
         old.unlink()
     for component, tensors in components.items():
-        shards: list[dict[str, Tensor]] = [{}]
-        room = SHARD_BYTES
+        entries: dict[str, StoredTensor] = {}
         for name, value in tensors.items():
-            entry: dict[str, Tensor] = {}
             if value.is_floating_point() and value.ndim >= 2:
                 if component in low_bit and name.endswith("weight"):
-                    entry[f"{component}.{name}"], entry[f"{component}.{name}_scale"] = quantise(value.cpu())
+                    weight, scale = quantise(value.cpu())
+                    entries[name], entries[f"{name}_scale"] = StoredTensor.of(weight), StoredTensor.of(scale)
                 else:
-                    entry[f"{component}.{name}"] = value.detach().cpu().bfloat16()
+                    entries[name] = StoredTensor.of(value.bfloat16())
             else:
-                entry[f"{component}.{name}"] = value.detach().cpu()
-            size = sum(x.numel() * x.element_size() for x in entry.values())
-            if size > room and shards[-1]:
-                shards.append({})
-                room = SHARD_BYTES
-            shards[-1] |= {key: tensor.contiguous().clone() for key, tensor in entry.items()}
-            room -= size
-        for index, shard in enumerate(shards):
-            suffix = f"-{index}" if len(shards) > 1 else ""
-            save_file(shard, folder / f"{component}{suffix}.safetensors")
+                entries[name] = StoredTensor.of(value)
+        writer.add(component, entries)
     for name, text in extra.items():
-        (folder / name).write_text(text)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+        writer.add_text(name, text)
+    writer.close()

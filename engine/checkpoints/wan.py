@@ -176,3 +176,17 @@ def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> Differ
             if name in found and found[name] != shape
         ],
     )
+
+
+def sentences(differences: Differences, limit: int = 20) -> list[str]:
+    """Every difference by name, up to a limit for each kind."""
+    found = []
+    for what, names in (
+        ("missing", differences.missing),
+        ("unexpected", differences.unexpected),
+        ("wrong shape", differences.misshaped),
+    ):
+        found += [f"{what}: {name}" for name in names[:limit]]
+        if len(names) > limit:
+            found.append(f"{what}: {len(names) - limit} more")
+    return found

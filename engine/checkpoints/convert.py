@@ -1,0 +1,182 @@
+"""Foreign checkpoints -> the native store, one tensor in memory at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.checkpoints import sources, store, wan
+from engine.checkpoints.headers import StoreError, Weights
+from engine.checkpoints.self_forcing import read_pickle
+from engine.checkpoints.store import StoredTensor
+from engine.config import Preset
+from engine.models.sizes import DiTConfig
+
+SHARD_BYTES = 4 << 30
+DTYPES = {name: dtype for dtype, name in store.DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+LOW_BIT = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8}
+
+Found = Mapping[str, StoredTensor]
+"""A checkpoint's tensors under its own names."""
+Adapt = Callable[[str, Tensor], Tensor]
+"""(our name, float32 weight) -> the weight to store: where a LoRA is merged in."""
+
+
+def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
+    """The tensors behind headers. Raises StoreError for faulty files."""
+    handles: dict[Path, Any] = {}
+
+    def read(file: Path, name: str) -> Tensor:
+        if file not in handles:
+            handles[file] = safe_open(file, framework="pt")
+        return handles[file].get_tensor(name)
+
+    found = {}
+    for name, entry in weights.sound().entries.items():
+        if entry.dtype not in DTYPES:
+            raise StoreError(f"{entry.file}: {name} is of type {entry.dtype}, which is no weight's")
+        found[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, partial(read, entry.file, name))
+    return found
+
+
+def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
+    """stored * scale in float32: scale has one element, or one for each row of stored [rows, ...]."""
+    return stored.float() * scale.float().reshape(-1, *[1] * (stored.ndim - 1))
+
+
+def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> tuple[wan.Layout, Found]:
+    """`CausalWan`'s tensors out of a checkpoint: matrices bfloat16, everything else float32.
+
+    Raises:
+        StoreError: a tensor is missing, unexpected, misshaped, or in low-bit without a scale; each is named.
+    """
+    names = wan.to_native(found)
+    differences = wan.compare(wan.tensors(config), {ours: found[name].shape for ours, name in names.native.items()})
+    if differences:
+        raise StoreError("the tensors are not this model's: " + "; ".join(wan.sentences(differences)))
+    return names.layout, {
+        ours: _served(ours, found[names.native[ours]], _scale(ours, names, found), adapt)
+        for ours in wan.tensors(config)
+    }
+
+
+def _scale(ours: str, names: wan.Names, found: Found) -> StoredTensor | None:
+    weight = found[names.native[ours]]
+    if ours in names.scales:
+        scale = found[names.scales[ours]]
+        elements = torch.Size(scale.shape).numel()
+        if weight.dtype not in LOW_BIT or elements not in (1, weight.shape[0]):
+            raise StoreError(
+                f"{names.scales[ours]} has {elements} elements for a weight {weight.dtype} {list(weight.shape)}: only "
+                f"one scale, or one for each row, of a float8 or int8 weight is known"
+            )
+        return scale
+    # float8 without any scale in the whole checkpoint is a plain cast; one missing scale is a damaged checkpoint
+    if weight.dtype == torch.int8 or (weight.dtype in LOW_BIT and names.scales):
+        raise StoreError(f"{names.native[ours]} is {weight.dtype} and has no scale beside it ({', '.join(wan.SCALES)})")
+    return None
+
+
+def _served(ours: str, stored: StoredTensor, scale: StoredTensor | None, adapt: Adapt | None) -> StoredTensor:
+    dtype = torch.bfloat16 if len(stored.shape) >= 2 and ours.endswith("weight") else torch.float32
+
+    def read() -> Tensor:
+        value = stored.read()
+        if scale is not None:
+            value = dequantise(value, scale.read())
+        if adapt is not None:
+            value = adapt(ours, value.float())
+        return value.to(dtype)
+
+    return StoredTensor(dtype, stored.shape, read)
+
+
+def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
+    """The transformer's tensors from safetensors in any known layout, ready for `CausalWan.load_state_dict`.
+
+    Raises:
+        StoreError: there are none, they do not fit, or there is only a pickle, which is never read to serve.
+    """
+    found = sources.find_all(paths)
+    if "dit" not in found.parts:
+        pickles = f"; {found.pickles[0]} is a pickle: run `python -m engine convert` first" if found.pickles else ""
+        raise StoreError(f"no transformer in {', '.join(map(str, paths))}{pickles}")
+    _, tensors = dit_tensors(config, open_tensors(found.parts["dit"]))
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+Place = Callable[[Preset, Found, Adapt | None], tuple[str, Found]]
+CONVERTERS: dict[str, Place] = {
+    "dit": lambda preset, found, adapt: dit_tensors(preset.dit, found, adapt),
+    # the text encoder and the VAEs come in here, each with the module that knows its names
+}
+"""By network: (preset, checkpoint's tensors, adapt) -> the layout found, and our tensors."""
+
+
+def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -> Iterator[tuple[str, str, Found]]:
+    """(network, where from, its tensors) of everything that was found, pickles included, each network once."""
+    seen = set(found.parts)
+    for part, weights in found.parts.items():
+        yield part, str(weights.files[0]), open_tensors(weights)
+    for path in found.pickles:
+        try:
+            tensors, key = read_pickle(path, preset.generator)
+        except StoreError as error:
+            say(f"not used: {error}")
+            continue
+        kind = sources.kind(tensors)
+        if kind is None or kind in seen:
+            say(f"not used: {path} ({f'there is another {kind}' if kind else 'no network that is known here'})")
+            continue
+        seen.add(kind)
+        yield (
+            kind,
+            f"{path}{f', key {key}' if key else ''}",
+            {name: StoredTensor.of(value) for name, value in tensors.items()},
+        )
+
+
+def convert(
+    preset: Preset, paths: Sequence[Path], to: Path, *, adapt: Adapt | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Write the native store of a preset.
+
+    Args:
+        paths: files or folders that hold its networks, in any known layout; the first that has a network gives it.
+        to: a folder that does not exist or is empty.
+        adapt: changes the transformer's weights before they are stored.
+
+    Raises:
+        StoreError: a source is faulty or does not fit, there is no transformer in them, or `to` is in use.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise StoreError(f"{to} is in use: give a folder that does not exist or is empty")
+    found = sources.find_all(paths)
+    if found.faults:
+        raise StoreError("; ".join(found.faults))
+    refusals: list[str] = []
+    writer: store.Writer | None = None
+    layouts: dict[str, str] = {}
+    for part, origin, tensors in _parts(found, preset, refusals.append):
+        if part not in CONVERTERS:
+            refusals.append(f"not used: {origin} ({part} is not converted)")
+            continue
+        layout, ours = CONVERTERS[part](preset, tensors, adapt)
+        say(f"{part}: {origin}, {layout} layout, {len(ours)} tensors")
+        writer = writer or store.Writer(to)
+        writer.add(part, ours, SHARD_BYTES)
+        layouts[part] = layout
+    for refusal in refusals:
+        say(refusal)
+    if writer is None or "dit" not in layouts:
+        raise StoreError("; ".join([f"no transformer in {', '.join(map(str, paths))}", *refusals]))
+    if found.tokenizer is not None:
+        writer.add_text("tokenizer.json", found.tokenizer.read_text())
+    writer.close(preset=preset.name)

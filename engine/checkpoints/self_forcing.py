@@ -1,0 +1,54 @@
+"""Pickled checkpoints, as Self-Forcing and its descendants publish them. Read by `convert` alone, never to serve."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoints import headers
+from engine.checkpoints.headers import StoreError
+
+GENERATORS = ("generator_ema", "generator")
+"""What such a file calls the network that makes pictures: its moving average, and its last state."""
+
+
+def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str, Tensor], str]:
+    """The tensors of a pickled checkpoint, left on disk until they are used, and the key they stood under ("" if none).
+
+    Torch's restricted unpickler runs no code: it builds tensors and plain containers, and refuses all else.
+
+    Args:
+        generator: the key to prefer, of `GENERATORS`; the other is taken where it is missing.
+
+    Raises:
+        StoreError: the file holds more than tensors, is damaged, or has no generator.
+    """
+    headers.open_regular(path, path.parent).close()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a foreign file brings about
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{path} is refused: it is damaged or holds more than tensors, and a pickle may run any code when it is "
+            f"read. Get the weights as safetensors, or from their publisher again ({type(error).__name__}: {reason})"
+        ) from None
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} holds a {type(content).__name__} instead of tensors by name")
+    for key in (generator, *GENERATORS):
+        if isinstance(content.get(key), dict):
+            return _tensors(content[key], path), key
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return _tensors(content, path), ""
+    raise StoreError(
+        f"{path} has none of {', '.join(GENERATORS)} among its keys: {', '.join(map(str, list(content)[:10]))}"
+    )
+
+
+def _tensors(content: Mapping[object, object], path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise StoreError(f"{path}: {name} is a {type(value).__name__} instead of a tensor")
+        found[name] = value
+    return found

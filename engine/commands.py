@@ -1,0 +1,178 @@
+"""The commands of `python -m engine` that serve nothing: models, check, convert. Torch is loaded by `convert` alone."""
+
+import argparse
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from engine import memory
+from engine.checkpoints import layouts, sources, wan
+from engine.checkpoints.headers import StoreError, Weights
+from engine.config import PRESETS, Preset
+
+NAMES = ("models", "check", "convert")
+GIB = 2**30
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that `arguments` begin with; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m engine")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("models", help="list the presets")
+
+    check_parser = commands.add_parser("check", help="are the weights all there, and does the preset fit?")
+    check_parser.add_argument("preset", choices=sorted(PRESETS))
+    check_parser.add_argument(
+        "--weights", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files, in any known layout"
+    )
+    check_parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="what the device has")
+    check_parser.add_argument("--resolution", type=_resolution, metavar="WxH", help="default: the preset's")
+
+    convert_parser = commands.add_parser("convert", help="write foreign weights as a native store")
+    convert_parser.add_argument("preset", choices=sorted(PRESETS))
+    convert_parser.add_argument(
+        "--from", dest="paths", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files"
+    )
+    convert_parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new or empty")
+
+    options = parser.parse_args(arguments)
+    try:
+        match options.command:
+            case "models":
+                return models()
+            case "check":
+                return check(PRESETS[options.preset], options.weights, options.gpu_memory, options.resolution)
+            case _:
+                return convert(PRESETS[options.preset], options.paths, options.to)
+    except (StoreError, OSError) as error:
+        print(f"error: {error}")
+        return 2
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+def models() -> int:
+    rows = [("name", "parameters", "frames", "fps", "steps", "window", "about")]
+    for preset in PRESETS.values():
+        parameters = sum(map(prod, wan.tensors(preset.dit).values()))
+        first = f"{len(preset.first_steps)} then " if preset.first_steps else ""
+        rows.append(
+            (
+                preset.name,
+                f"{parameters / 1e9:.1f}B" if parameters > 5e8 else f"{parameters / 1e6:.0f}M",
+                f"{preset.width}x{preset.height}",
+                str(preset.fps),
+                f"{first}{len(preset.steps)}",
+                f"{preset.window}" + (f", sink {preset.sink}" if preset.sink else ""),
+                preset.description,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def check(
+    preset: Preset, paths: list[Path], gpu_memory: float | None = None, resolution: tuple[int, int] | None = None
+) -> int:
+    """Print what is there, what is wrong with it, and what memory it takes; 0 if everything is there, else 2."""
+    setting = memory.default(preset)
+    if resolution is not None:
+        unit = preset.spatial_stride * preset.dit.patch[1]
+        if min(resolution) < unit or any(side % unit for side in resolution):
+            raise StoreError(f"--resolution must be multiples of {unit} for {preset.name}")
+        setting = memory.Setting(*resolution, setting.window, light_vae=setting.light_vae)
+    found = sources.find_all(paths)
+    faults = list(found.faults)
+    expected = layouts.expected(preset)
+    for part in ("dit", "text_encoder", "vae", "light_vae"):
+        if part in found.parts:
+            faults += _check_part(part, found.parts[part], expected.get(part, {}), found.native)
+    if found.tokenizer is not None:
+        print(f"{'tokenizer':13} {found.tokenizer}")
+    for path in found.unused:
+        print(f"{'not used':13} {path}")
+    for path in found.pickles:
+        print(f"{'pickle':13} {path}: is not looked into, and never read to serve; `python -m engine convert` reads it")
+    lacking = [part for part in ("dit", "text_encoder") if part not in found.parts]
+    if not found.parts.keys() & {"vae", "light_vae"}:
+        lacking.append("vae or light_vae")
+    if found.tokenizer is None:
+        lacking.append("tokenizer.json")
+    faults += [f"missing: {part}" for part in lacking]
+    print()
+    for fault in faults:
+        print(fault)
+    print("incomplete" if faults else "everything is there")
+    if lacking and preset.weights:
+        print(f"{preset.name} needs {preset.weights}")
+    print()
+    _print_memory(preset, setting, gpu_memory)
+    return 2 if faults else 0
+
+
+def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape], native: bool) -> list[str]:
+    """Print a line about a network; returns its faults."""
+    faults = [] if native else list(weights.faults)
+    layout, compared = "native layout" if native else "", bool(expected)
+    found = {name: entry.shape for name, entry in weights.entries.items()}
+    if part == "dit":
+        try:
+            names = wan.to_native(found)
+        except StoreError as error:
+            return [*faults, str(error)]
+        layout = layout or f"{names.layout} layout"
+        if names.scales:
+            layout += f", {len(names.scales)} low-bit weights with scales"
+        found = {ours: found[name] for ours, name in names.native.items()}
+    elif native:
+        found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
+    else:
+        compared = False
+    if compared:
+        faults += [f"{part}: {line}" for line in wan.sentences(wan.compare(expected, found))]
+    dtypes = Counter(entry.dtype for entry in weights.entries.values())
+    described = [
+        f"{len(weights.files)} file{'s' if len(weights.files) > 1 else ''} in {weights.files[0].parent}",
+        f"{len(weights.entries)} tensors",
+        f"{weights.bytes / GIB:.2f} GiB {'/'.join(dtype for dtype, _ in dtypes.most_common())}",
+        layout or "headers read, names not compared",
+    ]
+    print(f"{part:13} {', '.join(described)}")
+    return faults
+
+
+def _print_memory(preset: Preset, setting: memory.Setting, gpu_memory: float | None) -> None:
+    parts = memory.parts(preset, setting)
+    needed = sum(parts.values())
+    decoder = "light VAE" if setting.light_vae else "full VAE"
+    print(
+        f"device memory for one stream, {setting.width}x{setting.height}, window {setting.window}, {decoder}, bfloat16:"
+    )
+    for name, size in parts.items():
+        print(f"  {name:22}{size / GIB:8.2f} GiB")
+    print(f"  {'in all, at least':22}{needed / GIB:8.2f} GiB")
+    if gpu_memory is None:
+        return
+    limit = int(gpu_memory * GIB)
+    if needed <= limit:
+        print(f"fits into {gpu_memory:g} GiB")
+        return
+    print(f"does not fit into {gpu_memory:g} GiB: {(needed - limit) / GIB:.2f} GiB too much")
+    remedies = memory.remedies(preset, setting, limit)
+    if not remedies:
+        print("no option makes it fit: take a smaller model")
+    for remedy in remedies:
+        print(f"  would fit with: {' and '.join(remedy)}")
+
+
+def convert(preset: Preset, paths: list[Path], to: Path) -> int:
+    from engine.checkpoints.convert import convert as write
+
+    write(preset, paths, to)
+    print(f"written to {to}; now run: python -m engine check {preset.name} --weights {to}")
+    return 0

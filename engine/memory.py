@@ -1,0 +1,120 @@
+"""How much device memory a preset takes, and what would make it fit: arithmetic over sizes, nothing is measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from engine.checkpoints import layouts
+from engine.config import Preset
+
+BYTES = 2
+"""Of a weight or activation: bfloat16."""
+
+VAE_PARAMETERS = {"mini": 1_200_000, "wan2.1": 126_892_531, "wan2.2": 704_688_668}
+VAE_CACHES = {
+    "mini": {},
+    "wan2.1": {8: 16 + 11 * 384, 4: 192 + 6 * 384, 2: 6 * 192, 1: 7 * 96},
+    "wan2.2": {16: 48 + 11 * 1024, 8: 7 * 1024, 4: 1024 + 5 * 512, 2: 512 + 6 * 256},
+}
+"""Channels of the frames that the decoder's causal convolutions remember, two each, by the pixels that a cell spans
+(`../shared/specs/causal-wan.md` 2.7)."""
+LIGHT_PARAMETERS = {"mini": 800_000, "wan2.1": 10_000_000, "wan2.2": 10_000_000}
+LIGHT_CACHES = {
+    "mini": {8: 2 * 96, 4: 64, 2: 16},
+    "wan2.1": {8: 3 * 256, 4: 3 * 128, 2: 3 * 64},
+    "wan2.2": {16: 3 * 256, 8: 3 * 128, 4: 3 * 64},
+}
+"""The same of the light decoder's memories, one frame each."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may be chosen so that a preset fits."""
+
+    width: int
+    height: int
+    window: int
+    text_on_device: bool = True
+    light_vae: bool = False
+
+
+def default(preset: Preset) -> Setting:
+    return Setting(preset.width, preset.height, preset.window, light_vae=preset.family == "mini")
+
+
+def parts(preset: Preset, setting: Setting) -> dict[str, int]:
+    """Bytes that one stream and its weights take, by what takes them."""
+    dit = preset.dit
+    _, ph, pw = dit.patch
+    cell = preset.spatial_stride
+    tokens = (setting.height // cell // ph) * (setting.width // cell // pw)
+    area = setting.width * setting.height
+    sizes = layouts.expected(preset)
+    channels = (LIGHT_CACHES if setting.light_vae else VAE_CACHES)[preset.family]
+    frames = 1 if setting.light_vae else 2
+    found = {
+        "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
+        "text encoder": BYTES * sum(map(prod, sizes["text_encoder"].values())) if setting.text_on_device else 0,
+        # keys and values of the window, and the sink's keys once more as they were before rotation
+        "KV cache": BYTES * dit.num_layers * dit.dim * tokens * (2 * setting.window + preset.sink),
+        "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text_sizes["length"],
+        "VAE weights": BYTES * (LIGHT_PARAMETERS if setting.light_vae else VAE_PARAMETERS)[preset.family],
+        "VAE caches": BYTES * frames * sum(count * area // span**2 for span, count in channels.items()),
+        # about what the widest moment of a block holds: the hidden layer twice, and x, y, q, k, v, their rotated copies
+        "activations": BYTES * preset.chunk * tokens * (2 * dit.ffn_dim + 10 * dit.dim),
+    }
+    return found
+
+
+def total(preset: Preset, setting: Setting) -> int:
+    return sum(parts(preset, setting).values())
+
+
+def _windows(preset: Preset, setting: Setting) -> Iterator[Setting]:
+    """Shorter windows, longest first, down to the sink, one past chunk and the current one."""
+    for window in range(setting.window - preset.chunk, preset.sink + 2 * preset.chunk - 1, -preset.chunk):
+        yield replace(setting, window=window)
+
+
+def _resolutions(preset: Preset, setting: Setting) -> Iterator[Setting]:
+    """Smaller pictures of about the same shape, largest first, down to half of each side."""
+    unit = preset.spatial_stride * preset.dit.patch[1]
+    for eighths in (7, 6, 5, 4):
+        width, height = (side * eighths // 8 // unit * unit for side in (setting.width, setting.height))
+        yield replace(setting, width=width, height=height)
+
+
+def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
+    """What makes a setting fit into `limit` bytes: each single option that does, or else one combination; or nothing.
+
+    A combination takes the options in the order of what they cost the picture.
+    """
+    options = {
+        "text encoder off the device": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
+        "light VAE": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
+        "shorter window": lambda s: _windows(preset, s),
+        "smaller resolution": lambda s: _resolutions(preset, s),
+    }
+
+    def label(option: str, s: Setting) -> str:
+        values = {"shorter window": f" of {s.window}", "smaller resolution": f" of {s.width}x{s.height}"}
+        return option + values.get(option, "")
+
+    singles = []
+    for option, choices in options.items():
+        chosen = next((s for s in choices(setting) if total(preset, s) <= limit), None)
+        if chosen is not None:
+            singles.append([label(option, chosen)])
+    if singles:
+        return singles
+    together: list[str] = []
+    for option, choices in options.items():
+        tried = list(choices(setting))
+        if not tried:
+            continue
+        chosen = next((s for s in tried if total(preset, s) <= limit), tried[-1])
+        together.append(label(option, chosen))
+        setting = chosen
+        if total(preset, setting) <= limit:
+            return [together]
+    return []
