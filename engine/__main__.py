@@ -32,6 +32,9 @@ def serve() -> int:
     )
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
 
     import torch
 
@@ -40,9 +43,6 @@ def serve() -> int:
     from engine.checkpoints.store import StoreError
     from engine.worker import Wire, Worker
 
-    if options.threads < 1:
-        parser.error("--threads must be at least 1")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
     dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)

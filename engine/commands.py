@@ -1,6 +1,7 @@
 """The commands of `python -m engine` that serve nothing: models, check, convert. Torch is loaded by `convert` alone."""
 
 import argparse
+import sys
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(arguments: list[str]) -> int:
             case _:
                 return convert(PRESETS[options.preset], options.paths, options.to)
     except (StoreError, OSError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

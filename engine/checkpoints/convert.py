@@ -42,7 +42,7 @@ def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
     for name, entry in weights.sound().entries.items():
         if entry.dtype not in DTYPES:
             raise StoreError(f"{entry.file}: {name} is of type {entry.dtype}, which is no weight's")
-        found[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, partial(read, entry.file, name))
+        found[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, partial(read, entry.file, entry.name))
     return found
 
 

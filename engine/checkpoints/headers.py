@@ -37,9 +37,10 @@ class TruncatedError(StoreError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file."""
+    """One tensor of a file, and its name in there."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -146,7 +147,7 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
                 raise StoreError(f"{path}: the entry of {name} in its header is malformed: download it again")
         if dtype not in DTYPES:
             raise StoreError(f"{path}: {name} is of type {dtype}, which is not known here: {', '.join(DTYPES)} are")
-        entries[name] = entry = Entry(path, dtype, tuple(shape))
+        entries[name] = entry = Entry(path, name, dtype, tuple(shape))
         if end - start != entry.bytes:
             raise StoreError(
                 f"{path}: {name} has {end - start} bytes, but {dtype} {list(shape)} takes {entry.bytes}: "
@@ -208,4 +209,8 @@ def read_index(path: Path) -> Weights:
     for name, entry in found.entries.items():
         if shards.get(name) != entry.file.name:
             found.faults.append(f"{path}: {name} is in {entry.file.name}, but the index says {shards.get(name)}")
+    readable = {entry.file.name for entry in found.entries.values()}
+    for name, shard in shards.items():
+        if name not in found.entries and shard in readable:
+            found.faults.append(f"{path}: {name} is not in {shard}, where the index has it")
     return found

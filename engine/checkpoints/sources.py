@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.checkpoints import headers, wan
-from engine.checkpoints.headers import Entry, StoreError, Weights
+from engine.checkpoints.headers import StoreError, Weights
 
 MANIFEST = "manifest.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -47,7 +47,7 @@ class Sources:
 
 def kind(names: Iterable[str]) -> str | None:
     """The network that tensors of these names belong to; None if they are of no known one."""
-    bare = {wan.strip(name) for name in names}
+    bare = {wan.unwrapped(name) for name in names}
     if any(name.startswith("blocks.") and (".cross_attn." in name or ".attn2." in name) for name in bare):
         return "dit"
     return next((part for part, marks in MARKS.items() if not bare.isdisjoint(marks)), None)
@@ -146,7 +146,7 @@ def _native(folder: Path) -> Sources:
         for full, entry in weights.entries.items():
             part, _, tensor = full.partition(".")
             mine = sources.parts.setdefault(part, Weights())
-            mine.entries[tensor] = Entry(entry.file, entry.dtype, entry.shape)
+            mine.entries[tensor] = entry
             if file_path not in mine.files:
                 mine.files.append(file_path)
     return sources

@@ -83,7 +83,7 @@ def tensors(config: DiTConfig) -> dict[str, Shape]:
     return found
 
 
-def strip(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A name without the prefixes of wrappers, wherever they stand: `model.blocks.0._orig_mod.x` is `blocks.0.x`."""
     kept: list[str] = []
     for part in name.split("."):
@@ -131,7 +131,7 @@ def to_native(names: Iterable[str]) -> Names:
     Raises:
         StoreError: the checkpoint is an image-to-video model's, or two of its names mean one tensor.
     """
-    stripped = {name: strip(name) for name in names}
+    stripped = {name: unwrapped(name) for name in names}
     if image := [name for name in stripped if any(part in name for part in IMAGE_PARTS)]:
         raise StoreError(
             f"{image[0]} belongs to an image-to-video model, which cannot make video from text: use the T2V or TI2V "
@@ -150,7 +150,8 @@ def to_native(names: Iterable[str]) -> Names:
             raise StoreError(f"{place[ours]} and {name} are both {ours}: keep one of the two")
         place[ours] = name
     for ours in scales.keys() - native.keys():
-        native[scales[ours]] = scales.pop(ours)  # a scale of nothing is an unexpected tensor
+        lone = scales.pop(ours)
+        native[lone] = lone  # a scale of nothing is an unexpected tensor
     return Names(layout, native, scales)
 
 

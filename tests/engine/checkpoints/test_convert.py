@@ -1,0 +1,260 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.checkpoints import sources, store, wan
+from engine.checkpoints.convert import convert, dequantise, load_dit
+from engine.checkpoints.headers import StoreError
+from engine.checkpoints.self_forcing import read_pickle
+from engine.config import PRESETS
+from engine.models.sizes import DiTConfig
+
+TINY = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, in_channels=4, out_channels=4, freq_dim=32)
+PRESET = replace(PRESETS["self-forcing-1.3b"], name="tiny", dit=TINY)
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    """Original names, float32, not exact in bfloat16."""
+    torch.manual_seed(0)
+    return {name: torch.randn(shape) for name, shape in wan.tensors(TINY).items()}
+
+
+def stored(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.bfloat16() if value.ndim >= 2 and name.endswith("weight") else value
+        for name, value in weights.items()
+    }
+
+
+def diffusers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    back = {ours: theirs for theirs, ours in wan.FROM_DIFFUSERS.items()}
+    block = {ours: theirs for theirs, ours in wan.FROM_DIFFUSERS_BLOCK.items()}
+    found = {}
+    for name, value in weights.items():
+        module, _, attribute = name.rpartition(".")
+        if attribute == "modulation":
+            found[module.replace("head", "") + ("." if module != "head" else "") + "scale_shift_table"] = value
+        elif module.startswith("blocks."):
+            _, index, rest = module.split(".", 2)
+            found[f"blocks.{index}.{block[rest]}.{attribute}"] = value
+        else:
+            found[f"{back[module]}.{attribute}"] = value
+    return found
+
+
+def converted(paths: list[Path], to: Path) -> tuple[dict[str, Tensor], list[str]]:
+    said: list[str] = []
+    convert(PRESET, paths, to, say=said.append)
+    tensors = store.load(to)
+    assert all(name.startswith("dit.") for name in tensors)
+    return {name.removeprefix("dit."): value for name, value in tensors.items()}, said
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in expected.items()
+    )
+
+
+def test_a_diffusers_folder(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    folder = tmp_path / "model" / "transformer"
+    folder.mkdir(parents=True)
+    names = diffusers_names(weights)
+    assert "scale_shift_table" in names and "blocks.1.ffn.net.0.proj.weight" in names
+    halves = [dict(list(names.items())[part::2]) for part in range(2)]
+    for part, half in enumerate(halves):
+        save_file(half, folder / f"diffusion_pytorch_model-{part}.safetensors")
+    weight_map = {n: f"diffusion_pytorch_model-{part}.safetensors" for part, half in enumerate(halves) for n in half}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found, said = converted([tmp_path / "model"], tmp_path / "native")
+    assert same(found, stored(weights))
+    assert "diffusers layout" in said[0]
+    assert same(load_dit([tmp_path / "model"], TINY), stored(weights))
+    assert same(load_dit([tmp_path / "native"], TINY), stored(weights))
+
+
+def test_an_original_folder(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+    (tmp_path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+    found, said = converted([tmp_path], tmp_path / "native")
+    assert same(found, stored(weights))
+    assert "original layout" in said[0]
+    assert (tmp_path / "native" / "tokenizer.json").read_text() == "{}"
+    assert store.verify(tmp_path / "native")["preset"] == "tiny"
+
+
+@pytest.mark.parametrize("generator", ["generator_ema", "generator"])
+def test_a_pickle_with_two_generators_and_prefixes(tmp_path: Path, weights: dict[str, Tensor], generator: str) -> None:
+    other = "generator" if generator == "generator_ema" else "generator_ema"
+    wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in weights.items()}
+    torch.save({generator: wrapped, other: {n: x + 1 for n, x in wrapped.items()}, "step": 3}, tmp_path / "sf.pt")
+    said: list[str] = []
+    convert(replace(PRESET, generator=generator), [tmp_path / "sf.pt"], tmp_path / "native", say=said.append)
+    found = {name.removeprefix("dit."): value for name, value in store.load(tmp_path / "native").items()}
+    assert same(found, stored(weights))
+    assert f"key {generator}" in said[0]
+
+
+def test_a_pickle_without_average_gives_its_generator(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    torch.save({"generator": weights, "critic": {}}, tmp_path / "sf.pt")
+    tensors, key = read_pickle(tmp_path / "sf.pt")
+    assert key == "generator" and tensors.keys() == weights.keys()
+    torch.save({"optimizer": {}, "step": 3}, tmp_path / "sf.pt")
+    with pytest.raises(StoreError, match="generator_ema, generator among its keys: optimizer, step"):
+        read_pickle(tmp_path / "sf.pt")
+
+
+@pytest.mark.parametrize("convention", wan.SCALES)
+@pytest.mark.parametrize("rows", [False, True])
+def test_float8_with_scales(tmp_path: Path, weights: dict[str, Tensor], convention: str, rows: bool) -> None:
+    file: dict[str, Tensor] = {"scaled_fp8": torch.zeros(0)}
+    for name, value in weights.items():
+        if name.startswith("blocks.") and value.ndim == 2:
+            scale = (value.abs().amax(dim=1) if rows else value.abs().amax()) / 448
+            file[name] = (value / (scale[:, None] if rows else scale)).to(torch.float8_e4m3fn)
+            file[name.replace("weight", convention)] = scale
+            file[name.replace("weight", "input_scale")] = torch.ones(())
+        else:
+            file[name] = value
+    save_file(file, tmp_path / "fp8.safetensors")
+    found, _ = converted([tmp_path / "fp8.safetensors"], tmp_path / "native")
+    assert found.keys() == weights.keys()
+    for name, value in weights.items():
+        if name.startswith("blocks.") and value.ndim == 2:
+            assert found[name].dtype == torch.bfloat16
+            # e4m3 has 3 bits of mantissa: at most 1/16 off, or half the smallest step; and bfloat16's own 1/256
+            step = value.abs().amax() / 448 * 2**-9
+            assert ((found[name] - value).abs() <= value.abs() * (1 / 16 + 1 / 256) + step).all()
+        else:
+            assert torch.equal(found[name], stored({name: value})[name])
+
+
+def test_float8_whose_scale_is_lost_is_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    file = dict(weights)
+    for name in ("blocks.0.ffn.0.weight", "blocks.1.ffn.0.weight"):
+        file[name] = file[name].to(torch.float8_e4m3fn)
+    save_file(file, tmp_path / "cast.safetensors")  # a plain cast: no scale anywhere
+    assert load_dit([tmp_path / "cast.safetensors"], TINY)["blocks.0.ffn.0.weight"].dtype == torch.bfloat16
+    file["blocks.0.ffn.0.weight_scale"] = torch.ones(())
+    save_file(file, tmp_path / "fp8.safetensors")
+    with pytest.raises(StoreError, match=r"blocks\.1\.ffn\.0\.weight is .* has no scale"):
+        load_dit([tmp_path / "fp8.safetensors"], TINY)
+    file["blocks.1.ffn.0.weight_scale"] = torch.ones(5)
+    save_file(file, tmp_path / "fp8.safetensors")
+    with pytest.raises(StoreError, match="5 elements"):
+        load_dit([tmp_path / "fp8.safetensors"], TINY)
+
+
+def test_scales_multiply() -> None:
+    assert dequantise(torch.tensor([[2.0, 4.0], [6.0, 8.0]]), torch.tensor([10.0, 100.0])).tolist() == [
+        [20.0, 40.0],
+        [600.0, 800.0],
+    ]
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_pickle_with_a_payload_is_refused_and_not_run(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    marker = tmp_path / "run"
+    path = tmp_path / "bad.pt"
+    torch.save({"generator": weights, "extra": Payload(marker)}, path)
+    with pytest.raises(StoreError, match="refused") as error:
+        convert(PRESET, [path], tmp_path / "native", say=lambda text: None)
+    assert str(path) in str(error.value) and "any code" in str(error.value)
+    assert not marker.exists()
+    path.write_bytes(b"garbage")
+    with pytest.raises(StoreError, match="refused"):
+        read_pickle(path)
+
+
+def test_serving_never_reads_a_pickle(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    torch.save({"generator": weights}, tmp_path / "sf.pt")
+    with pytest.raises(StoreError, match=r"pickle: run `python -m engine convert` first"):
+        load_dit([tmp_path], TINY)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(StoreError, match="is in use"):
+        convert(PRESET, [tmp_path], tmp_path)
+
+
+def test_a_checkpoint_of_another_size_is_refused_by_name(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    del weights["blocks.1.ffn.2.bias"]
+    weights["head.head.bias"] = torch.zeros(3)
+    weights["surplus"] = torch.zeros(3)
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(StoreError, match=r"missing: blocks\.1\.ffn\.2\.bias; unexpected: surplus; wrong shape: head"):
+        convert(PRESET, [tmp_path], tmp_path / "native")
+    assert not (tmp_path / "native" / store.MANIFEST).exists()
+
+
+def test_two_transformers_in_one_folder_are_named(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "a.safetensors")
+    save_file(weights, tmp_path / "b.safetensors")
+    assert "both hold a dit" in sources.find(tmp_path).faults[0]
+
+
+def test_weights_are_adapted_on_the_way(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    convert(
+        PRESET,
+        [tmp_path],
+        tmp_path / "native",
+        adapt=lambda name, x: x + 1 if name == "blocks.0.self_attn.q.weight" else x,
+        say=lambda text: None,
+    )
+    changed = weights | {"blocks.0.self_attn.q.weight": weights["blocks.0.self_attn.q.weight"] + 1}
+    found = {name.removeprefix("dit."): value for name, value in store.load(tmp_path / "native").items()}
+    assert same(found, stored(changed))
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(StoreError, match="GiB free"):
+        store.Writer(tmp_path).add("dit", {"a": store.StoredTensor.of(torch.zeros(100))})
+
+
+def test_tensors_are_written_one_at_a_time(tmp_path: Path) -> None:
+    alive = peak = 0
+
+    def read(value: int) -> Tensor:
+        nonlocal alive, peak
+        tensor = torch.full((100,), float(value))
+        alive, peak = alive + 1, max(peak, alive + 1)
+        import weakref
+
+        weakref.finalize(tensor, gone)
+        return tensor
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    writer = store.Writer(tmp_path)
+    writer.add(
+        "dit",
+        {str(i): store.StoredTensor(torch.float32, (100,), lambda i=i: read(i)) for i in range(20)},  # type: ignore[misc]
+        shard_bytes=2000,
+    )
+    writer.close()
+    assert peak <= 2  # the one being written, and the next while its name still holds the last
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert [store.load(tmp_path)[f"dit.{i}"][0].item() for i in range(20)] == list(range(20))
