@@ -14,6 +14,7 @@ from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
 from engine.pipeline import Pipeline
+from engine.stream.kv_cache import Precision
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,8 +46,9 @@ def assemble(
     weights: Path | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    kv_precision: Precision = "exact",
 ) -> Pipeline:
-    """Load a preset.
+    """Load a preset. `kv_precision` is how past chunks are kept: see `engine.stream.kv_cache`.
 
     Raises:
         KeyError: no preset has this name.
@@ -78,6 +80,7 @@ def assemble(
         modules["text_encoder"],  # type: ignore[arg-type]
         modules["dit"],  # type: ignore[arg-type]
         modules["light_vae"],  # type: ignore[arg-type]
+        kv_precision=kv_precision,
     )
 
 

@@ -10,7 +10,7 @@ from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
-from engine.stream.kv_cache import KVCache
+from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
 from engine.wire import Transition
@@ -18,7 +18,7 @@ from engine.wire import Transition
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames uint8 [T, height, width, 3] of chunk `index`, and the media time of the first of them in frames."""
+    """Frames uint8 [T, height, width, 3] of chunk `index`, in host memory; the media time of the first is `frame`."""
 
     index: int
     frame: int
@@ -34,7 +34,14 @@ class Pipeline:
     """One loaded model. Everything that differs between streams is in the `StreamState` that the caller keeps."""
 
     def __init__(
-        self, preset: Preset, tokenizer: Tokenizer, text_encoder: TextEncoder, dit: CausalWan, light_vae: LightDecoder
+        self,
+        preset: Preset,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        dit: CausalWan,
+        light_vae: LightDecoder,
+        *,
+        kv_precision: Precision = "exact",
     ) -> None:
         self.preset = preset
         self.rollout = preset.rollout()
@@ -42,6 +49,7 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.dit = dit
         self.light_vae = light_vae
+        self.kv_precision = kv_precision
         self.device: torch.device = dit.patch_embedding.weight.device
         self.dtype: torch.dtype = dit.patch_embedding.weight.dtype
 
@@ -63,6 +71,7 @@ class Pipeline:
             head_dim=dit.head_dim,
             device=self.device,
             dtype=self.dtype,
+            precision=self.kv_precision,
         )
         cache.reset(chunk * self.preset.chunk)
         text = self.encode_prompt(prompt)
@@ -86,9 +95,10 @@ class Pipeline:
         self._cross_boundary(state)
         fresh = state.memories is None
         latents = denoise_chunk(self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk)
-        if not torch.isfinite(latents).all():
+        finite = torch.isfinite(latents).all()
+        frames = self.decode(latents, state).cpu()  # the one place where the host waits for the GPU
+        if not finite:
             raise NotFiniteError(f"chunk {state.chunk} has values that are not finite")
-        frames = self.decode(latents, state)
         chunk = Chunk(state.chunk, state.frame, frames, fresh)
         state.uncommitted = latents
         state.chunk += 1

@@ -187,7 +187,7 @@ class Worker:
             print(f"engine: chunk of {name} failed: {error!r}", flush=True)
             self._fail(name, "generation_failed", "the chunk could not be generated")
             return
-        frames = chunk.frames.cpu().numpy()
+        frames = chunk.frames.numpy()
         left = None if stream.opening.max_frames is None else stream.opening.max_frames - chunk.frame
         if left is not None:
             frames = frames[: max(left, 0)]
