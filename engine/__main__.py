@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import get_args
 
 # A thread that waits for its fellows gives its core up early: with few cores, gateway and encoder need them too, and
 # spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
@@ -19,6 +20,15 @@ def main() -> int:
 
 
 def serve() -> int:
+    """The engine process, until the gateway ends it; returns the exit status."""
+    import torch
+
+    from engine import wire
+    from engine.assemble import assemble, best_device, best_dtype, describe, warm
+    from engine.checkpoints.store import StoreError
+    from engine.stream.kv_cache import Precision
+    from engine.worker import Wire, Worker
+
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
     parser.add_argument(
@@ -30,26 +40,21 @@ def serve() -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: what is fast here)"
     )
+    parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact", help="how past chunks are kept")
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
         parser.error("--threads must be at least 1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
-
-    import torch
-
-    from engine import wire
-    from engine.assemble import assemble, best_device, best_dtype, describe, warm
-    from engine.checkpoints.store import StoreError
-    from engine.worker import Wire, Worker
-
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
     dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:
-        pipeline = assemble(options.model, weights=options.weights, device=device, dtype=dtype)
+        pipeline = assemble(
+            options.model, weights=options.weights, device=device, dtype=dtype, kv_precision=options.kv_cache
+        )
     except StoreError as error:
         link.send(wire.Fault("weights", str(error)))
         link.finish()

@@ -13,7 +13,9 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
-from engine.pipeline import Pipeline
+from engine.models.vae import CausalVAE
+from engine.pipeline import PictureCodec, Pipeline
+from engine.stream.kv_cache import Precision
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,8 +47,9 @@ def assemble(
     weights: Path | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    kv_precision: Precision = "exact",
 ) -> Pipeline:
-    """Load a preset.
+    """Load a preset. `kv_precision` is how past chunks are kept: see `engine.stream.kv_cache`.
 
     Raises:
         KeyError: no preset has this name.
@@ -62,6 +65,7 @@ def assemble(
             "text_encoder": TextEncoder(preset.text),
             "dit": CausalWan(preset.dit),
             "light_vae": LightDecoder(preset.light_vae),
+            "vae": CausalVAE(preset.vae),
         }
     for component, module in modules.items():
         prefix = component + "."
@@ -71,6 +75,10 @@ def assemble(
         except RuntimeError as error:
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
         module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    codec = PictureCodec(
+        modules["vae"],  # type: ignore[arg-type]
+        *(tensors[f"statistics.{name}"].to(device=device, dtype=torch.float32) for name in ("mean", "std")),
+    )
     modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(
         preset,
@@ -78,6 +86,8 @@ def assemble(
         modules["text_encoder"],  # type: ignore[arg-type]
         modules["dit"],  # type: ignore[arg-type]
         modules["light_vae"],  # type: ignore[arg-type]
+        codec,
+        kv_precision=kv_precision,
     )
 
 

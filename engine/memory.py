@@ -35,6 +35,8 @@ class Setting:
     height: int
     window: int
     text_on_device: bool = True
+    exact_cache: bool = True
+    """False keeps past chunks in 8 bits, with a float32 scale for each vector of a head."""
     light_vae: bool = False
 
 
@@ -52,18 +54,19 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     sizes = layouts.expected(preset)
     channels = (LIGHT_CACHES if setting.light_vae else VAE_CACHES)[preset.family]
     frames = 1 if setting.light_vae else 2
-    found = {
+    vectors = dit.num_layers * dit.num_heads * tokens
+    vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim + 4
+    return {
         "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
         "text encoder": BYTES * sum(map(prod, sizes["text_encoder"].values())) if setting.text_on_device else 0,
         # keys and values of the window, and the sink's keys once more as they were before rotation
-        "KV cache": BYTES * dit.num_layers * dit.dim * tokens * (2 * setting.window + preset.sink),
+        "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text_sizes["length"],
         "VAE weights": BYTES * (LIGHT_PARAMETERS if setting.light_vae else VAE_PARAMETERS)[preset.family],
         "VAE caches": BYTES * frames * sum(count * area // span**2 for span, count in channels.items()),
         # about what the widest moment of a block holds: the hidden layer twice, and x, y, q, k, v, their rotated copies
         "activations": BYTES * preset.chunk * tokens * (2 * dit.ffn_dim + 10 * dit.dim),
     }
-    return found
 
 
 def total(preset: Preset, setting: Setting) -> int:
@@ -91,6 +94,7 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
     """
     options = {
         "text encoder off the device": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
+        "KV cache in 8 bits": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
         "light VAE": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
         "shorter window": lambda s: _windows(preset, s),
         "smaller resolution": lambda s: _resolutions(preset, s),

@@ -10,7 +10,8 @@ from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
-from engine.stream.kv_cache import KVCache
+from engine.models.vae import CausalVAE
+from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
 from engine.wire import Transition
@@ -18,7 +19,7 @@ from engine.wire import Transition
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames uint8 [T, height, width, 3] of chunk `index`, and the media time of the first of them in frames."""
+    """Frames uint8 [T, height, width, 3] of chunk `index`, in host memory; the media time of the first is `frame`."""
 
     index: int
     frame: int
@@ -30,11 +31,39 @@ class NotFiniteError(RuntimeError):
     """The model produced NaN or infinity; the stream cannot go on."""
 
 
+class PictureError(ValueError):
+    """A stream cannot start from these pixels; the message says why."""
+
+
+@dataclass(frozen=True)
+class PictureCodec:
+    """What turns pixels into the latents that the transformer knows: the VAE and its latent statistics, [C] each."""
+
+    vae: CausalVAE
+    mean: Tensor
+    std: Tensor
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [1 + 4k, H, W, 3] -> normalised latents float32 [1, C, 1 + k, h, w]."""
+        weight = self.vae.conv1.weight
+        pixels = frames.permute(3, 0, 1, 2)[None].to(weight.device).float() / 127.5 - 1
+        shape = (1, -1, 1, 1, 1)
+        return (self.vae.encode(pixels.to(weight.dtype)).float() - self.mean.view(shape)) / self.std.view(shape)
+
+
 class Pipeline:
     """One loaded model. Everything that differs between streams is in the `StreamState` that the caller keeps."""
 
     def __init__(
-        self, preset: Preset, tokenizer: Tokenizer, text_encoder: TextEncoder, dit: CausalWan, light_vae: LightDecoder
+        self,
+        preset: Preset,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        dit: CausalWan,
+        light_vae: LightDecoder,
+        codec: PictureCodec | None = None,
+        *,
+        kv_precision: Precision = "exact",
     ) -> None:
         self.preset = preset
         self.rollout = preset.rollout()
@@ -42,6 +71,8 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.dit = dit
         self.light_vae = light_vae
+        self.codec = codec
+        self.kv_precision = kv_precision
         self.device: torch.device = dit.patch_embedding.weight.device
         self.dtype: torch.dtype = dit.patch_embedding.weight.dtype
 
@@ -53,8 +84,16 @@ class Pipeline:
         return encoded.to(self.dtype)
 
     @torch.inference_mode()
-    def open(self, prompt: str, seed: int, *, chunk: int = 0, frame: int = 0) -> StreamState:
-        """A new stream. `chunk` and `frame` are where it stands when it continues an earlier engine process's."""
+    def open(
+        self, prompt: str, seed: int, *, chunk: int = 0, frame: int = 0, picture: Tensor | None = None
+    ) -> StreamState:
+        """A new stream. `chunk` and `frame` are where it stands when it continues an earlier engine process's.
+
+        `picture`, uint8 [T, height, width, 3], is what came before the first frame: see `_see`.
+
+        Raises:
+            PictureError: the picture has another size than the model, or the model cannot start from one.
+        """
         dit = self.preset.dit
         cache = KVCache(
             self.preset.cache(),
@@ -63,10 +102,37 @@ class Pipeline:
             head_dim=dit.head_dim,
             device=self.device,
             dtype=self.dtype,
+            precision=self.kv_precision,
         )
         cache.reset(chunk * self.preset.chunk)
         text = self.encode_prompt(prompt)
-        return StreamState(seed, cache, text, self.dit.encode_text(text), chunk=chunk, frame=frame)
+        state = StreamState(seed, cache, text, self.dit.encode_text(text), chunk=chunk, frame=frame)
+        if picture is not None:
+            self._see(state, picture)
+        return state
+
+    def _see(self, state: StreamState, picture: Tensor) -> None:
+        """Let the stream have seen a picture: as many of its newest frames as the window's past holds.
+
+        A single picture stands still for a chunk. Its latents get a context pass like any others, and go through the
+        light decoder, so that the first frame shown continues it.
+        """
+        preset = self.preset
+        if self.codec is None:
+            raise PictureError("this model cannot start from a picture: its weights hold no VAE encoder")
+        if picture.ndim != 4 or tuple(picture.shape[1:]) != (preset.height, preset.width, 3) or not len(picture):
+            size = f"{preset.width}x{preset.height}"
+            raise PictureError(f"a picture must have one or more frames of {size} RGB, got {tuple(picture.shape)}")
+        fitting = 1 + max(0, len(picture) - preset.first_chunk_frames) // preset.chunk_frames
+        chunks = min(fitting, max(1, preset.window // preset.chunk - 1))
+        count = preset.first_chunk_frames + (chunks - 1) * preset.chunk_frames
+        picture = picture[-count:]
+        frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
+        latents = self.codec.encode(frames)
+        self.decode(latents, state)
+        for part in latents.split(preset.chunk, dim=2):
+            self._write(state, part, state.context)
+            self._remember(state, part)
 
     def steer(self, state: StreamState, prompt: str, transition: Transition) -> int:
         """Change the prompt at the next chunk boundary; returns the index of the first chunk under it.
@@ -86,9 +152,10 @@ class Pipeline:
         self._cross_boundary(state)
         fresh = state.memories is None
         latents = denoise_chunk(self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk)
-        if not torch.isfinite(latents).all():
+        finite = torch.isfinite(latents).all()
+        frames = self.decode(latents, state).cpu()  # the one place where the host waits for the GPU
+        if not finite:
             raise NotFiniteError(f"chunk {state.chunk} has values that are not finite")
-        frames = self.decode(latents, state)
         chunk = Chunk(state.chunk, state.frame, frames, fresh)
         state.uncommitted = latents
         state.chunk += 1
@@ -109,10 +176,11 @@ class Pipeline:
         if state.uncommitted is None:
             return
         latents, state.uncommitted = state.uncommitted, None
-        self._write(state, latents, state.chunk - 1, state.context)
+        self._write(state, latents, state.context)
         self._remember(state, latents)
 
-    def _write(self, state: StreamState, latents: Tensor, chunk: int, context: TextContext) -> None:
+    def _write(self, state: StreamState, latents: Tensor, context: TextContext) -> None:
+        chunk = state.cache.start_frame // self.preset.chunk
         commit_chunk(self.dit, self.rollout, state.cache, context, latents, [state.seed], chunk)
 
     def _remember(self, state: StreamState, latents: Tensor) -> None:
@@ -154,8 +222,8 @@ class Pipeline:
         count = len(state.recent)
         end = state.cache.start_frame + (0 if committed else self.preset.chunk)
         state.cache.reset(end - count * self.preset.chunk)
-        for position, latents in enumerate(state.recent):
-            self._write(state, latents, state.chunk - count + position, state.context)
+        for latents in state.recent:
+            self._write(state, latents, state.context)
 
     def _cut(self, state: StreamState) -> None:
         """A fresh scene: nothing of the old one is seen again."""

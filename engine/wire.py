@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 CLOCK_RATE = 90_000
 
 Transition = Literal["soft", "recache", "cut"]
@@ -57,6 +57,8 @@ class Open(Message, frozen=True):
     """Chunk index of the first chunk to generate: above zero when a stream is resumed in a new engine process."""
     start_frame: int = 0
     """Pixel frames already shown by earlier engine processes; `pts` continues from here."""
+    picture: bytes = b""
+    """What the stream goes on from: one or more frames of RGB24 at the model's size, one after the other."""
 
 
 class Steer(Message, frozen=True):

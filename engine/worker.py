@@ -12,10 +12,12 @@ import time
 from dataclasses import dataclass, replace
 
 import msgspec
+import torch
 import zmq
+from torch import Tensor
 
 from engine import wire
-from engine.pipeline import NotFiniteError, Pipeline
+from engine.pipeline import NotFiniteError, PictureError, Pipeline
 from engine.scheduler import Claim, pick
 from engine.stream.state import StreamState
 
@@ -158,9 +160,27 @@ class Worker:
         if message.stream in self.streams:
             self.link.send(wire.Fault("stream_exists", "a stream of this name is open", message.stream))
             return
-        state = self.pipeline.open(message.prompt, message.seed, chunk=message.start_chunk, frame=message.start_frame)
+        try:
+            state = self.pipeline.open(
+                message.prompt,
+                message.seed,
+                chunk=message.start_chunk,
+                frame=message.start_frame,
+                picture=self._picture(message.picture),
+            )
+        except PictureError as error:
+            self.link.send(wire.Fault("picture_refused", str(error), message.stream))
+            return
         claim = Claim(message.start_chunk, message.start_chunk, time.monotonic())
         self.streams[message.stream] = Stream(message, state, claim)
+
+    def _picture(self, data: bytes) -> Tensor | None:
+        if not data:
+            return None
+        preset = self.pipeline.preset
+        if len(data) % (preset.height * preset.width * 3):
+            raise PictureError(f"{len(data)} bytes are no whole number of {preset.width}x{preset.height} RGB frames")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, preset.height, preset.width, 3)
 
     def _steer(self, message: wire.Steer) -> None:
         stream = self.streams.get(message.stream)
@@ -187,7 +207,7 @@ class Worker:
             print(f"engine: chunk of {name} failed: {error!r}", flush=True)
             self._fail(name, "generation_failed", "the chunk could not be generated")
             return
-        frames = chunk.frames.cpu().numpy()
+        frames = chunk.frames.numpy()
         left = None if stream.opening.max_frames is None else stream.opening.max_frames - chunk.frame
         if left is not None:
             frames = frames[: max(left, 0)]

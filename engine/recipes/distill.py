@@ -68,7 +68,7 @@ def consistency_loss(
     levels: Levels,
     weight: Tensor,
 ) -> Tensor:
-    """Mean squared error in flow units over latents [B, K, C, F, h, w] with chunk weights [B, chunks]."""
+    """Mean squared error in flow units over latents [B, K, C, F, h, w] under weights [B, F, h, w]."""
     sigma, following = levels.sample((*latents.shape[:2], latents.shape[3] // chunk))
 
     def spread(level: Tensor) -> Tensor:
@@ -81,9 +81,7 @@ def consistency_loss(
         moved = noisy + spread(following - sigma) * (free + GUIDANCE * (guided - free))
         end = moved - spread(following) * flow(models.average, moved, following, text(models.average)).float()
         wanted = (noisy - end) / spread(sigma)
-    error = (flow(models.student, noisy, sigma, text(models.student)).float() - wanted).square().mean(dim=(2, 4, 5))
-    spread_weight = weight.repeat_interleave(chunk, dim=1)[:, None].expand_as(error)
-    return (error * spread_weight).sum() / spread_weight.sum()
+    return base.weighted_error(flow(models.student, noisy, sigma, text(models.student)).float(), wanted, weight)
 
 
 def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first_batch: int) -> None:
@@ -116,7 +114,7 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
         return model.dit(noisy[:, 0], t, text, first_attend)[:, None]
 
     def first_loss() -> Tensor:
-        latents, encoded = base.draw_firsts(pools.firsts, first_batch, preset)
+        latents, encoded, weight = base.draw_firsts(pools.firsts, first_batch, preset)
         return consistency_loss(
             models,
             first_flow,
@@ -125,7 +123,7 @@ def train(run: Run, preset: Preset, pools: base.Pools, *, clip_batch: int, first
             partial(null_text, rows=first_batch),
             preset.chunk,
             levels,
-            torch.ones(first_batch, 1, device=device),
+            weight,
         )
 
     def clip_loss(own_context: bool) -> Tensor:

@@ -179,19 +179,19 @@ def vae_figures(bundle: train_vae.Bundle, clips: int, generator: torch.Generator
         light_psnr.append(train_vae.psnr_per_clip(light, target))
         full_psnr.append(train_vae.psnr_per_clip(full, target))
         similar.append(ssim(light.flatten(0, 1), target.flatten(0, 1)))
-        energy.append(float(train_vae.gradient_energy(light) / train_vae.gradient_energy(target)))
-        full_energy.append(float(train_vae.gradient_energy(full) / train_vae.gradient_energy(target)))
-    light_all, full_all = torch.cat(light_psnr), torch.cat(full_psnr)
+        energy.append(train_vae.gradient_energy(light) / train_vae.gradient_energy(target))
+        full_energy.append(train_vae.gradient_energy(full) / train_vae.gradient_energy(target))
+    light_all, full_all, light_energy = torch.cat(light_psnr), torch.cat(full_psnr), torch.cat(energy)
     return {
         "light psnr": float(light_all.mean()),
         "light worst": float(light_all.min()),
         "light ssim": sum(similar) / len(similar),
-        "light energy": sum(energy) / len(energy),
-        "light energy min": min(energy),
-        "light energy max": max(energy),
+        "light energy": float(light_energy.mean()),
+        "light energy min": float(light_energy.min()),
+        "light energy max": float(light_energy.max()),
         "vae psnr": float(full_all.mean()),
         "vae worst": float(full_all.min()),
-        "vae energy": sum(full_energy) / len(full_energy),
+        "vae energy": float(torch.cat(full_energy).mean()),
     }
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import MINI, Preset
@@ -32,6 +33,9 @@ from engine.stream.kv_cache import CacheConfig
 
 CHUNKS = 4
 COPIES = 2
+EMPHASIS = 4.0
+"""What an error in an object, its shadow or its reflection counts more than one in ground or sky, which are easy and
+most of the picture. The best flow is the same at every place; more of the network goes into what is looked at."""
 CLIPS = 24
 FIRST_CLIPS = 192
 """Of each step, on each rank."""
@@ -98,8 +102,9 @@ class TeacherForcing:
 class Clips:
     """A pool of coded clips with the captions before and after the change of each.
 
-    latents [N, C, 3 * chunks, h, w] bf16; ids [N, 2, CAPTIONS, length]; change [N], the first chunk under the second
-    caption, `chunks` where there is none. `text` [N, 2, CAPTIONS, length, text_dim] and `null` are there after `read`.
+    latents [N, C, 3 * chunks, h, w] bf16; emphasis [N, 3 * chunks, h, w], what errors there count; ids
+    [N, 2, CAPTIONS, length]; change [N], the first chunk under the second caption, `chunks` where there is none. `text`
+    [N, 2, CAPTIONS, length, text_dim] and `null` are there after `read`.
     """
 
     text: Tensor
@@ -124,10 +129,15 @@ class Clips:
         params = world.clip_params(before, after, change_frame, variation, frames, start)
         shape = (count, preset.dit.in_channels, chunks * preset.chunk, preset.latent_rows, preset.latent_columns)
         self.latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self.emphasis = torch.empty((count, *shape[2:]), dtype=torch.bfloat16, device=device)
         batch = 64 if device.type == "cuda" else 2
         for i in range(0, count, batch):
-            pixels = world.render(params[i : i + batch].flatten(0, 1)).unflatten(0, (-1, frames))
+            part = params[i : i + batch]
+            pixels, bare = (
+                world.render(p.flatten(0, 1)).unflatten(0, (-1, frames)) for p in (part, world.without_objects(part))
+            )
             self.latents[i : i + batch] = bundle.encode(pixels).bfloat16()
+            self.emphasis[i : i + batch] = 1 + (EMPHASIS - 1) * differs(pixels, bare, preset)
         seed = int(torch.randint(0, 1 << 30, (1,), generator=generator, device=device))
         ids = [
             captions.encode(side, seed + i, preset.text.length, CAPTIONS)
@@ -145,6 +155,14 @@ class Clips:
             parts = [encoder(part).bfloat16() for part in self.ids.flatten(0, 2).split(1024)]
             self.text = torch.cat(parts).unflatten(0, self.ids.shape[:3])
             self.null = encoder(null_ids(preset, self.ids.device)[None])[0].bfloat16()
+
+
+def differs(pixels: Tensor, bare: Tensor, preset: Preset) -> Tensor:
+    """Which latent cells two clips uint8 [B, 1 + 4k, 3, H, W] differ in: float [B, 1 + k, h, w] of zeros and ones."""
+    different = (pixels.short() - bare.short()).abs().amax(dim=2) > 12
+    cells = F.max_pool2d(different.float(), preset.spatial_stride)
+    rest = cells[:, 1:].unflatten(1, (-1, preset.temporal_stride)).amax(dim=2)
+    return torch.cat([cells[:, :1], rest], dim=1)
 
 
 def null_ids(preset: Preset, device: torch.device) -> Tensor:
@@ -184,7 +202,9 @@ class Batch:
         self.side = (chunk[None] >= change[:, None]).long()
         recache = (torch.rand(size, device=device) < 0.4) & (change < CHUNKS)
         self.context_side = torch.where(recache[:, None], 1, self.side)
-        self.weight = torch.where(recache[:, None] & (self.side == 0), 0.0, 1.0)
+        counts = torch.where(recache[:, None] & (self.side == 0), 0.0, 1.0)
+        self.weight = clips.emphasis[index].float() * per_frame(counts, preset.chunk)[:, 0]
+        """[B, F, h, w]"""
 
     def text(self, model: Model, copies: int) -> TextContext:
         """For [clean | noisy ...], one row per chunk of every part: B * (1 + copies) * CHUNKS rows."""
@@ -239,10 +259,16 @@ def mixed_context(model: Model, attend: TeacherForcing, batch: Batch, preset: Pr
     return keep * batch.latents + (1 - keep) * guess
 
 
+def weighted_error(out: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared difference of [B, K, C, F, h, w] under weights [B, F, h, w]."""
+    error = (out - wanted).square().mean(dim=(1, 2))
+    return (error * weight).sum() / weight.sum()
+
+
 def flow_loss(
     model: Model, attend: TeacherForcing, guess_attend: TeacherForcing, batch: Batch, preset: Preset, own_context: bool
 ) -> Tensor:
-    """Mean squared error of the flow, averaged over noisy chunks."""
+    """Mean squared error of the flow over noisy chunks, under the batch's weights."""
     size, copies = len(batch.latents), attend.parts - 1
     latents = batch.latents
     context = mixed_context(model, guess_attend, batch, preset, 0.3) if own_context else latents
@@ -252,17 +278,17 @@ def flow_loss(
     noise = torch.randn(size, copies, *latents.shape[1:], device=latents.device)
     noisy = (1 - spread) * latents[:, None] + spread * noise
     flow = forced_flow(model, attend, context, context_sigma, noisy, sigma, batch.text(model, copies))
-    error = (flow.float() - (noise - latents[:, None])).square().mean(dim=(2, 4, 5))
-    weight = batch.weight.repeat_interleave(preset.chunk, dim=1)[:, None].expand_as(error)
-    return (error * weight).sum() / weight.sum()
+    return weighted_error(flow.float(), noise - latents[:, None], batch.weight)
 
 
-def draw_firsts(clips: Clips, size: int, preset: Preset) -> tuple[Tensor, Tensor]:
-    """First chunks [size, C, chunk, h, w] and the text of each, from the pool."""
+def draw_firsts(clips: Clips, size: int, preset: Preset) -> tuple[Tensor, Tensor, Tensor]:
+    """First chunks [size, C, chunk, h, w], the text and the weight [size, chunk, h, w] of each, from the pool."""
     device = clips.latents.device
     index = torch.randint(0, len(clips), (size,), device=device)
     wording = torch.randint(0, CAPTIONS, (size,), device=device)
-    return clips.latents[index, :, : preset.chunk].float(), clips.text[index, 0, wording]
+    first = slice(0, preset.chunk)
+    latents, weight = clips.latents[index, :, first].float(), clips.emphasis[index, first].float()
+    return latents, clips.text[index, 0, wording], weight
 
 
 def first_chunk_loss(
@@ -270,7 +296,7 @@ def first_chunk_loss(
 ) -> Tensor:
     """The same loss on first chunks alone."""
     device = clips.latents.device
-    latents, text = draw_firsts(clips, size, preset)
+    latents, text, weight = draw_firsts(clips, size, preset)
     text = torch.where(torch.rand(size, 1, 1, device=device) < drop, clips.null, text)
     sigma = sample_sigma((size, 1), preset.shift, device)
     spread = per_frame(sigma, preset.chunk)
@@ -279,7 +305,7 @@ def first_chunk_loss(
     kv = model.dit.encode_text(text)
     t = sigma.repeat_interleave(preset.chunk, dim=1) * 1000
     flow = model.dit(noisy, t, kv, attend)
-    return (flow.float() - (noise - latents)).square().mean()
+    return weighted_error(flow.float()[:, None], (noise - latents)[:, None], weight)
 
 
 # stages

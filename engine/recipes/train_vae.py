@@ -85,9 +85,9 @@ def differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_energy(x: Tensor) -> Tensor:
-    """Mean squared difference between neighbouring pixels."""
+    """Mean squared difference between neighbouring pixels of each clip: [B, T, 3, H, W] -> [B]."""
     across, down = differences(x)
-    return across.square().mean() + down.square().mean()
+    return across.square().mean(dim=(1, 2, 3, 4)) + down.square().mean(dim=(1, 2, 3, 4))
 
 
 def pixel_loss(out: Tensor, target: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def pixel_loss(out: Tensor, target: Tensor) -> Tensor:
     if out.shape[1] > 1:
         loss = loss + 0.5 * (error[:, 1:] - error[:, :-1]).abs().mean()
     wanted = gradient_energy(target)
-    return loss + 0.02 * ((gradient_energy(out) - wanted) / wanted).abs()
+    return loss + 0.02 * ((gradient_energy(out) - wanted) / (wanted + 1e-4)).abs().mean()
 
 
 def light_frames(decoder: nn.Module, latents: Tensor, stride: int) -> Tensor:
@@ -155,6 +155,14 @@ def training_loss(bundle: Bundle, frames: Tensor) -> Tensor:
     return pixel_loss(light_frames(bundle.light, noisy, bundle.stride).float(), frames.float() / 255)
 
 
+def light_loss(bundle: Bundle, frames: Tensor) -> Tensor:
+    """Of the light decoder, on latents that it does not change."""
+    with torch.no_grad():
+        normal = bundle.statistics.normalise(bundle.vae.encode(to_pixels(frames)).float())
+        noisy = normal + LATENT_NOISE * torch.randn_like(normal)
+    return pixel_loss(light_frames(bundle.light, noisy, bundle.stride).float(), frames.float() / 255)
+
+
 def own_decoder_loss(bundle: Bundle, frames: Tensor) -> Tensor:
     """Of the VAE's own decoder, on latents that it does not change."""
     with torch.no_grad():
@@ -164,7 +172,8 @@ def own_decoder_loss(bundle: Bundle, frames: Tensor) -> Tensor:
     return pixel_loss(out, frames.float() / 255)
 
 
-def train(run: Run, preset: Preset, clips: int = CLIPS) -> None:
+def train(run: Run, preset: Preset, clips: int = CLIPS, *, decoders_only: bool = False) -> None:
+    """`decoders_only`: the latents stay as they are, because models have been trained on them."""
     resumed = run.has("vae")
     run.seed(10 + int(resumed))
     bundle = Bundle(preset).to(run.device)
@@ -173,12 +182,17 @@ def train(run: Run, preset: Preset, clips: int = CLIPS) -> None:
     for half in (bundle.vae.encoder, bundle.vae.decoder):
         half.middle[1].requires_grad_(False)  # attention starts as nothing and stays so: crops would mislead it
     channels_last(bundle)
+    if decoders_only:
+        for part in (bundle.vae.encoder, bundle.vae.conv1):
+            part.requires_grad_(False)
     parameters = {name: p for name, p in bundle.named_parameters() if p.requires_grad}
     own = {name: p for name, p in parameters.items() if name.startswith(("vae.decoder", "vae.conv2"))}
     served = {name: p for name, p in parameters.items() if name not in own}
     serving = Optimiser(served, convolutions(served), RATE)
     decoder = Optimiser(own, convolutions(own), RATE)
-    loss_of = torch.compile(training_loss, dynamic=False) if run.device.type == "cuda" else training_loss
+    loss_of = light_loss if decoders_only else training_loss
+    if run.device.type == "cuda":
+        loss_of = torch.compile(loss_of, dynamic=False)
     replay = Replay(run.device)
     generator = run.generator(100 + int(resumed))
     batches = frame_batches(clips, FRAMES, generator)
@@ -206,7 +220,8 @@ def train(run: Run, preset: Preset, clips: int = CLIPS) -> None:
             run.say(f"compiled after {run.elapsed():.0f} s")
     bundle.load_state_dict(bundle.state_dict() | serving.averages | decoder.averages)
     fresh = [next(batches) for _ in range(16)]
-    settle(bundle, fresh)
+    if not decoders_only:
+        settle(bundle, fresh)
     run.save("vae", bundle.state_dict(), torch.float16)
     psnr, energy = quality(bundle, fresh)
     run.say(f"{step} steps: {psnr.mean():.1f} dB, worst clip {psnr.min():.1f}, gradient energy {energy.mean():.2f}")
@@ -231,8 +246,8 @@ def quality(bundle: Bundle, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
         with torch.autocast(frames.device.type, torch.bfloat16):
             out = light_frames(bundle.light, bundle.encode(frames), bundle.stride).float().clamp(0, 1)
         psnr.append(psnr_per_clip(out, target))
-        energy += [gradient_energy(a) / gradient_energy(b) for a, b in zip(out, target, strict=True)]
-    return torch.cat(psnr), torch.stack(energy)
+        energy.append(gradient_energy(out) / gradient_energy(target))
+    return torch.cat(psnr), torch.cat(energy)
 
 
 def psnr_per_clip(out: Tensor, target: Tensor) -> Tensor:
@@ -241,8 +256,10 @@ def psnr_per_clip(out: Tensor, target: Tensor) -> Tensor:
 
 
 def main() -> None:
-    options = arguments(__doc__, 270).parse_args()
-    train(Run("vae", options.folder, options.seconds), MINI)
+    parser = arguments(__doc__, 320)
+    parser.add_argument("--decoders-only", action="store_true", help="leave the latents as they are")
+    options = parser.parse_args()
+    train(Run("vae", options.folder, options.seconds), MINI, decoders_only=options.decoders_only)
 
 
 if __name__ == "__main__":

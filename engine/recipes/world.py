@@ -521,6 +521,14 @@ def clip_params(
     return params
 
 
+def without_objects(params: Tensor) -> Tensor:
+    """The same scenes [..., P] with nothing in them but ground and sky."""
+    bare = params.clone()
+    for j in range(3):
+        bare[..., _P["OBJECTS"] + j * _OBJECT_SIZE + _O["SCALE"]] = 0
+    return bare
+
+
 # ------------------------------------------------------------------ rendering
 
 

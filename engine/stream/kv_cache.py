@@ -5,11 +5,14 @@ stored rotated at their absolute position: scores depend on differences of posit
 ever. The sink's keys are stored raw and rotated again each chunk to stand just before the oldest chunk of the ring,
 so that their distance to the query stays one that the model was trained on.
 
+Past chunks may be kept in 8 bits; the chunk that is being denoised is always exact.
+
 Shapes: B batch, S tokens of a chunk, N tokens of a frame.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +43,42 @@ class CacheConfig:
             raise ValueError(f"window {self.window} cannot hold the sink {self.sink} and a chunk of {self.chunk}")
 
 
+Precision = Literal["exact", "fp8", "int8"]
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+
+
+class Rows:
+    """Keys or values of all layers, [layers, B, tokens, heads, head_dim].
+
+    In 8 bits each vector of head_dim has a float32 scale that brings its largest magnitude to the format's.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: Precision) -> None:
+        self.dtype, self.largest = dtype, LARGEST.get(precision, 0.0)
+        stored = {"exact": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[precision]
+        self.data = torch.zeros(shape, device=device, dtype=stored)
+        self.scale = torch.ones((*shape[:-1], 1 if self.largest else 0), device=device)
+
+    def write(self, layer: int, span: slice, x: Tensor) -> None:
+        """Store x [B, tokens of the span, heads, head_dim]."""
+        if self.largest:
+            x = x.float()
+            scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / self.largest
+            self.scale[layer, :, span] = scale
+            x = x / scale
+            if self.data.dtype == torch.int8:
+                x = x.round()
+        self.data[layer, :, span] = x.to(self.data.dtype)
+
+    def read(self, layer: int, count: int) -> Tensor:
+        """The first `count` tokens, [B, count, heads, head_dim]: a view where they are exact."""
+        data = self.data[layer, :, :count]
+        return (data.float() * self.scale[layer, :, :count]).to(self.dtype) if self.largest else data
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.data, self.scale
+
+
 class KVCache:
     """Self-attention over sink, past chunks and the current chunk; the `SelfAttend` of a live stream.
 
@@ -57,17 +96,19 @@ class KVCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: Precision = "exact",
     ) -> None:
         self.config = config
+        self.exact = precision == "exact"
         self.head_dim = head_dim
         self.device = torch.device(device)
         self.sink_slots = config.sink // config.chunk
         self.ring_slots = config.window // config.chunk - self.sink_slots
         self.chunk_tokens = config.chunk * config.rows * config.columns
         shape = (layers, batch, (self.sink_slots + self.ring_slots) * self.chunk_tokens, heads, head_dim)
-        self.keys = torch.zeros(shape, device=self.device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.raw_sink = torch.zeros_like(self.keys[:, :, : self.sink_slots * self.chunk_tokens])
+        self.keys, self.values = (Rows(shape, dtype, self.device, precision) for _ in range(2))
+        sink = (layers, batch, self.sink_slots * self.chunk_tokens, heads, head_dim)
+        self.raw_sink = torch.zeros(sink, device=self.device, dtype=dtype)
         self.start_frame = 0
         self.written = 0
         self._angles = self._chunk_angles(0)
@@ -93,12 +134,16 @@ class KVCache:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slot = self._slot(self.written)
         span = self._span(slot)
-        self.keys[layer, :, span] = rotate(k, self._angles)
-        self.values[layer, :, span] = v
+        turned = rotate(k, self._angles)
+        self.keys.write(layer, span, turned)
+        self.values.write(layer, span, v)
         if slot < self.sink_slots:
             self.raw_sink[layer, :, span] = k
         filled = min(self.written + 1, self.sink_slots + self.ring_slots) * self.chunk_tokens
-        return attention(rotate(q, self._angles), self.keys[layer, :, :filled], self.values[layer, :, :filled])
+        keys, values = self.keys.read(layer, filled), self.values.read(layer, filled)
+        if not self.exact:
+            keys[:, span], values[:, span] = turned, v
+        return attention(rotate(q, self._angles), keys, values)
 
     def advance(self) -> None:
         """Keep the current chunk and move on to the next one."""
@@ -117,8 +162,8 @@ class KVCache:
             return
         frames = torch.arange(base, base + self.config.sink, device=self.device)
         angles = rope_angles(frames, self.config.rows, self.config.columns, self.head_dim)
-        for layer in range(len(self.keys)):
-            self.keys[layer, :, : self.raw_sink.shape[2]] = rotate(self.raw_sink[layer], angles)
+        for layer, raw in enumerate(self.raw_sink):
+            self.keys.write(layer, slice(0, raw.shape[1]), rotate(raw, angles))
         self._sink_base = base
 
     def reset(self, start_frame: int | None = None) -> None:
@@ -129,27 +174,21 @@ class KVCache:
         self._sink_base = self.start_frame
         self._angles = self._chunk_angles(self.start_frame)
 
-    def snapshot(self) -> dict[str, Tensor | int]:
-        """A copy of everything that `restore` needs."""
-        return {
-            "keys": self.keys.clone(),
-            "values": self.values.clone(),
-            "raw_sink": self.raw_sink.clone(),
-            "start_frame": self.start_frame,
-            "written": self.written,
-            "sink_base": self._sink_base,
-        }
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self.keys.tensors(), *self.values.tensors(), self.raw_sink)
 
-    def restore(self, snapshot: dict[str, Tensor | int]) -> None:
-        for name in ("keys", "values", "raw_sink"):
-            getattr(self, name).copy_(snapshot[name])
-        self.start_frame = int(snapshot["start_frame"])
-        self.written = int(snapshot["written"])
-        self._sink_base = int(snapshot["sink_base"])
+    def snapshot(self) -> tuple[list[Tensor], tuple[int, int, int]]:
+        """A copy of everything that `restore` needs."""
+        return [x.clone() for x in self._tensors()], (self.start_frame, self.written, self._sink_base)
+
+    def restore(self, snapshot: tuple[list[Tensor], tuple[int, int, int]]) -> None:
+        saved, (self.start_frame, self.written, self._sink_base) = snapshot
+        for x, copy in zip(self._tensors(), saved, strict=True):
+            x.copy_(copy)
         self._angles = self._chunk_angles(self.start_frame)
 
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.raw_sink))
+        return sum(x.numel() * x.element_size() for x in self._tensors())
 
 
 class BlockCausal:

@@ -53,5 +53,7 @@ def chunk_noise(
     chunk can be made again without the ones before it.
     """
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, chunk]))
-    values = generator.standard_normal(tuple(shape), dtype=np.float32)
-    return torch.from_numpy(values).to(device=device, dtype=dtype)
+    values = torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()  # a copy from pageable memory would wait for everything before it
+    return values.to(device=device, dtype=dtype, non_blocking=True)

@@ -10,7 +10,8 @@ from engine.models.dit import CausalWan, DiTConfig
 from engine.models.light_vae import LightDecoder, LightVAEConfig
 from engine.models.text_encoder import TextConfig, TextEncoder
 from engine.models.tokenizer import Tokenizer
-from engine.pipeline import Pipeline
+from engine.models.vae import CausalVAE, VAEConfig
+from engine.pipeline import PictureCodec, Pipeline
 
 TOY = replace(
     MINI,
@@ -20,16 +21,19 @@ TOY = replace(
     dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=16),
     light_vae=LightVAEConfig(widths=(16, 16, 8)),
+    vae=VAEConfig(widths=(8, 8, 8)),
 )
 
 
 def build(preset: Preset, seed: int = 0) -> Pipeline:
     torch.manual_seed(seed)
     modules = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
-    for module in modules:
+    vae = CausalVAE(preset.vae)
+    for module in (*modules, vae):
         module.requires_grad_(False).eval()
     tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
-    return Pipeline(preset, tokenizer, *modules)
+    channels = preset.vae.latent_channels
+    return Pipeline(preset, tokenizer, *modules, PictureCodec(vae, torch.zeros(channels), torch.ones(channels)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,18 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import commands, memory
 from engine.checkpoints import layouts, wan
 from engine.checkpoints.headers import DTYPES
 from engine.config import DIT_1_3B, PRESETS
+from engine.stream.kv_cache import KVCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,20 +177,38 @@ def test_memory_of_the_public_models() -> None:
     assert memory.parts(large, memory.default(large))["VAE caches"] == 2 * 1_607_936_000
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_memory_of_the_cache_is_the_caches_own(exact: bool) -> None:
+    preset = PRESETS["longlive-1.3b"]
+    dit = preset.dit
+    cache = KVCache(
+        preset.cache(),
+        layers=dit.num_layers,
+        heads=dit.num_heads,
+        head_dim=dit.head_dim,
+        device="meta",
+        dtype=torch.bfloat16,
+        precision="exact" if exact else "fp8",
+    )
+    setting = replace(memory.default(preset), exact_cache=exact)
+    assert memory.parts(preset, setting)["KV cache"] == cache.bytes()
+
+
 def test_remedies() -> None:
     preset = PRESETS["self-forcing-1.3b"]
     setting = memory.default(preset)
     needed = memory.total(preset, setting)
     assert (memory.remedies(preset, setting, needed - (500 << 20))) == [
         ["text encoder off the device"],
+        ["KV cache in 8 bits"],
         ["light VAE"],
         ["shorter window of 18"],
         ["smaller resolution of 720x416"],
     ]
     for limit in (6 << 30, 8 << 30):
         [together] = memory.remedies(preset, setting, limit)
-        assert together[:2] == ["text encoder off the device", "light VAE"]
-    assert len(memory.remedies(preset, setting, 4 << 30)[0]) == 4
+        assert together[:2] == ["text encoder off the device", "KV cache in 8 bits"]
+    assert len(memory.remedies(preset, setting, 7 << 29)[0]) == 5
     assert memory.remedies(preset, setting, 1 << 30) == []
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.pipeline import NotFiniteError, Pipeline
+from engine.pipeline import NotFiniteError, PictureError, Pipeline
 from engine.stream.state import StreamState
 from engine.wire import Transition
 
@@ -80,13 +80,14 @@ def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committ
     with torch.inference_mode():
         pipeline._cross_boundary(state)
         other.cache.reset(9)
-        for chunk, latents in zip((3, 4), kept, strict=True):
+        for latents in kept:
             assert latents is not None
-            pipeline._write(other, latents, chunk, other.context)
+            pipeline._write(other, latents, other.context)
     assert state.cache.start_frame == other.cache.start_frame == 15
-    span = slice(0, 2 * state.cache.chunk_tokens)
-    assert torch.equal(state.cache.keys[:, :, span], other.cache.keys[:, :, span])
-    assert torch.equal(state.cache.values[:, :, span], other.cache.values[:, :, span])
+    count = 2 * state.cache.chunk_tokens
+    for layer in range(len(state.cache.keys.data)):
+        assert torch.equal(state.cache.keys.read(layer, count), other.cache.keys.read(layer, count))
+        assert torch.equal(state.cache.values.read(layer, count), other.cache.values.read(layer, count))
 
 
 def test_cut_forgets_the_old_scene(pipeline: Pipeline) -> None:
@@ -144,3 +145,55 @@ def test_state_does_not_grow(pipeline: Pipeline) -> None:
     assert state.cache.bytes() == size
     assert len(state.recent) == 2
     assert state.memories is not None and len(state.memories) == 4
+
+
+def clip(frames: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, 64, 64, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("frames", "seen"), [(1, 9), (8, 9), (9, 9), (20, 9), (21, 21), (40, 21)], ids=str)
+def test_a_stream_starts_from_what_it_was_shown(pipeline: Pipeline, frames: int, seen: int) -> None:
+    """The newest frames that fill whole chunks, one standing still, get a context pass; the decoder saw them too."""
+    picture = clip(frames)
+    state = pipeline.open("a red ball", seed=3, picture=picture)
+    shown = picture[-seen:] if frames >= seen else torch.cat([picture, picture[-1:].repeat(seen - frames, 1, 1, 1)])
+    assert pipeline.codec is not None
+    with torch.inference_mode():
+        latents = pipeline.codec.encode(shown)
+    assert torch.equal(torch.cat(state.recent, dim=2), latents)
+    assert (state.cache.written, state.chunk, state.frame) == (latents.shape[2] // 3, 0, 0)
+
+    other = pipeline.open("a red ball", seed=3)
+    with torch.inference_mode():
+        for part in latents.split(3, dim=2):
+            pipeline._write(other, part, other.context)
+    count = state.cache.written * state.cache.chunk_tokens
+    assert torch.equal(state.cache.keys.read(1, count), other.cache.keys.read(1, count))
+
+    chunks = [pipeline.next_chunk(state) for _ in range(3)]
+    assert [(chunk.index, chunk.frame, len(chunk.frames)) for chunk in chunks] == [(0, 0, 12), (1, 12, 12), (2, 24, 12)]
+
+
+def test_a_picture_matters_and_repeats_and_can_be_steered(pipeline: Pipeline) -> None:
+    plain = run(pipeline, pipeline.open("a red ball", seed=3), 1)[0]
+    streams = [pipeline.open("a red ball", seed=3, picture=clip(1, seed)) for seed in (1, 1, 2)]
+    first, again, other = (torch.cat(run(pipeline, state, 2)) for state in streams)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[:9], plain)
+    for transition in ("recache", "soft", "cut"):
+        pipeline.steer(streams[0], "a blue cube", transition)
+        assert len(run(pipeline, streams[0], 2)[0]) == (9 if transition == "cut" else 12)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 64, 3), (64, 64, 3), (0, 64, 64, 3), (1, 64, 64, 4)])
+def test_a_picture_of_another_size_is_refused(pipeline: Pipeline, shape: tuple[int, ...]) -> None:
+    with pytest.raises(PictureError, match="64x64 RGB"):
+        pipeline.open("a red ball", seed=3, picture=torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_a_model_without_an_encoder_says_so(pipeline: Pipeline) -> None:
+    pipeline.codec = None
+    with pytest.raises(PictureError, match="VAE encoder"):
+        pipeline.open("a red ball", seed=3, picture=clip(1))

@@ -174,3 +174,17 @@ def test_heartbeats_go_out_while_idle(gateway: Gateway) -> None:
     assert message.resident_bytes > 0
     message, _ = gateway.receive(beats=True)
     assert isinstance(message, wire.Heartbeat) and message.step_age < 5
+
+
+def test_a_stream_opens_with_a_picture_or_says_why_not(gateway: Gateway) -> None:
+    bytes_of = 64 * 64 * 3
+    gateway.send(wire.Open("p", "toy", "a red ball", seed=1, picture=bytes(2 * bytes_of)))
+    gateway.send(wire.Credit("p", limit=1, due_in=0.5))
+    gateway.expect(wire.Started)
+    frames = gateway.expect(wire.Frames)
+    assert isinstance(frames, wire.Frames)
+    assert (frames.chunk, frames.pts, frames.frames) == (0, 0, 12)
+    gateway.send(wire.Open("q", "toy", "a red ball", seed=1, picture=bytes(bytes_of + 1)))
+    fault = gateway.expect(wire.Fault)
+    assert isinstance(fault, wire.Fault)
+    assert (fault.code, fault.stream) == ("picture_refused", "q")

@@ -138,10 +138,15 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         return Run(name, tmp_path, seconds)
 
     train_vae.train(run("vae", 2), TOY, clips=1)
+    latents = run("x", 1).load("vae")["vae.encoder.conv1.weight"]
+    train_vae.train(run("vae", 1), TOY, clips=1, decoders_only=True)
+    assert torch.equal(run("x", 1).load("vae")["vae.encoder.conv1.weight"], latents)
     text.train(run("text", 1), TOY, count=8, batch=4)
     probe.train(run("probe-a", 1), "probe-a", pool=4, batch=2)
     pools = teacher.code_pools(run("pools", 1), TOY, clips=2, firsts=3, seed=1)
     assert pools.clips.latents.shape == (2, 16, 3 * teacher.CHUNKS, 32, 32)
+    assert pools.clips.emphasis.shape == (2, 3 * teacher.CHUNKS, 32, 32)
+    assert set(pools.clips.emphasis.unique().tolist()) == {1.0, teacher.EMPHASIS}
     assert pools.firsts.latents.shape == (3, 16, 3, 32, 32)
     for _ in range(2):  # from nothing, then from its own checkpoint
         teacher.train(run("teacher", 2), TOY, pools, clip_batch=2, first_batch=2, final=True)

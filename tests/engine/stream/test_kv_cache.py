@@ -5,7 +5,7 @@ import torch
 
 from engine.models.dit import CausalWan, DiTConfig
 from engine.ops.rope import rope_angles, rotate
-from engine.stream.kv_cache import BlockCausal, CacheConfig, KVCache
+from engine.stream.kv_cache import BlockCausal, CacheConfig, KVCache, Precision
 from engine.stream.rollout import forward
 
 DIT = DiTConfig(dim=96, ffn_dim=192, num_heads=2, num_layers=3, text_dim=32, in_channels=4, out_channels=4)
@@ -70,7 +70,7 @@ def test_sink_stays_and_stands_just_before_the_ring() -> None:
     angles = rope_angles(torch.arange(base, base + 3), 4, 4, DIT.head_dim)
     for layer in range(DIT.num_layers):
         expected = rotate(cache.raw_sink[layer], angles)
-        assert torch.allclose(cache.keys[layer, :, :48], expected, atol=1e-5)
+        assert torch.allclose(cache.keys.read(layer, 48), expected, atol=1e-5)
     assert far.isfinite().all()
 
 
@@ -107,6 +107,31 @@ def test_memory_is_constant_and_snapshot_restores() -> None:
     cache.restore(saved)
     assert torch.equal(forward(dit, latents[4], 0.5, text, cache), first)
     assert cache.bytes() == size
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.01), ("fp8", 0.04)])
+@pytest.mark.parametrize("sink", [0, 3])
+def test_eight_bits_stay_near_and_save_memory(precision: Precision, bound: float, sink: int) -> None:
+    """Past chunks in 8 bits: relative L2 error of the flow over a rolling window; a chunk without past is exact."""
+    dit, config = model(), CacheConfig(chunk=3, window=9, sink=sink, rows=4, columns=4)
+    text = dit.encode_text(torch.randn(1, 5, 32))
+    sizes = {"layers": DIT.num_layers, "heads": DIT.num_heads, "head_dim": DIT.head_dim}
+    exact, small = KVCache(config, **sizes), KVCache(config, **sizes, precision=precision)
+    errors = []
+    for _ in range(6):
+        part = torch.randn(1, 4, 3, 8, 8)
+        a, b = (forward(dit, part, 0.4, text, cache) for cache in (exact, small))
+        errors.append(float((a - b).norm() / a.norm()))
+        exact.advance()
+        small.advance()
+    assert errors[0] == 0
+    assert 0 < max(errors) < bound
+    assert small.bytes() < 0.5 * exact.bytes()
+    saved = small.snapshot()
+    again = forward(dit, part, 0.4, text, small)
+    small.advance()
+    small.restore(saved)
+    assert torch.equal(forward(dit, part, 0.4, text, small), again)
 
 
 def test_reset_forgets() -> None:
