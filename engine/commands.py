@@ -92,7 +92,7 @@ def check(
     expected = layouts.expected(preset)
     for part in ("dit", "text_encoder", "vae", "light_vae"):
         if part in found.parts:
-            faults += _check_part(part, found.parts[part], expected.get(part, {}), found.native)
+            faults += _check_part(part, found.parts[part], expected.get(part, {}))
     if found.tokenizer is not None:
         print(f"{'tokenizer':13} {found.tokenizer}")
     for path in found.unused:
@@ -116,10 +116,10 @@ def check(
     return 2 if faults else 0
 
 
-def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape], native: bool) -> list[str]:
+def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> list[str]:
     """Print a line about a network; returns its faults."""
-    faults = [] if native else list(weights.faults)
-    layout, compared = "native layout" if native else "", bool(expected)
+    faults = list(weights.faults)
+    layout, compared = "native layout" if weights.native else "", bool(expected)
     found = {name: entry.shape for name, entry in weights.entries.items()}
     if part == "dit":
         try:
@@ -130,7 +130,7 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape], nat
         if names.scales:
             layout += f", {len(names.scales)} low-bit weights with scales"
         found = {ours: found[name] for ours, name in names.native.items()}
-    elif native:
+    elif weights.native:
         found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
     else:
         compared = False
@@ -138,12 +138,12 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape], nat
         faults += [f"{part}: {line}" for line in wan.sentences(wan.compare(expected, found))]
     dtypes = Counter(entry.dtype for entry in weights.entries.values())
     described = [
-        f"{len(weights.files)} file{'s' if len(weights.files) > 1 else ''} in {weights.files[0].parent}",
+        f"{weights.files[0].parent}: {', '.join(file.name for file in weights.files)}",
         f"{len(weights.entries)} tensors",
         f"{weights.bytes / GIB:.2f} GiB {'/'.join(dtype for dtype, _ in dtypes.most_common())}",
-        layout or "headers read, names not compared",
+        layout or "names not compared",
     ]
-    print(f"{part:13} {', '.join(described)}")
+    print(f"{part:13} {'; '.join(described)}")
     return faults
 
 

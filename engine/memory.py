@@ -25,6 +25,10 @@ LIGHT_CACHES = {
     "wan2.2": {16: 3 * 256, 8: 3 * 128, 4: 3 * 64},
 }
 """The same of the light decoder's memories, one frame each."""
+WIDEST = {"mini": (16, 2), "wan2.1": (192, 1), "wan2.2": (512, 2)}
+LIGHT_WIDEST = {"mini": (16, 2), "wan2.1": (138, 1), "wan2.2": (138, 2)}
+"""Channels of a decoder's largest activation, and the pixels that its cell spans. TAEHV's is from a measurement: 21
+latent frames of 832x480 at once took 17.2 GiB (`../shared/reference/h200-baseline.md` B)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     sizes = layouts.expected(preset)
     channels = (LIGHT_CACHES if setting.light_vae else VAE_CACHES)[preset.family]
     frames = 1 if setting.light_vae else 2
+    widest, span = (LIGHT_WIDEST if setting.light_vae else WIDEST)[preset.family]
     vectors = dit.num_layers * dit.num_heads * tokens
     vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim + 4
     return {
@@ -63,9 +68,14 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
         "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text_sizes["length"],
         "VAE weights": BYTES * (LIGHT_PARAMETERS if setting.light_vae else VAE_PARAMETERS)[preset.family],
-        "VAE caches": BYTES * frames * sum(count * area // span**2 for span, count in channels.items()),
-        # about what the widest moment of a block holds: the hidden layer twice, and x, y, q, k, v, their rotated copies
-        "activations": BYTES * preset.chunk * tokens * (2 * dit.ffn_dim + 10 * dit.dim),
+        "VAE caches": BYTES * frames * sum(count * area // size**2 for size, count in channels.items()),
+        "activations": max(
+            # the widest moment of a block: the hidden layer twice, and x, y, q, k, v, their rotated copies
+            preset.chunk * tokens * (2 * dit.ffn_dim + 10 * dit.dim),
+            # the decoder's widest layer, coming and going: the light one takes a chunk at once, the full one a latent
+            (preset.chunk if setting.light_vae else 1) * 4 * widest * area // span**2 * 2,
+        )
+        * BYTES,
     }
 
 
@@ -88,9 +98,9 @@ def _resolutions(preset: Preset, setting: Setting) -> Iterator[Setting]:
 
 
 def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
-    """What makes a setting fit into `limit` bytes: each single option that does, or else one combination; or nothing.
+    """What makes a setting fit into `limit` bytes: each single option that does, and one combination, if any do.
 
-    A combination takes the options in the order of what they cost the picture.
+    The combination takes the options in the order of what they cost the picture, the cheapest first.
     """
     options = {
         "text encoder off the device": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
@@ -109,16 +119,14 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
         chosen = next((s for s in choices(setting) if total(preset, s) <= limit), None)
         if chosen is not None:
             singles.append([label(option, chosen)])
-    if singles:
-        return singles
     together: list[str] = []
     for option, choices in options.items():
         tried = list(choices(setting))
-        if not tried:
+        chosen = next((s for s in tried if total(preset, s) <= limit), tried[-1] if tried else setting)
+        if total(preset, chosen) >= total(preset, setting):
             continue
-        chosen = next((s for s in tried if total(preset, s) <= limit), tried[-1])
         together.append(label(option, chosen))
         setting = chosen
         if total(preset, setting) <= limit:
-            return [together]
-    return []
+            return singles if together in singles else [*singles, together]
+    return singles

@@ -67,6 +67,20 @@ def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> 
     }
 
 
+def renamed(found: Found, names: Mapping[str, str], *, halve: bool) -> Found:
+    """Tensors under our names, for networks that need no more.
+
+    Args:
+        names: the checkpoint's name -> ours; where two mean one tensor, the first counts.
+        halve: store matrices as bfloat16; otherwise everything stays as it is.
+    """
+    chosen: dict[str, StoredTensor] = {}
+    for name, ours in names.items():
+        tensor = found[name]
+        chosen.setdefault(ours, _served(ours, tensor, None, None) if halve else tensor)
+    return chosen
+
+
 def _scale(ours: str, names: wan.Names, found: Found) -> StoredTensor | None:
     weight = found[names.native[ours]]
     if ours in names.scales:
@@ -105,6 +119,8 @@ def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
         StoreError: there are none, they do not fit, or there is only a pickle, which is never read to serve.
     """
     found = sources.find_all(paths)
+    if found.faults:
+        raise StoreError("; ".join(found.faults))
     if "dit" not in found.parts:
         pickles = f"; {found.pickles[0]} is a pickle: run `python -m engine convert` first" if found.pickles else ""
         raise StoreError(f"no transformer in {', '.join(map(str, paths))}{pickles}")
@@ -177,6 +193,9 @@ def convert(
         say(refusal)
     if writer is None or "dit" not in layouts:
         raise StoreError("; ".join([f"no transformer in {', '.join(map(str, paths))}", *refusals]))
+    if preset.latent_mean is not None and preset.latent_std is not None:
+        statistics = {"mean": torch.tensor(preset.latent_mean), "std": torch.tensor(preset.latent_std)}
+        writer.add("statistics", {name: StoredTensor.of(value) for name, value in statistics.items()})
     if found.tokenizer is not None:
         writer.add_text("tokenizer.json", found.tokenizer.read_text())
     writer.close(preset=preset.name)

@@ -56,6 +56,8 @@ class Weights:
     files: list[Path] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    native: bool = False
+    """They lie in a store of this project, under our names."""
 
     @property
     def bytes(self) -> int:

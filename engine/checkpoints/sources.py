@@ -28,7 +28,6 @@ MARKS = {
 class Sources:
     """What was found."""
 
-    native: bool = False
     parts: dict[str, Weights] = field(default_factory=dict)
     """By network: `dit`, `text_encoder`, `vae`, `light_vae`, or any other that a native store has."""
     pickles: list[Path] = field(default_factory=list)
@@ -127,7 +126,7 @@ def _native(folder: Path) -> Sources:
         lengths = {str(name): int(entry["bytes"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(f"{path} is not a manifest of this project: convert the weights again") from None
-    sources = Sources(native=True)
+    sources = Sources()
     for name, length in lengths.items():
         file_path = folder / name
         if Path(name).name != name:
@@ -145,7 +144,7 @@ def _native(folder: Path) -> Sources:
         sources.faults += weights.faults
         for full, entry in weights.entries.items():
             part, _, tensor = full.partition(".")
-            mine = sources.parts.setdefault(part, Weights())
+            mine = sources.parts.setdefault(part, Weights(native=True))
             mine.entries[tensor] = entry
             if file_path not in mine.files:
                 mine.files.append(file_path)

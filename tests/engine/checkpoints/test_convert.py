@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints import sources, store, wan
-from engine.checkpoints.convert import convert, dequantise, load_dit
+from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
@@ -51,12 +51,18 @@ def diffusers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def dit(folder: Path) -> dict[str, Tensor]:
+    loaded = store.load(folder)
+    return {name.removeprefix("dit."): value for name, value in loaded.items() if name.startswith("dit.")}
+
+
 def converted(paths: list[Path], to: Path) -> tuple[dict[str, Tensor], list[str]]:
     said: list[str] = []
     convert(PRESET, paths, to, say=said.append)
     tensors = store.load(to)
-    assert all(name.startswith("dit.") for name in tensors)
-    return {name.removeprefix("dit."): value for name, value in tensors.items()}, said
+    assert tensors["statistics.mean"].tolist() == pytest.approx(PRESET.latent_mean)
+    assert tensors["statistics.std"].tolist() == pytest.approx(PRESET.latent_std)
+    return dit(to), said
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -100,8 +106,7 @@ def test_a_pickle_with_two_generators_and_prefixes(tmp_path: Path, weights: dict
     torch.save({generator: wrapped, other: {n: x + 1 for n, x in wrapped.items()}, "step": 3}, tmp_path / "sf.pt")
     said: list[str] = []
     convert(replace(PRESET, generator=generator), [tmp_path / "sf.pt"], tmp_path / "native", say=said.append)
-    found = {name.removeprefix("dit."): value for name, value in store.load(tmp_path / "native").items()}
-    assert same(found, stored(weights))
+    assert same(dit(tmp_path / "native"), stored(weights))
     assert f"key {generator}" in said[0]
 
 
@@ -221,8 +226,20 @@ def test_weights_are_adapted_on_the_way(tmp_path: Path, weights: dict[str, Tenso
         say=lambda text: None,
     )
     changed = weights | {"blocks.0.self_attn.q.weight": weights["blocks.0.self_attn.q.weight"] + 1}
-    found = {name.removeprefix("dit."): value for name, value in store.load(tmp_path / "native").items()}
-    assert same(found, stored(changed))
+    assert same(dit(tmp_path / "native"), stored(changed))
+
+
+def test_plain_networks_are_renamed() -> None:
+    found = {
+        name: store.StoredTensor.of(torch.ones(shape)) for name, shape in (("a", (2, 2)), ("b", (2, 2)), ("c", (2,)))
+    }
+    names = {"a": "x.weight", "b": "x.weight", "c": "x.bias"}
+    halved = renamed(found, names, halve=True)
+    assert {name: tensor.read().dtype for name, tensor in halved.items()} == {
+        "x.weight": torch.bfloat16,
+        "x.bias": torch.float32,
+    }
+    assert renamed(found, names, halve=False)["x.weight"] is found["a"]
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
