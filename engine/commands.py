@@ -132,6 +132,12 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> 
         found = {ours: found[name] for ours, name in names.native.items()}
     elif weights.native:
         found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
+    elif part in layouts.RENAME:
+        try:
+            places = layouts.RENAME[part](found)
+        except (StoreError, ValueError) as error:
+            return [*faults, f"{part}: {error}"]
+        found = {ours: found[name] for name, ours in places.items()}
     else:
         compared = False
     if compared:
@@ -141,7 +147,7 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> 
         f"{weights.files[0].parent}: {', '.join(file.name for file in weights.files)}",
         f"{len(weights.entries)} tensors",
         f"{weights.bytes / GIB:.2f} GiB {'/'.join(dtype for dtype, _ in dtypes.most_common())}",
-        layout or "names not compared",
+        layout or ("names known" if compared else "names not compared"),
     ]
     print(f"{part:13} {'; '.join(described)}")
     return faults

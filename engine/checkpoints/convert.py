@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.checkpoints import sources, store, wan
+from engine.checkpoints import layouts, sources, store, wan
 from engine.checkpoints.headers import StoreError, Weights
 from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
@@ -51,8 +51,8 @@ def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
     return stored.float() * scale.float().reshape(-1, *[1] * (stored.ndim - 1))
 
 
-def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> tuple[wan.Layout, Found]:
-    """`CausalWan`'s tensors out of a checkpoint: matrices bfloat16, everything else float32.
+def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> tuple[str, Found]:
+    """(layout, `CausalWan`'s tensors) of a checkpoint: matrices bfloat16, everything else float32.
 
     Raises:
         StoreError: a tensor is missing, unexpected, misshaped, or in low-bit without a scale; each is named.
@@ -61,7 +61,7 @@ def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> 
     differences = wan.compare(wan.tensors(config), {ours: found[name].shape for ours, name in names.native.items()})
     if differences:
         raise StoreError("the tensors are not this model's: " + "; ".join(wan.sentences(differences)))
-    return names.layout, {
+    return f"{names.layout} layout", {
         ours: _served(ours, found[names.native[ours]], _scale(ours, names, found), adapt)
         for ours in wan.tensors(config)
     }
@@ -128,12 +128,20 @@ def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
-Place = Callable[[Preset, Found, Adapt | None], tuple[str, Found]]
-CONVERTERS: dict[str, Place] = {
-    "dit": lambda preset, found, adapt: dit_tensors(preset.dit, found, adapt),
-    # the text encoder and the VAEs come in here, each with the module that knows its names
-}
-"""By network: (preset, checkpoint's tensors, adapt) -> the layout found, and our tensors."""
+def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tuple[str, Found]:
+    """(what was recognised, our tensors) of one network. Raises StoreError if they are not the preset's."""
+    if part == "dit":
+        return dit_tensors(preset.dit, found, adapt)
+    try:
+        ours = renamed(found, layouts.RENAME[part](found), halve=part == "text_encoder")
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    expected = layouts.expected(preset).get(part)
+    if expected is not None:
+        differences = wan.compare(expected, {name: tensor.shape for name, tensor in ours.items()})
+        if differences:
+            raise StoreError(f"the {part} is not {preset.name}'s: " + "; ".join(wan.sentences(differences)))
+    return "renamed", ours
 
 
 def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -> Iterator[tuple[str, str, Found]]:
@@ -179,19 +187,19 @@ def convert(
         raise StoreError("; ".join(found.faults))
     refusals: list[str] = []
     writer: store.Writer | None = None
-    layouts: dict[str, str] = {}
+    written: set[str] = set()
     for part, origin, tensors in _parts(found, preset, refusals.append):
-        if part not in CONVERTERS:
+        if part != "dit" and part not in layouts.RENAME:
             refusals.append(f"not used: {origin} ({part} is not converted)")
             continue
-        layout, ours = CONVERTERS[part](preset, tensors, adapt)
-        say(f"{part}: {origin}, {layout} layout, {len(ours)} tensors")
+        layout, ours = _network(part, preset, tensors, adapt)
+        say(f"{part}: {origin}, {layout}, {len(ours)} tensors")
         writer = writer or store.Writer(to)
         writer.add(part, ours, SHARD_BYTES)
-        layouts[part] = layout
+        written.add(part)
     for refusal in refusals:
         say(refusal)
-    if writer is None or "dit" not in layouts:
+    if writer is None or "dit" not in written:
         raise StoreError("; ".join([f"no transformer in {', '.join(map(str, paths))}", *refusals]))
     if preset.latent_mean is not None and preset.latent_std is not None:
         statistics = {"mean": torch.tensor(preset.latent_mean), "std": torch.tensor(preset.latent_std)}

@@ -1,10 +1,15 @@
 """What a store must hold for a preset: every tensor by network, name and shape, known without building anything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from engine.checkpoints import wan
 from engine.checkpoints.wan import Shape
 from engine.config import Preset
+
+RENAME: dict[str, Callable[[Collection[str]], dict[str, str]]] = {}
+"""By network, the transformer apart: all of a checkpoint's names -> ours. Here the text encoder and the VAEs come in:
+`check` and `convert` know a network once its entry is here. A function raises ValueError or StoreError for a name that
+has no place, and its module must not load torch."""
 
 
 def text_encoder(sizes: Mapping[str, int]) -> dict[str, Shape]:

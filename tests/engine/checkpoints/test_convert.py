@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoints import sources, store, wan
+from engine.checkpoints import layouts, sources, store, wan
 from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
@@ -240,6 +240,30 @@ def test_plain_networks_are_renamed() -> None:
         "x.bias": torch.float32,
     }
     assert renamed(found, names, halve=False)["x.weight"] is found["a"]
+
+
+def test_a_further_network_is_converted_once_its_names_are_known(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+    save_file(weights, tmp_path / "transformer" / "model.safetensors")
+    save_file({"decoder.conv_in.weight": torch.ones(2, 2)}, tmp_path / "vae" / "model.safetensors")
+    said: list[str] = []
+    convert(PRESET, [tmp_path], tmp_path / "a", say=said.append)
+    assert "(vae is not converted)" in said[-1]
+    monkeypatch.setitem(layouts.RENAME, "vae", lambda names: dict.fromkeys(names, "decoder.conv1.weight"))
+    convert(PRESET, [tmp_path], tmp_path / "b", say=said.append)
+    loaded = store.load(tmp_path / "b")
+    assert loaded["vae.decoder.conv1.weight"].dtype == torch.float32
+    assert loaded.keys() - store.load(tmp_path / "a").keys() == {"vae.decoder.conv1.weight"}
+
+    def refuse(names: object) -> dict[str, str]:
+        raise ValueError("decoder.conv_in.weight is no tensor of a VAE")
+
+    monkeypatch.setitem(layouts.RENAME, "vae", refuse)
+    with pytest.raises(StoreError, match="no tensor of a VAE"):
+        convert(PRESET, [tmp_path], tmp_path / "c", say=said.append)
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
