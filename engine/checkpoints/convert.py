@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.checkpoints import layouts, sources, store, wan
-from engine.checkpoints.headers import StoreError, Weights
+from engine.checkpoints.headers import StoreError, Weights, open_regular
 from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
 from engine.config import Preset
@@ -205,5 +205,6 @@ def convert(
         statistics = {"mean": torch.tensor(preset.latent_mean), "std": torch.tensor(preset.latent_std)}
         writer.add("statistics", {name: StoredTensor.of(value) for name, value in statistics.items()})
     if found.tokenizer is not None:
-        writer.add_text("tokenizer.json", found.tokenizer.read_text())
+        with open_regular(found.tokenizer, found.tokenizer.parent) as file:
+            writer.add_text("tokenizer.json", file.read().decode())
     writer.close(preset=preset.name)

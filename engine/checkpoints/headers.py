@@ -115,6 +115,12 @@ def _json_object(data: bytes, path: Path) -> dict[str, Any]:
     return content
 
 
+def printable(name: str, path: Path) -> None:
+    """Raises StoreError for a name that could not be shown as it is: it would reach a terminal and a log."""
+    if not name.isprintable():
+        raise StoreError(f"{path} has a tensor of the name {name!r}, which cannot be printed")
+
+
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
@@ -140,6 +146,7 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
     for name, value in content.items():
         if name == "__metadata__":
             continue
+        printable(name, path)
         match value:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if (
                 all(map(_is_size, shape)) and _is_size(start) and _is_size(end)
@@ -148,7 +155,7 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
             case _:
                 raise StoreError(f"{path}: the entry of {name} in its header is malformed: download it again")
         if dtype not in DTYPES:
-            raise StoreError(f"{path}: {name} is of type {dtype}, which is not known here: {', '.join(DTYPES)} are")
+            raise StoreError(f"{path}: {name} is of type {dtype!r}, which is not known here: {', '.join(DTYPES)} are")
         entries[name] = entry = Entry(path, name, dtype, tuple(shape))
         if end - start != entry.bytes:
             raise StoreError(
@@ -200,8 +207,15 @@ def read_index(path: Path) -> Weights:
         shards = content.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise StoreError(f"{path} has no weight_map from tensors to files: download it again")
+        for tensor in shards:
+            printable(tensor, path)
         for name in shards.values():
-            if name in {"", ".", ".."} or Path(name).name != name or not name.endswith(".safetensors"):
+            if (
+                not name.isprintable()
+                or name in {"", ".", ".."}
+                or Path(name).name != name
+                or not name.endswith(".safetensors")
+            ):
                 raise StoreError(f"{path} names {name!r} as a shard: must be a plain file name beside the index")
     except StoreError as error:
         weights.faults.append(str(error))

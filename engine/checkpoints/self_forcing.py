@@ -41,7 +41,7 @@ def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return _tensors(content, path), ""
     raise StoreError(
-        f"{path} has none of {', '.join(GENERATORS)} among its keys: {', '.join(map(str, list(content)[:10]))}"
+        f"{path} has none of {', '.join(GENERATORS)} among its keys: {', '.join(map(repr, list(content)[:10]))}"
     )
 
 
@@ -49,6 +49,7 @@ def _tensors(content: Mapping[object, object], path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise StoreError(f"{path}: {name} is a {type(value).__name__} instead of a tensor")
+            raise StoreError(f"{path}: {name!r} is a {type(value).__name__} instead of a tensor")
+        headers.printable(name, path)
         found[name] = value
     return found

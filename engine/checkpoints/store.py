@@ -179,7 +179,7 @@ class Writer:
 
     def add_text(self, name: str, text: str) -> None:
         path = self.folder / name
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         self._files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
     def close(self, **facts: str) -> None:

@@ -115,7 +115,7 @@ def test_a_pickle_without_average_gives_its_generator(tmp_path: Path, weights: d
     tensors, key = read_pickle(tmp_path / "sf.pt")
     assert key == "generator" and tensors.keys() == weights.keys()
     torch.save({"optimizer": {}, "step": 3}, tmp_path / "sf.pt")
-    with pytest.raises(StoreError, match="generator_ema, generator among its keys: optimizer, step"):
+    with pytest.raises(StoreError, match="generator_ema, generator among its keys: 'optimizer', 'step'"):
         read_pickle(tmp_path / "sf.pt")
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -46,13 +47,15 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
         ({"a": entry(0, 8, [3])}, 8, r"a has 8 bytes, but F32 \[3\] takes 12"),
         ({"a": entry(0, 8)}, 7, "truncated"),
         ({"a": entry(0, 8)}, 9, "too long"),
-        ({"a": entry(0, 8, dtype="F99")}, 8, "F99, which is not known"),
+        ({"a": entry(0, 8, dtype="F99")}, 8, "'F99', which is not known"),
         ({"a": entry(0, -8, [-2])}, 8, "malformed"),
         ({"a": entry(0, 8, [2.0])}, 8, "malformed"),
         ({"a": entry(0, 8, [True, 2])}, 8, "malformed"),
         ({"a": entry(8, 0, [2])}, 8, "malformed|has -8 bytes"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "malformed"),
         ({"a": [1, 2]}, 0, "malformed"),
+        ({"\x1b[2J": entry(0, 8)}, 8, "cannot be printed"),
+        ({"\ud800": entry(0, 8)}, 8, "cannot be printed"),
         ([1], 0, "no JSON object"),
         (b"{" * 100_000, 0, "unreadable header"),
         (b"[" * 100_000, 0, "unreadable header"),
@@ -128,7 +131,9 @@ def test_shards(tmp_path: Path) -> None:
     assert "c is not in 2.safetensors" in found.faults[0]
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x.pt"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "\x1b.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x.pt"]
+)
 def test_an_index_names_plain_files_only(tmp_path: Path, name: str) -> None:
     assert "plain file name" in headers.read_index(index(tmp_path, {"a": name})).faults[0]
 
@@ -139,3 +144,21 @@ def test_a_malformed_index_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text("{")
     assert "unreadable" in headers.read_index(path).faults[0]
+
+
+def test_any_damage_is_a_store_error(tmp_path: Path) -> None:
+    """Sound files with a few bytes changed: they are read, or refused in words."""
+    random = Random(0)
+    path = tmp_path / "x.safetensors"
+    sound = write(path, {"a": entry(0, 8), "b": entry(8, 24, [2, 2]), "__metadata__": {"x": "y"}}, 24).read_bytes()
+    refused = 0
+    for _ in range(2000):
+        data = bytearray(sound)
+        for _ in range(random.randint(1, 4)):
+            data[random.randrange(len(data))] = random.choice(b'\x00"{}[],:019e\xff')
+        path.write_bytes(data[: random.choice((len(data), random.randrange(len(data))))])
+        try:
+            headers.read_header(path)
+        except StoreError:
+            refused += 1
+    assert refused > 1000
