@@ -4,10 +4,11 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic_core import PydanticCustomError
 
 from server.errors import ApiError
+from server.pictures import WANTED
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
@@ -18,6 +19,7 @@ REQUIREMENTS = {
     "model": "the name of a model in /v1/models",
     "seed": f"an integer from 0 to {MAX_SEED}",
     "duration_s": f"a number of seconds above 0 and at most {MAX_DURATION_SECONDS}",
+    "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
 }
@@ -66,6 +68,30 @@ class CreateStream(Request):
     duration_s: Annotated[float, Field(strict=True, gt=0, le=MAX_DURATION_SECONDS, allow_inf_nan=False)] | None = Field(
         None, description="Seconds of video after which the stream ends; endless when absent."
     )
+    image: StrictStr | None = Field(
+        None,
+        description=f"What the video goes on from: {WANTED}, as a data URL. Cut to the model's proportions; of a clip, "
+        "the newest frames count.",
+    )
+
+
+BODY_SCHEMA = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": CreateStream.model_json_schema()},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["prompt"],
+                "properties": {
+                    **CreateStream.model_json_schema()["properties"],
+                    "image": {"type": "string", "format": "binary", "description": f"A file: {WANTED}."},
+                },
+            }
+        },
+    },
+}
+"""The two forms of a request to open a stream, for OpenAPI: the endpoint reads the body itself."""
 
 
 class ChangeStream(Request):
@@ -180,6 +206,14 @@ class Alive(BaseModel):
 class Readiness(BaseModel):
     ready: bool
     reason: str
+
+
+def read_create(fields: Any) -> CreateStream:
+    """A decoded request body as a stream to open; raises `ApiError`."""
+    try:
+        return CreateStream.model_validate(fields)
+    except ValidationError as error:
+        raise explain([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -77,6 +77,8 @@ class Stream:
     """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     player: asyncio.Task[None] | None = None
+    picture: bytes = b""
+    """What the stream starts from, until its first chunk is there."""
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -176,15 +178,29 @@ class Streams:
         health = self._backend.health()
         return health.ready, health.reason
 
-    def open(self, prompt: str, model: str | None, seed: int | None, duration_s: float | None) -> Stream:
-        """Create a stream: it starts when the engine has a place for it."""
-        if self._draining:
-            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+    def info(self, model: str | None) -> wire.ModelInfo:
+        """What the engine says of a model, which it must be up for."""
+        name = self._named(model)
+        if name not in self._models:
+            message = "The engine is still starting, and a picture is cut to its model's size: try again soon."
+            raise ApiError(503, "engine_starting", message, param="image", headers={"Retry-After": "5"})
+        return self._models[name]
+
+    def _named(self, model: str | None) -> str:
         model = self._config.model if model is None else model
         known = list(self._models) or [self._config.model]
         if model not in known:
             message = f"There is no model of this name: `model` must be one of {', '.join(known)}."
             raise ApiError(404, "model_not_found", message, param="model")
+        return model
+
+    def open(
+        self, prompt: str, model: str | None, seed: int | None, duration_s: float | None, picture: bytes = b""
+    ) -> Stream:
+        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s."""
+        if self._draining:
+            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+        model = self._named(model)
         if self._failed:
             raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
         now = time.monotonic()
@@ -196,7 +212,7 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now)
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
         if full := self._admission.request(session.id, model, now):
             self._metrics.refused.inc()
             raise ApiError(
@@ -370,6 +386,7 @@ class Streams:
             rgb = view[k * size : (k + 1) * size]
             stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
         playback.arrive(count, chunk.gen_seconds, now)
+        stream.picture = b""
         self._encode_ahead(stream)
         if chunk.applied is not None:
             self._mark(stream, chunk.applied, chunk.chunk, first)
@@ -459,6 +476,7 @@ class Streams:
                 max_frames=stream.max_frames,
                 start_chunk=playback.next_chunk,
                 start_frame=playback.received,
+                picture=stream.picture,
             )
         )
         playback.forget_grant()
