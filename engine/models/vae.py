@@ -139,14 +139,15 @@ class CausalConv3d(Causal, nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over channels with a gain, Wan's `RMS_norm`: summed in float32, for squares overflow float16."""
+    """RMS norm over channels with a gain, Wan's `RMS_norm`: summed in float32, as squares overflow float16."""
 
     def __init__(self, dim: int, *, images: bool = False) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *((1, 1) if images else (1, 1, 1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) * x.shape[1] ** -0.5
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide) * x.shape[1] ** -0.5
         scale = rms.clamp_min(max(1e-6, torch.finfo(x.dtype).tiny)).reciprocal()
         return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
 
