@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: what is fast here)")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact", help="how past chunks are kept")
+    parser.add_argument("--decoder", choices=("light", "full"), default="light", help="the VAE's own decoder is full")
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
@@ -46,7 +47,12 @@ def main() -> int:
     link.start()
     try:
         pipeline = assemble(
-            options.model, weights=options.weights, device=device, dtype=dtype, kv_precision=options.kv_cache
+            options.model,
+            weights=options.weights,
+            device=device,
+            dtype=dtype,
+            kv_precision=options.kv_cache,
+            decoder=options.decoder,
         )
     except StoreError as error:
         link.send(wire.Fault("weights", str(error)))
