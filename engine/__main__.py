@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import get_args
 
 # A thread that waits for its fellows gives its core up early: with few cores, gateway and encoder need them too, and
 # spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
@@ -16,6 +17,7 @@ from engine import wire
 from engine.assemble import assemble, best_device, best_dtype, describe, warm
 from engine.checkpoints.store import StoreError
 from engine.config import PRESETS
+from engine.offload.text import Place
 from engine.worker import Wire, Worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,6 +33,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: what is fast here)")
+    parser.add_argument(
+        "--text-encoder",
+        choices=get_args(Place),
+        default="resident",
+        help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
+    )
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
@@ -42,7 +50,9 @@ def main() -> int:
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:
-        pipeline = assemble(options.model, weights=options.weights, device=device, dtype=dtype)
+        pipeline = assemble(
+            options.model, weights=options.weights, device=device, dtype=dtype, text_encoder=options.text_encoder
+        )
     except StoreError as error:
         link.send(wire.Fault("weights", str(error)))
         link.finish()

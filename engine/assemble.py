@@ -13,6 +13,7 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
+from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
 from engine.wire import ModelInfo
 
@@ -45,8 +46,9 @@ def assemble(
     weights: Path | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    text_encoder: Place = "resident",
 ) -> Pipeline:
-    """Load a preset.
+    """Load a preset. `text_encoder` says where the text encoder lives: see `engine.offload.text`.
 
     Raises:
         KeyError: no preset has this name.
@@ -70,12 +72,15 @@ def assemble(
             module.load_state_dict(mine, assign=True)
         except RuntimeError as error:
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
-        module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        module.to(dtype=dtype).requires_grad_(False).eval()
+        if component != "text_encoder":
+            module.to(device)
+    encoder = place_text_encoder(modules["text_encoder"], text_encoder, device)  # type: ignore[arg-type]
     modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(
         preset,
         Tokenizer.load(folder / "tokenizer.json"),
-        modules["text_encoder"],  # type: ignore[arg-type]
+        encoder,
         modules["dit"],  # type: ignore[arg-type]
         modules["light_vae"],  # type: ignore[arg-type]
     )

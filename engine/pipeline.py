@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Preset
 from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
-from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
+from engine.models.tokenizer import PromptTokenizer
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
@@ -34,8 +33,14 @@ class Pipeline:
     """One loaded model. Everything that differs between streams is in the `StreamState` that the caller keeps."""
 
     def __init__(
-        self, preset: Preset, tokenizer: Tokenizer, text_encoder: TextEncoder, dit: CausalWan, light_vae: LightDecoder
+        self,
+        preset: Preset,
+        tokenizer: PromptTokenizer,
+        text_encoder: nn.Module,
+        dit: CausalWan,
+        light_vae: LightDecoder,
     ) -> None:
+        """`text_encoder` is a `TextEncoder`, or what `place_text_encoder` made of one."""
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
