@@ -15,6 +15,9 @@ import msgspec
 PROTOCOL = 1
 CLOCK_RATE = 90_000
 
+LORA_NAME = r"\w[\w .+()-]{0,127}"
+"""What a LoRA may be called: the stem of a file, which cannot lead to another folder."""
+
 Transition = Literal["soft", "recache", "cut"]
 EndReason = Literal["finished", "closed"]
 
