@@ -30,6 +30,7 @@ def main() -> int:
         "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
     )
     parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
+    parser.add_argument("--loras", type=Path, metavar="DIR", help="folder of LoRAs that may be applied while serving")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: what is fast here)")
@@ -43,6 +44,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.threads < 1:
         parser.error("--threads must be at least 1")
+    if options.loras is not None and not options.loras.is_dir():
+        parser.error(f"--loras {options.loras} is not a folder")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
@@ -60,7 +63,7 @@ def main() -> int:
         return 3
     warmth = warm(pipeline)
     link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
-    Worker(pipeline, link).run()
+    Worker(pipeline, link, options.loras).run()
     link.finish()
     return 0
 

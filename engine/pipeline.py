@@ -82,6 +82,12 @@ class Pipeline:
         return state.chunk
 
     @torch.inference_mode()
+    def refresh(self, state: StreamState) -> None:
+        """The transformer's weights changed: make again what the stream keeps of them, as a `recache` steer does."""
+        self._set_text(state, state.text)
+        self._recache(state)
+
+    @torch.inference_mode()
     def next_chunk(self, state: StreamState) -> Chunk:
         """Generate and decode the next chunk. Its context pass is owed: see `commit`.
 
