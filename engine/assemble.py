@@ -12,7 +12,7 @@ from engine.config import PRESETS
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
+from engine.models.tokenizer import load_tokenizer
 from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
 from engine.wire import ModelInfo
@@ -77,9 +77,13 @@ def assemble(
             module.to(device)
     encoder = place_text_encoder(modules["text_encoder"], text_encoder, device)  # type: ignore[arg-type]
     modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise store.StoreError(str(error)) from None
     return Pipeline(
         preset,
-        Tokenizer.load(folder / "tokenizer.json"),
+        tokenizer,
         encoder,
         modules["dit"],  # type: ignore[arg-type]
         modules["light_vae"],  # type: ignore[arg-type]

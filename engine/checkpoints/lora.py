@@ -115,7 +115,8 @@ def read(folder: Path, name: str, shapes: Shapes) -> Lora:
         if not isinstance(settings, dict):
             raise ValueError(f"{PEFT_CONFIG} is no JSON object")
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise StoreError(f"LoRA {name} cannot be read: {error}") from None
+        # clients read this: without the path, which the system's own messages have
+        raise StoreError(f"LoRA {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse(name, tensors, shapes, settings)
 
 

@@ -121,6 +121,18 @@ class SentencePieceTokenizer:
         return cls(tokenizer)
 
 
+def load_tokenizer(folder: str | Path) -> PromptTokenizer:
+    """The tokenizer in `folder`, of either kind. Raises ValueError if `tokenizer.json` is missing or something else."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    if isinstance(content, dict) and "words" in content:
+        return Tokenizer.load(path)
+    return SentencePieceTokenizer.load(folder)
+
+
 def clean(text: str) -> str:
     """Text as Wan's encoder was given it: HTML entities resolved twice, white space collapsed and stripped.
 

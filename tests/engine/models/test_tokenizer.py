@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from engine.models.tokenizer import PromptTokenizer, SentencePieceTokenizer, Tokenizer, clean
+from engine.models.tokenizer import PromptTokenizer, SentencePieceTokenizer, Tokenizer, clean, load_tokenizer
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 PIECES = ["▁a", "▁red", "▁ball", "▁", "a", "b", "e", "d", "l", "r", "&", '"', "é"]
@@ -90,6 +90,11 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         SentencePieceTokenizer(other)
 
 
-def test_both_tokenizers_serve_a_pipeline(folder: Path) -> None:
-    both: list[PromptTokenizer] = [Tokenizer(["red"]), SentencePieceTokenizer.load(folder)]
-    assert [len(tokenizer.encode("red", 7)) for tokenizer in both] == [7, 7]
+def test_a_folder_tells_which_tokenizer_it_holds(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("words")
+    Tokenizer(["red"]).save(other / "tokenizer.json")
+    both: list[PromptTokenizer] = [load_tokenizer(other), load_tokenizer(folder)]
+    assert [type(tokenizer) for tokenizer in both] == [Tokenizer, SentencePieceTokenizer]
+    assert [tokenizer.encode("red", 4) for tokenizer in both] == [[3, 1, 0, 0], [4, 1, 0, 0]]
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(other / "nothing")
