@@ -13,8 +13,9 @@ from engine.config import PRESETS
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
+from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE, LatentStatistics
+from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
 from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
@@ -51,11 +52,12 @@ def assemble(
     dtype: torch.dtype | None = None,
     kv_precision: Precision = "exact",
     decoder: Literal["light", "full"] = "light",
+    text_encoder: Place = "resident",
 ) -> Pipeline:
     """Load a preset.
 
     `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
-    VAE's own, which takes several times as long.
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`.
 
     Raises:
         KeyError: no preset has this name.
@@ -80,14 +82,21 @@ def assemble(
             module.load_state_dict(mine, assign=True)
         except RuntimeError as error:
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
-        module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        module.to(dtype=dtype).requires_grad_(False).eval()
+        if component != "text_encoder":
+            module.to(device)
+    encoder = place_text_encoder(cast(TextEncoder, modules["text_encoder"]), text_encoder, device)
     statistics = LatentStatistics(tuple(tensors["statistics.mean"].tolist()), tuple(tensors["statistics.std"].tolist()))
     modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     light, vae = cast(LightDecoder, modules["light_vae"]), cast(CausalVAE, modules["vae"])
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise store.StoreError(str(error)) from None
     return Pipeline(
         preset,
-        Tokenizer.load(folder / "tokenizer.json"),
-        cast(TextEncoder, modules["text_encoder"]),
+        tokenizer,
+        encoder,
         cast(CausalWan, modules["dit"]),
         LightDecoding(light, statistics) if decoder == "light" else FullDecoding(vae, statistics),
         PictureEncoding(vae, statistics),

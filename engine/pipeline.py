@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Preset
 from engine.models.dit import CausalWan, TextContext
-from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
+from engine.models.tokenizer import PromptTokenizer
 from engine.stream.decoding import Decoder, PictureEncoding
 from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
@@ -40,14 +39,15 @@ class Pipeline:
     def __init__(
         self,
         preset: Preset,
-        tokenizer: Tokenizer,
-        text_encoder: TextEncoder,
+        tokenizer: PromptTokenizer,
+        text_encoder: nn.Module,
         dit: CausalWan,
         decoder: Decoder,
         pictures: PictureEncoding | None = None,
         *,
         kv_precision: Precision = "exact",
     ) -> None:
+        """`text_encoder` is a `TextEncoder`, or what `place_text_encoder` made of one."""
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
@@ -124,6 +124,12 @@ class Pipeline:
         """
         state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
         return state.chunk
+
+    @torch.inference_mode()
+    def refresh(self, state: StreamState) -> None:
+        """The transformer's weights changed: make again what the stream keeps of them, as a `recache` steer does."""
+        self._set_text(state, state.text)
+        self._recache(state)
 
     @torch.inference_mode()
     def next_chunk(self, state: StreamState) -> Chunk:

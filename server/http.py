@@ -19,6 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import wire
 from server import admission, pictures, schemas
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE, Metrics
@@ -175,6 +176,25 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
+async def list_loras(request: Request) -> dict[str, Any]:
+    """The LoRAs that can be applied, and how strongly they are."""
+    return lora_list(await streams_of(request).loras())
+
+
+async def change_loras(request: Request, body: schemas.ChangeLoras) -> dict[str, Any]:
+    """Apply these LoRAs and no others, to every stream, from its next chunk on."""
+    return lora_list(await streams_of(request).loras(body.loras))
+
+
+def lora_list(loras: wire.Loras) -> dict[str, Any]:
+    """What the engine said, as the API shows it. A LoRA that is applied is listed, even if its file is gone."""
+    data = [
+        {"id": name, "object": "lora", "strength": loras.applied.get(name)}
+        for name in sorted({*loras.names, *loras.applied})
+    ]
+    return {"object": "list", "data": data}
+
+
 async def livez() -> dict[str, Any]:
     """The process answers."""
     return {"status": "ok"}
@@ -219,6 +239,8 @@ ROUTES = [
     Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
     Route("GET", "/v1/models", list_models, schemas.ModelList),
+    Route("GET", "/v1/loras", list_loras, schemas.LoraList, 200, (503, 504)),
+    Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
     Route("GET", "/livez", livez, schemas.Alive),
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
     Route("GET", "/metrics", metrics, options={"response_class": Response}),

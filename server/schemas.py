@@ -1,18 +1,32 @@
 """What clients send and get, as pydantic models: strict types, unknown fields refused, every limit in the schema."""
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
+from engine.wire import LORA_NAME
 from server.errors import ApiError
 from server.pictures import WANTED
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_DURATION_SECONDS = 86_400
+MAX_LORAS = 16
+MAX_STRENGTH = 4.0
 
 REQUIREMENTS = {
     "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters",
@@ -22,6 +36,8 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
+    f"to {MAX_STRENGTH:g}",
 }
 """What each field must be, as the error message says it."""
 
@@ -42,6 +58,22 @@ def check_prompt(prompt: str) -> str:
     if not (prompt := prompt.strip()):
         raise PydanticCustomError("prompt_empty", "it is empty")
     return prompt
+
+
+def check_loras(loras: dict[str, float]) -> dict[str, float]:
+    """The same; raises when a name could be no file's, or a strength is out of bounds."""
+    if len(loras) > MAX_LORAS:
+        raise PydanticCustomError("lora_count", "it has {count}", {"count": len(loras)})
+    for name, strength in loras.items():
+        # The name is the client's: show it in ASCII and short, whatever it holds.
+        shown = name.encode("ascii", "backslashreplace").decode()[:64]
+        if not re.fullmatch(LORA_NAME, name):
+            raise PydanticCustomError("lora_name", "`{shown}` can be no name", {"shown": shown})
+        if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
+            raise PydanticCustomError(
+                "lora_strength", "`{shown}` has the strength {strength}", {"shown": shown, "strength": str(strength)}
+            )
+    return loras
 
 
 Prompt = Annotated[
@@ -104,6 +136,16 @@ class ChangeStream(Request):
         "the scene over, `cut` starts a new one. Only with `prompt`.",
     )
     paused: StrictBool | None = Field(None, description="Hold the picture, or go on.")
+
+
+class ChangeLoras(Request):
+    """The LoRAs to apply, and no others."""
+
+    loras: Annotated[
+        dict[StrictStr, StrictFloat],
+        AfterValidator(check_loras),
+        Field(description=f"Strength by name: {REQUIREMENTS['loras']}.", examples=[{"watercolour": 0.8}]),
+    ]
 
 
 class ErrorDetail(BaseModel):
@@ -199,6 +241,17 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
+class LoraObject(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+    strength: float | None = Field(description="How strongly it is applied now, to every stream; null when it is not.")
+
+
+class LoraList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LoraObject]
+
+
 class Alive(BaseModel):
     status: Literal["ok"] = "ok"
 
@@ -231,6 +284,6 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     requirement = REQUIREMENTS.get(field, "left out")
     if kind == "missing":
         return ApiError(400, "missing_field", f"`{field}` is missing: it must be {requirement}.", param=field)
-    ours = kind.startswith("prompt_")
+    ours = kind.startswith(("prompt_", "lora_"))
     message = f"`{field}` must be {requirement}{'; ' + error['msg'] if ours else ''}."
     return ApiError(400, kind if ours else "invalid_value", message, param=field)

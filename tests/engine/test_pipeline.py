@@ -109,6 +109,20 @@ def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committ
         assert torch.equal(state.cache.values.read(layer, count), other.cache.values.read(layer, count))
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_refreshing_under_the_same_weights_changes_nothing(pipeline: Pipeline, committed: bool) -> None:
+    """While the window holds all there was; later, what it holds was written with an older past in sight."""
+    plain = run(pipeline, pipeline.open("a red ball", seed=3), 3)
+    state = pipeline.open("a red ball", seed=3)
+    frames = []
+    for _ in range(3):
+        pipeline.refresh(state)
+        frames.append(pipeline.next_chunk(state).frames)
+        if committed:
+            pipeline.commit(state)
+    assert all(torch.equal(x, y) for x, y in zip(plain, frames, strict=True))
+
+
 def test_cut_forgets_the_old_scene(pipeline: Pipeline) -> None:
     histories = []
     for first in ("a red ball", "a cube"):
