@@ -26,6 +26,7 @@ def serve() -> int:
     from engine import wire
     from engine.assemble import assemble, best_device, best_dtype, describe, warm
     from engine.checkpoints.store import StoreError
+    from engine.offload.text import Place
     from engine.stream.kv_cache import Precision
     from engine.worker import Wire, Worker
 
@@ -35,16 +36,26 @@ def serve() -> int:
         "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
     )
     parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
+    parser.add_argument("--loras", type=Path, metavar="DIR", help="folder of LoRAs that may be applied while serving")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: what is fast here)"
     )
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact", help="how past chunks are kept")
+    parser.add_argument("--decoder", choices=("light", "full"), default="light", help="the VAE's own decoder is full")
+    parser.add_argument(
+        "--text-encoder",
+        choices=get_args(Place),
+        default="resident",
+        help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
+    )
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
         parser.error("--threads must be at least 1")
+    if options.loras is not None and not options.loras.is_dir():
+        parser.error(f"--loras {options.loras} is not a folder")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when the engine leaves
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
@@ -53,7 +64,13 @@ def serve() -> int:
     link.start()
     try:
         pipeline = assemble(
-            options.model, weights=options.weights, device=device, dtype=dtype, kv_precision=options.kv_cache
+            options.model,
+            weights=options.weights,
+            device=device,
+            dtype=dtype,
+            kv_precision=options.kv_cache,
+            decoder=options.decoder,
+            text_encoder=options.text_encoder,
         )
     except StoreError as error:
         link.send(wire.Fault("weights", str(error)))
@@ -62,7 +79,7 @@ def serve() -> int:
         return 3
     warmth = warm(pipeline)
     link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
-    Worker(pipeline, link).run()
+    Worker(pipeline, link, options.loras).run()
     link.finish()
     return 0
 

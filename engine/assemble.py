@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from engine.config import PRESETS
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
-from engine.models.vae import CausalVAE
-from engine.pipeline import PictureCodec, Pipeline
+from engine.models.tokenizer import load_tokenizer
+from engine.models.vae import CausalVAE, LatentStatistics
+from engine.offload.text import Place, place_text_encoder
+from engine.pipeline import Pipeline
+from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
 from engine.wire import ModelInfo
 
@@ -48,8 +51,13 @@ def assemble(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     kv_precision: Precision = "exact",
+    decoder: Literal["light", "full"] = "light",
+    text_encoder: Place = "resident",
 ) -> Pipeline:
-    """Load a preset. `kv_precision` is how past chunks are kept: see `engine.stream.kv_cache`.
+    """Load a preset.
+
+    `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`.
 
     Raises:
         KeyError: no preset has this name.
@@ -74,19 +82,24 @@ def assemble(
             module.load_state_dict(mine, assign=True)
         except RuntimeError as error:
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
-        module.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    codec = PictureCodec(
-        modules["vae"],  # type: ignore[arg-type]
-        *(tensors[f"statistics.{name}"].to(device=device, dtype=torch.float32) for name in ("mean", "std")),
-    )
+        module.to(dtype=dtype).requires_grad_(False).eval()
+        if component != "text_encoder":
+            module.to(device)
+    encoder = place_text_encoder(cast(TextEncoder, modules["text_encoder"]), text_encoder, device)
+    statistics = LatentStatistics(tuple(tensors["statistics.mean"].tolist()), tuple(tensors["statistics.std"].tolist()))
     modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    light, vae = cast(LightDecoder, modules["light_vae"]), cast(CausalVAE, modules["vae"])
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise store.StoreError(str(error)) from None
     return Pipeline(
         preset,
-        Tokenizer.load(folder / "tokenizer.json"),
-        modules["text_encoder"],  # type: ignore[arg-type]
-        modules["dit"],  # type: ignore[arg-type]
-        modules["light_vae"],  # type: ignore[arg-type]
-        codec,
+        tokenizer,
+        encoder,
+        cast(CausalWan, modules["dit"]),
+        LightDecoding(light, statistics) if decoder == "light" else FullDecoding(vae, statistics),
+        PictureEncoding(vae, statistics),
         kv_precision=kv_precision,
     )
 
@@ -116,7 +129,7 @@ def warm(pipeline: Pipeline) -> Warmth:
 
 def describe(pipeline: Pipeline, warmth: Warmth) -> ModelInfo:
     preset = pipeline.preset
-    modules = (pipeline.text_encoder, pipeline.dit, pipeline.light_vae)
+    modules = (pipeline.text_encoder, pipeline.dit, pipeline.decoder.network)
     return ModelInfo(
         name=preset.name,
         width=preset.width,

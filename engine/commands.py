@@ -92,7 +92,7 @@ def check(
     expected = layouts.expected(preset)
     for part in ("dit", "text_encoder", "vae", "light_vae"):
         if part in found.parts:
-            faults += _check_part(part, found.parts[part], expected.get(part, {}))
+            faults += _check_part(part, found.parts[part], expected[part])
     if found.tokenizer is not None:
         print(f"{'tokenizer':13} {found.tokenizer}")
     for path in found.unused:
@@ -119,7 +119,7 @@ def check(
 def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> list[str]:
     """Print a line about a network; returns its faults."""
     faults = list(weights.faults)
-    layout, compared = "native layout" if weights.native else "", bool(expected)
+    layout = "native layout" if weights.native else ""
     found = {name: entry.shape for name, entry in weights.entries.items()}
     if part == "dit":
         try:
@@ -132,22 +132,20 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> 
         found = {ours: found[name] for ours, name in names.native.items()}
     elif weights.native:
         found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
-    elif part in layouts.RENAME:
+    else:
         try:
             places = layouts.RENAME[part](found)
         except (StoreError, ValueError) as error:
             return [*faults, f"{part}: {error}"]
         found = {ours: found[name] for name, ours in places.items()}
-    else:
-        compared = False
-    if compared:
-        faults += [f"{part}: {line}" for line in wan.sentences(wan.compare(expected, found))]
+    found = layouts.trim(part, found, expected)
+    faults += [f"{part}: {line}" for line in wan.sentences(wan.compare(expected, found))]
     dtypes = Counter(entry.dtype for entry in weights.entries.values())
     described = [
         f"{weights.files[0].parent}: {', '.join(file.name for file in weights.files)}",
         f"{len(weights.entries)} tensors",
         f"{weights.bytes / GIB:.2f} GiB {'/'.join(dtype for dtype, _ in dtypes.most_common())}",
-        layout or ("names known" if compared else "names not compared"),
+        *([layout] if layout else []),
     ]
     print(f"{part:13} {'; '.join(described)}")
     return faults

@@ -13,7 +13,7 @@ from engine.stream.schedule import step_sigmas
 if TYPE_CHECKING:
     from engine.models.light_vae import LightVAEConfig
     from engine.models.text_encoder import TextConfig
-    from engine.models.vae import VAEConfig
+    from engine.models.vae import LatentStatistics, VAEConfig
     from engine.stream.kv_cache import CacheConfig
     from engine.stream.rollout import RolloutConfig
 
@@ -58,12 +58,11 @@ class Preset:
     text: Deferred["TextConfig"] = Deferred()
     light_vae: Deferred["LightVAEConfig"] = Deferred()
     vae: Deferred["VAEConfig"] = Deferred()
+    statistics: Deferred["LatentStatistics | None"] = Deferred()
+    """Of the VAE's latents; None where the store alone has them."""
     family: Literal["mini", "wan2.1", "wan2.2"]
     """Whose autoencoder the latents belong to; both public ones go with the UMT5-XXL text encoder."""
     spatial_stride: int
-    latent_mean: tuple[float, ...] | None = None
-    latent_std: tuple[float, ...] | None = None
-    """Of the VAE's latents, by channel: z = latent * std + mean. None where the store holds them (`statistics`)."""
     steps: tuple[int, ...]
     """Denoising steps as indices into the shifted table of 1000 noise levels."""
     first_steps: tuple[int, ...] | None = None
@@ -152,7 +151,8 @@ UMT5_XXL = {
     "num_layers": 24,
     "length": 512,
 }
-"""Fields of a `TextConfig`; every public Wan model reads through this encoder."""
+"""Fields of a `TextConfig`; every public Wan model reads through this encoder. The second is UMT5_XXL of its module, to
+be read without torch."""
 
 
 def _mini_text() -> "TextConfig":
@@ -183,6 +183,7 @@ MINI = Preset(
     text=_mini_text,
     light_vae=_mini_light_vae,
     vae=_mini_vae,
+    statistics=None,
     family="mini",
     spatial_stride=8,
     steps=(1000, 500),
@@ -197,59 +198,51 @@ MINI = Preset(
 # The public checkpoints. Sources: `../shared/specs/causal-wan.md` 2.6 and 2.8, and the configurations that the
 # authors published with the weights.
 
-WAN21_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-WAN21_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-WAN22_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-WAN22_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
-
 DIT_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096)
 DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096)
 DIT_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_dim=4096, in_channels=48, out_channels=48)
 
-# Here the sizes of the public text encoder and autoencoders come in; those of the VAEs below are stand-ins.
-
 
 def _umt5_xxl() -> "TextConfig":
-    from engine.models.text_encoder import TextConfig
+    from engine.models.text_encoder import UMT5_XXL
 
-    return TextConfig(**UMT5_XXL)
+    return UMT5_XXL
 
 
 def _wan21_vae() -> "VAEConfig":
-    from engine.models.vae import VAEConfig
+    from engine.models.vae import WAN21
 
-    return VAEConfig(widths=(96, 192, 384, 384), latent_channels=16, res_blocks=(2, 2, 2, 2), patch=1)
+    return WAN21
+
+
+def _wan21_light_vae() -> "LightVAEConfig":
+    from engine.models.light_vae import TAEW21
+
+    return TAEW21
+
+
+def _wan21_statistics() -> "LatentStatistics":
+    from engine.models.vae import WAN21_STATISTICS
+
+    return WAN21_STATISTICS
 
 
 def _wan22_vae() -> "VAEConfig":
-    from engine.models.vae import VAEConfig
+    from engine.models.vae import WAN22
 
-    return VAEConfig(widths=(160, 320, 640, 640), latent_channels=48, res_blocks=(2, 2, 2, 2), patch=2)
+    return WAN22
 
 
-def _taehv(channels: int, shuffle: int) -> Callable[[], "LightVAEConfig"]:
-    def sizes() -> "LightVAEConfig":
-        from engine.models.light_vae import LightVAEConfig
+def _wan22_light_vae() -> "LightVAEConfig":
+    from engine.models.light_vae import TAEW22
 
-        return LightVAEConfig(channels, (256, 128, 64, 64), (3, 3, 3, 0), (1, 2, 2), shuffle)
+    return TAEW22
 
-    return sizes
+
+def _wan22_statistics() -> "LatentStatistics":
+    from engine.models.vae import WAN22_STATISTICS
+
+    return WAN22_STATISTICS
 
 
 FOUR_STEPS = (1000, 750, 500, 250)
@@ -281,11 +274,10 @@ def _wan(
         dit=dit,
         text=_umt5_xxl,
         vae=_wan22_vae if new else _wan21_vae,
-        light_vae=_taehv(48, 2) if new else _taehv(16, 1),
+        light_vae=_wan22_light_vae if new else _wan21_light_vae,
+        statistics=_wan22_statistics if new else _wan21_statistics,
         family="wan2.2" if new else "wan2.1",
         spatial_stride=16 if new else 8,
-        latent_mean=WAN22_MEAN if new else WAN21_MEAN,
-        latent_std=WAN22_STD if new else WAN21_STD,
         steps=steps,
         first_steps=first_steps,
         shift=shift,

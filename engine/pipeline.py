@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Preset
 from engine.models.dit import CausalWan, TextContext
-from engine.models.light_vae import LightDecoder
-from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
-from engine.models.vae import CausalVAE
+from engine.models.tokenizer import PromptTokenizer
+from engine.stream.decoding import Decoder, PictureEncoding
 from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
@@ -35,43 +33,28 @@ class PictureError(ValueError):
     """A stream cannot start from these pixels; the message says why."""
 
 
-@dataclass(frozen=True)
-class PictureCodec:
-    """What turns pixels into the latents that the transformer knows: the VAE and its latent statistics, [C] each."""
-
-    vae: CausalVAE
-    mean: Tensor
-    std: Tensor
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [1 + 4k, H, W, 3] -> normalised latents float32 [1, C, 1 + k, h, w]."""
-        weight = self.vae.conv1.weight
-        pixels = frames.permute(3, 0, 1, 2)[None].to(weight.device).float() / 127.5 - 1
-        shape = (1, -1, 1, 1, 1)
-        return (self.vae.encode(pixels.to(weight.dtype)).float() - self.mean.view(shape)) / self.std.view(shape)
-
-
 class Pipeline:
     """One loaded model. Everything that differs between streams is in the `StreamState` that the caller keeps."""
 
     def __init__(
         self,
         preset: Preset,
-        tokenizer: Tokenizer,
-        text_encoder: TextEncoder,
+        tokenizer: PromptTokenizer,
+        text_encoder: nn.Module,
         dit: CausalWan,
-        light_vae: LightDecoder,
-        codec: PictureCodec | None = None,
+        decoder: Decoder,
+        pictures: PictureEncoding | None = None,
         *,
         kv_precision: Precision = "exact",
     ) -> None:
+        """`text_encoder` is a `TextEncoder`, or what `place_text_encoder` made of one."""
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.dit = dit
-        self.light_vae = light_vae
-        self.codec = codec
+        self.decoder = decoder
+        self.pictures = pictures
         self.kv_precision = kv_precision
         self.device: torch.device = dit.patch_embedding.weight.device
         self.dtype: torch.dtype = dit.patch_embedding.weight.dtype
@@ -115,10 +98,10 @@ class Pipeline:
         """Let the stream have seen a picture: as many of its newest frames as the window's past holds.
 
         A single picture stands still for a chunk. Its latents get a context pass like any others, and go through the
-        light decoder, so that the first frame shown continues it.
+        decoder, so that the first frame shown continues it.
         """
         preset = self.preset
-        if self.codec is None:
+        if self.pictures is None:
             raise PictureError("this model cannot start from a picture: its weights hold no VAE encoder")
         if picture.ndim != 4 or tuple(picture.shape[1:]) != (preset.height, preset.width, 3) or not len(picture):
             size = f"{preset.width}x{preset.height}"
@@ -128,7 +111,7 @@ class Pipeline:
         count = preset.first_chunk_frames + (chunks - 1) * preset.chunk_frames
         picture = picture[-count:]
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
-        latents = self.codec.encode(frames)
+        latents = self.pictures(frames)
         self.decode(latents, state)
         for part in latents.split(preset.chunk, dim=2):
             self._write(state, part, state.context)
@@ -141,6 +124,12 @@ class Pipeline:
         """
         state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
         return state.chunk
+
+    @torch.inference_mode()
+    def refresh(self, state: StreamState) -> None:
+        """The transformer's weights changed: make again what the stream keeps of them, as a `recache` steer does."""
+        self._set_text(state, state.text)
+        self._recache(state)
 
     @torch.inference_mode()
     def next_chunk(self, state: StreamState) -> Chunk:
@@ -164,11 +153,8 @@ class Pipeline:
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Latents [1, C, F, h, w] to uint8 [T, height, width, 3]; the decoder's memories move on in the state."""
-        first = state.memories is None
-        z = latents.transpose(1, 2).to(self.dtype)
-        frames, state.memories = self.light_vae(z, state.memories)
-        frames = frames[0, self.preset.temporal_stride - 1 if first else 0 :]
-        return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        frames, state.memories = self.decoder(latents, state.memories)
+        return (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     @torch.inference_mode()
     def commit(self, state: StreamState) -> None:

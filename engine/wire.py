@@ -15,6 +15,9 @@ import msgspec
 PROTOCOL = 2
 CLOCK_RATE = 90_000
 
+LORA_NAME = r"\w[\w .+()-]{0,127}"
+"""What a LoRA may be called: the stem of a file, which cannot lead to another folder."""
+
 Transition = Literal["soft", "recache", "cut"]
 EndReason = Literal["finished", "closed"]
 
@@ -89,6 +92,18 @@ class Close(Message, frozen=True):
     stream: str
 
 
+class SetLoras(Message, frozen=True):
+    """Apply these LoRAs, and no others, from the next chunk boundary on; None only asks what there is.
+
+    They change the model, and with it every stream. Answered by `Loras`, or by `Fault` with the same `event` and no
+    stream; then nothing has changed, or, with the code `lora_failed`, no LoRA is applied any more.
+    """
+
+    event: int
+    loras: dict[str, float] | None = None
+    """Strength by name: 1 is what the LoRA was trained for, 0 keeps it loaded without effect."""
+
+
 class Shutdown(Message, frozen=True):
     """Leave the process loop at the next chunk boundary and exit with status 0."""
 
@@ -142,8 +157,16 @@ class Ended(Message, frozen=True):
     reason: EndReason
 
 
+class Loras(Message, frozen=True):
+    """What LoRAs the engine can apply, and which it does."""
+
+    event: int
+    names: list[str]
+    applied: dict[str, float]
+
+
 class Fault(Message, frozen=True):
-    """Something failed. With a stream, that stream is over, unless `event` names a refused steer."""
+    """Something failed. With a stream, that stream is over, unless `event` names a refused steer or `SetLoras`."""
 
     code: str
     message: str
@@ -160,8 +183,8 @@ class Heartbeat(Message, frozen=True):
     resident_bytes: int
 
 
-ToEngine = Open | Steer | Credit | Close | Shutdown
-ToGateway = Ready | Started | Frames | Steered | Ended | Fault | Heartbeat
+ToEngine = Open | Steer | Credit | Close | SetLoras | Shutdown
+ToGateway = Ready | Started | Frames | Steered | Ended | Loras | Fault | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -2,14 +2,17 @@
 
 Two threads share the work. The step loop owns the model and the streams. The wire thread owns the socket, so that
 messages are taken in and heartbeats go out while a chunk is being generated; the two talk through a queue and an
-in-process socket.
+in-process socket. A third thread reads LoRA files, which can take seconds; the step loop applies them.
 """
 
 import os
 import queue
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -17,9 +20,12 @@ import zmq
 from torch import Tensor
 
 from engine import wire
+from engine.checkpoints import lora
+from engine.checkpoints.store import StoreError
 from engine.pipeline import NotFiniteError, PictureError, Pipeline
 from engine.scheduler import Claim, pick
 from engine.stream.state import StreamState
+from engine.transforms.lora import Adapters
 
 HEARTBEAT_SECONDS = 1.0
 SHUTDOWN = wire.Shutdown()
@@ -45,6 +51,16 @@ class Stream:
     applied: int | None = None
     """Event of a steer that the next chunk will carry."""
     commit_seconds: float = 0.0
+    stale: bool = False
+    """The model's weights changed since its last chunk."""
+
+
+@dataclass(frozen=True)
+class LorasRead:
+    """From the thread that reads to the step loop: what `request` asks for, or why it cannot be had."""
+
+    request: wire.SetLoras
+    loras: list[tuple[lora.Lora, float]] | StoreError
 
 
 class Wire(threading.Thread):
@@ -52,7 +68,7 @@ class Wire(threading.Thread):
 
     def __init__(self, address: str, parent: int | None) -> None:
         super().__init__(name="wire", daemon=True)
-        self.inbox: queue.SimpleQueue[wire.ToEngine] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[wire.ToEngine | LorasRead] = queue.SimpleQueue()
         self.last_step = time.monotonic()
         self.streams = 0
         self._address, self._parent = address, parent
@@ -72,6 +88,9 @@ class Wire(threading.Thread):
         """Flush what was sent and end the thread."""
         self._inner.send(b"")
         self.join(timeout=5)
+        self._inner.close(linger=0)
+        if not self.is_alive():
+            self._context.term()  # left to the garbage collector, it may wait for a socket that is collected after it
 
     def run(self) -> None:
         socket = self._context.socket(zmq.PAIR)
@@ -111,16 +130,22 @@ class Wire(threading.Thread):
 class Worker:
     """The step loop over the open streams of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline, link: Wire) -> None:
+    def __init__(self, pipeline: Pipeline, link: Wire, loras: Path | None = None) -> None:
+        """`loras` is the folder of the LoRA files that may be applied."""
         self.pipeline = pipeline
         self.link = link
         self.streams: dict[str, Stream] = {}
+        self.adapters = Adapters(pipeline.dit)
+        self._folder = loras
+        self._shapes = lora.shapes_of(pipeline.dit)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loras")
 
     def run(self) -> None:
         """Until `Shutdown`."""
         while True:
             name = pick({name: stream.claim for name, stream in self.streams.items()})
             if not self._receive(wait=name is None):
+                self._reader.shutdown(wait=False, cancel_futures=True)
                 return
             if name is not None and name in self.streams:
                 self._step(name)
@@ -148,8 +173,55 @@ class Worker:
                 case wire.Close(stream=name):
                     if name in self.streams:
                         self._end(name, "closed")
+                case wire.SetLoras(event=event, loras=None):
+                    self._tell_loras(event)
+                case wire.SetLoras(loras=dict(strengths)):
+                    self._reader.submit(self._read_loras, message, strengths)
+                case LorasRead():
+                    self._set_loras(message)
                 case wire.Shutdown():
                     return False
+
+    def _read_loras(self, request: wire.SetLoras, strengths: Mapping[str, float]) -> None:
+        """In the thread that reads. Requests are read, and so applied, in the order they came."""
+        held = self.adapters.active
+        found: list[tuple[lora.Lora, float]] | StoreError
+        try:
+            found = [(held[name][0] if name in held else self._load(name), s) for name, s in strengths.items()]
+        except StoreError as error:
+            found = error
+        except Exception as error:  # want of memory, a file that vanishes: whatever it is, the client hears of it
+            print(f"engine: LoRAs could not be read: {error!r}", flush=True)
+            found = StoreError("the LoRAs could not be read: see the server's log")
+        self.link.inbox.put(LorasRead(request, found))
+
+    def _load(self, name: str) -> lora.Lora:
+        if self._folder is None:
+            raise lora.LoraNotFoundError(f"there is no LoRA {name!r}: start the server with `--loras DIR`")
+        return lora.read(self._folder, name, self._shapes)
+
+    def _set_loras(self, message: LorasRead) -> None:
+        event = message.request.event
+        if isinstance(message.loras, StoreError):
+            code = "lora_not_found" if isinstance(message.loras, lora.LoraNotFoundError) else "lora_unusable"
+            self.link.send(wire.Fault(code, str(message.loras), event=event))
+            return
+        try:
+            changed = self.adapters.set(message.loras)
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: LoRAs could not be applied: {error!r}", flush=True)
+            text = "the LoRAs could not be applied, and none is applied any more: see the server's log"
+            self.link.send(wire.Fault("lora_failed", text, event=event))
+            changed = True
+        else:
+            self._tell_loras(event)
+        if changed:
+            for stream in self.streams.values():
+                stream.stale = True
+
+    def _tell_loras(self, event: int) -> None:
+        names = lora.names(self._folder) if self._folder is not None else []
+        self.link.send(wire.Loras(event, names, self.adapters.strengths))
 
     def _open(self, message: wire.Open) -> None:
         if message.model != self.pipeline.preset.name:
@@ -199,6 +271,9 @@ class Worker:
             self.link.send(wire.Started(name))
         began = time.perf_counter()
         try:
+            if stream.stale:
+                stream.stale = False
+                self.pipeline.refresh(stream.state)
             chunk = self.pipeline.next_chunk(stream.state)
         except NotFiniteError as error:
             self._fail(name, "not_finite", str(error))

@@ -95,7 +95,7 @@ async def serve(config: Config) -> int:
     if config.backend == "fake":
         backend = FakeBackend(model=config.model)
     else:
-        backend = LocalBackend(config.model, threads=config.engine_threads)
+        backend = LocalBackend(config.model, threads=config.engine_threads, loras=config.loras)
     try:
         listener = listen(config.host, config.port)
     except OSError as error:

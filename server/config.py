@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 
@@ -19,6 +20,8 @@ class Config:
     """`local` runs the engine as a child process; `fake` plays a test picture, for work on clients and for tests."""
     engine_threads: int | None = None
     """CPU threads of the engine; None leaves the choice to it."""
+    loras: Path | None = None
+    """Folder of LoRA files that clients may have applied."""
     idle_timeout_s: float = 60.0
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
@@ -31,6 +34,8 @@ class Config:
             raise ValueError(f"port {self.port} is not between 0 and 65535")
         if self.engine_threads is not None and self.engine_threads < 1:
             raise ValueError(f"engine-threads {self.engine_threads} is below 1")
+        if self.loras is not None and not self.loras.is_dir():
+            raise ValueError(f"loras {self.loras} is not a folder")
         if not 0 <= self.idle_timeout_s < float("inf"):
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
@@ -68,6 +73,13 @@ class Config:
             help="CPU threads of the engine (the engine's choice)",
         )
         add(
+            "--loras",
+            type=Path,
+            metavar="DIR",
+            default=default("loras", None),
+            help="folder of LoRA files that clients may have applied (none)",
+        )
+        add(
             "--idle-timeout",
             type=float,
             metavar="S",
@@ -90,6 +102,7 @@ class Config:
                 model=options.model,
                 backend=options.backend,
                 engine_threads=options.engine_threads,
+                loras=options.loras,
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
                 insecure=options.insecure,

@@ -45,3 +45,7 @@ def stream_ended(reason: str | None) -> ApiError:
     return ApiError(
         409, "stream_ended", f"The stream is over ({reason or 'finished'}) and cannot change: open a new one."
     )
+
+
+def engine_unavailable() -> ApiError:
+    return ApiError(503, "engine_unavailable", "The engine is not up: see /readyz, and try again when it is.")

@@ -1,6 +1,7 @@
 """The HTTP side: thin functions between requests and `Streams`, and the envelope around every one of them."""
 
 import asyncio
+import json
 import logging
 import re
 import secrets
@@ -12,13 +13,14 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import admission, schemas
+from engine import wire
+from server import admission, pictures, schemas
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
@@ -27,8 +29,12 @@ logger = logging.getLogger("livereel.http")
 
 WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
 MAX_BODY_BYTES = 64 * 1024
+MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
+"""Of a request to open a stream, which may bring a picture; base64 takes four bytes for three."""
 BODY_SECONDS = 10.0
-"""How long a request body may take to arrive."""
+"""How long a request body may take to arrive; one with a picture three times as long."""
+
+NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -56,11 +62,51 @@ def streams_of(connection: HTTPConnection) -> Streams:
 # streams
 
 
-async def create_stream(request: Request, body: schemas.CreateStream, response: Response) -> dict[str, Any]:
+async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     """Open a stream: it starts at once, or waits in the queue for a place in the engine."""
-    stream = streams_of(request).open(body.prompt, body.model, body.seed, body.duration_s)
+    streams = streams_of(request)
+    fields, upload = await read_form(request) if is_form(request.headers) else (await read_json(request), None)
+    body = schemas.read_create(fields)
+    picture = b""
+    if upload is not None or body.image is not None:
+        info = streams.info(body.model)
+        data = upload if upload is not None else pictures.from_data_url(body.image or "")
+        picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+    stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture)
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)
+
+
+async def read_json(request: Request) -> Any:
+    """The body of a request, decoded."""
+    try:
+        body = await request.body()
+        return json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_json", "The body is not valid JSON in UTF-8.") from None
+
+
+async def read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
+    """The fields of a form, numbers as numbers, and the uploaded picture apart."""
+    fields: dict[str, Any] = {}
+    upload: bytes | None = None
+    try:
+        async with request.form(max_files=1, max_fields=8, max_part_size=MAX_BODY_BYTES) as form:
+            for name, value in form.multi_items():
+                if name in fields or (name == "image" and upload is not None):
+                    shown = name.encode("ascii", "backslashreplace").decode()[:64]
+                    raise ApiError(400, "invalid_form", f"`{shown}` is there twice: send it once.", param=shown)
+                if isinstance(value, UploadFile) and name == "image":
+                    upload = await value.read()
+                elif name in ("seed", "duration_s") and isinstance(value, str) and NUMBER.fullmatch(value):
+                    fields[name] = json.loads(value)
+                else:
+                    fields[name] = value
+    except ApiError:
+        raise
+    except HTTPException:  # what Starlette makes of a form that is damaged or over a limit
+        raise ApiError(400, "invalid_form", "The body is not a valid form with one file at most.") from None
+    return fields, upload
 
 
 async def list_streams(request: Request) -> dict[str, Any]:
@@ -130,6 +176,25 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
+async def list_loras(request: Request) -> dict[str, Any]:
+    """The LoRAs that can be applied, and how strongly they are."""
+    return lora_list(await streams_of(request).loras())
+
+
+async def change_loras(request: Request, body: schemas.ChangeLoras) -> dict[str, Any]:
+    """Apply these LoRAs and no others, to every stream, from its next chunk on."""
+    return lora_list(await streams_of(request).loras(body.loras))
+
+
+def lora_list(loras: wire.Loras) -> dict[str, Any]:
+    """What the engine said, as the API shows it. A LoRA that is applied is listed, even if its file is gone."""
+    data = [
+        {"id": name, "object": "lora", "strength": loras.applied.get(name)}
+        for name in sorted({*loras.names, *loras.applied})
+    ]
+    return {"object": "list", "data": data}
+
+
 async def livez() -> dict[str, Any]:
     """The process answers."""
     return {"status": "ok"}
@@ -160,12 +225,22 @@ async def docs(request: Request) -> Response:
 
 
 ROUTES = [
-    Route("POST", "/v1/streams", create_stream, schemas.StreamObject, 201, (400, 404, 413, 415, 429, 503)),
+    Route(
+        "POST",
+        "/v1/streams",
+        create_stream,
+        schemas.StreamObject,
+        201,
+        (400, 404, 413, 415, 429, 503),
+        {"openapi_extra": {"requestBody": schemas.BODY_SCHEMA}},
+    ),
     Route("GET", "/v1/streams", list_streams, schemas.StreamList),
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
     Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
     Route("GET", "/v1/models", list_models, schemas.ModelList),
+    Route("GET", "/v1/loras", list_loras, schemas.LoraList, 200, (503, 504)),
+    Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
     Route("GET", "/livez", livez, schemas.Alive),
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
     Route("GET", "/metrics", metrics, options={"response_class": Response}),
@@ -244,7 +319,9 @@ class Envelope:
 
         try:
             check_body(scope, headers)
-            await self._app(scope, BodyLimit(receive), send_with_headers)
+            limit = body_limit(scope)
+            seconds = BODY_SECONDS * (1 if limit == MAX_BODY_BYTES else 3)
+            await self._app(scope, BodyLimit(receive, limit, seconds), send_with_headers)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_headers)
         except Exception:
@@ -258,10 +335,10 @@ class Envelope:
 class BodyLimit:
     """A request body that may not be too long, nor take too long."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
         self._receive = receive
-        self._size = 0
-        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._size, self._limit = 0, limit
+        self._deadline = asyncio.get_running_loop().time() + seconds
         self._complete = False
 
     async def __call__(self) -> Message:
@@ -274,8 +351,8 @@ class BodyLimit:
             raise ApiError(408, "body_timeout", "The request body took too long.") from None
         self._size += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
-        if self._size > MAX_BODY_BYTES:
-            raise body_too_large()
+        if self._size > self._limit:
+            raise body_too_large(self._limit)
         return message
 
 
@@ -283,18 +360,35 @@ def check_body(scope: Scope, headers: Headers) -> None:
     """What the headers give away about a body before it is read."""
     if not scope["path"].startswith("/v1/") or scope["method"] not in ("POST", "PATCH", "PUT"):
         return
-    length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise body_too_large()
+    length, limit = headers.get("content-length", "0"), body_limit(scope)
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise body_too_large(limit)
     if methods_at(scope["path"]) and scope["method"] in methods_at(scope["path"]):
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        # A type that a form could send would let any web page open streams on the visitor's own machine.
-        if kind != "application/json":
+        if media_type(headers) == "application/json":
+            return
+        # A type that a form can send would let any web page open streams on the visitor's own machine: such a request
+        # must come from our own page, or from no browser at all.
+        origin = headers.get("origin")
+        ours = origin is None or re.sub(r"^https?://", "", origin) == headers.get("host")
+        if not (is_form(headers) and limit == MAX_UPLOAD_BYTES and ours):
             raise ApiError(415, "unsupported_media_type", "Send JSON, with `Content-Type: application/json`.")
 
 
-def body_too_large() -> ApiError:
-    return ApiError(413, "body_too_large", f"The body is too large: send at most {MAX_BODY_BYTES} bytes.")
+def media_type(headers: Headers) -> str:
+    return headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def is_form(headers: Headers) -> bool:
+    return media_type(headers) == "multipart/form-data"
+
+
+def body_limit(scope: Scope) -> int:
+    """Bytes that the body of this request may have."""
+    return MAX_UPLOAD_BYTES if (scope["method"], scope["path"]) == ("POST", "/v1/streams") else MAX_BODY_BYTES
+
+
+def body_too_large(limit: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"The body is too large: send at most {limit} bytes.")
 
 
 def security_headers(scope: Scope, headers: Headers) -> list[tuple[str, str]]:

@@ -1,25 +1,43 @@
 """What clients send and get, as pydantic models: strict types, unknown fields refused, every limit in the schema."""
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
+from engine.wire import LORA_NAME
 from server.errors import ApiError
+from server.pictures import WANTED
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_DURATION_SECONDS = 86_400
+MAX_LORAS = 16
+MAX_STRENGTH = 4.0
 
 REQUIREMENTS = {
     "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters",
     "model": "the name of a model in /v1/models",
     "seed": f"an integer from 0 to {MAX_SEED}",
     "duration_s": f"a number of seconds above 0 and at most {MAX_DURATION_SECONDS}",
+    "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
+    f"to {MAX_STRENGTH:g}",
 }
 """What each field must be, as the error message says it."""
 
@@ -40,6 +58,22 @@ def check_prompt(prompt: str) -> str:
     if not (prompt := prompt.strip()):
         raise PydanticCustomError("prompt_empty", "it is empty")
     return prompt
+
+
+def check_loras(loras: dict[str, float]) -> dict[str, float]:
+    """The same; raises when a name could be no file's, or a strength is out of bounds."""
+    if len(loras) > MAX_LORAS:
+        raise PydanticCustomError("lora_count", "it has {count}", {"count": len(loras)})
+    for name, strength in loras.items():
+        # The name is the client's: show it in ASCII and short, whatever it holds.
+        shown = name.encode("ascii", "backslashreplace").decode()[:64]
+        if not re.fullmatch(LORA_NAME, name):
+            raise PydanticCustomError("lora_name", "`{shown}` can be no name", {"shown": shown})
+        if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
+            raise PydanticCustomError(
+                "lora_strength", "`{shown}` has the strength {strength}", {"shown": shown, "strength": str(strength)}
+            )
+    return loras
 
 
 Prompt = Annotated[
@@ -66,6 +100,30 @@ class CreateStream(Request):
     duration_s: Annotated[float, Field(strict=True, gt=0, le=MAX_DURATION_SECONDS, allow_inf_nan=False)] | None = Field(
         None, description="Seconds of video after which the stream ends; endless when absent."
     )
+    image: StrictStr | None = Field(
+        None,
+        description=f"What the video goes on from: {WANTED}, as a data URL. Cut to the model's proportions; of a clip, "
+        "the newest frames count.",
+    )
+
+
+BODY_SCHEMA = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": CreateStream.model_json_schema()},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["prompt"],
+                "properties": {
+                    **CreateStream.model_json_schema()["properties"],
+                    "image": {"type": "string", "format": "binary", "description": f"A file: {WANTED}."},
+                },
+            }
+        },
+    },
+}
+"""The two forms of a request to open a stream, for OpenAPI: the endpoint reads the body itself."""
 
 
 class ChangeStream(Request):
@@ -78,6 +136,16 @@ class ChangeStream(Request):
         "the scene over, `cut` starts a new one. Only with `prompt`.",
     )
     paused: StrictBool | None = Field(None, description="Hold the picture, or go on.")
+
+
+class ChangeLoras(Request):
+    """The LoRAs to apply, and no others."""
+
+    loras: Annotated[
+        dict[StrictStr, StrictFloat],
+        AfterValidator(check_loras),
+        Field(description=f"Strength by name: {REQUIREMENTS['loras']}.", examples=[{"watercolour": 0.8}]),
+    ]
 
 
 class ErrorDetail(BaseModel):
@@ -173,6 +241,17 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
+class LoraObject(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+    strength: float | None = Field(description="How strongly it is applied now, to every stream; null when it is not.")
+
+
+class LoraList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LoraObject]
+
+
 class Alive(BaseModel):
     status: Literal["ok"] = "ok"
 
@@ -180,6 +259,14 @@ class Alive(BaseModel):
 class Readiness(BaseModel):
     ready: bool
     reason: str
+
+
+def read_create(fields: Any) -> CreateStream:
+    """A decoded request body as a stream to open; raises `ApiError`."""
+    try:
+        return CreateStream.model_validate(fields)
+    except ValidationError as error:
+        raise explain([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -197,6 +284,6 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     requirement = REQUIREMENTS.get(field, "left out")
     if kind == "missing":
         return ApiError(400, "missing_field", f"`{field}` is missing: it must be {requirement}.", param=field)
-    ours = kind.startswith("prompt_")
+    ours = kind.startswith(("prompt_", "lora_"))
     message = f"`{field}` must be {requirement}{'; ' + error['msg'] if ours else ''}."
     return ApiError(400, kind if ours else "invalid_value", message, param=field)

@@ -6,6 +6,7 @@ owns one more, which looks after idle streams and old records.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import secrets
@@ -22,7 +23,7 @@ from engine import wire
 from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
 from server.config import Config
-from server.errors import ApiError, stream_ended, stream_not_found
+from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -37,6 +38,8 @@ MAX_VIEWERS = 256
 """Per stream."""
 STEER_SECONDS = 15.0
 """How long the engine may take to say when a prompt change takes effect."""
+LORA_SECONDS = 60.0
+"""How long the engine may take to read LoRAs and to apply them."""
 HOUSEKEEPING_SECONDS = 0.5
 
 
@@ -77,6 +80,8 @@ class Stream:
     """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     player: asyncio.Task[None] | None = None
+    picture: bytes = b""
+    """What the stream starts from, until its first chunk is there."""
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -119,6 +124,10 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._models: dict[str, wire.ModelInfo] = {}
+        self._strengths: dict[str, float] = {}
+        self._lora_answers: dict[int, asyncio.Future[wire.Loras]] = {}
+        self._lora_events = itertools.count(1)
+        self._lora_changes: set[int] = set()
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="encoder")
         self._encoder = Encoder(self._executor)
         self._housekeeper: asyncio.Task[None] | None = None
@@ -153,6 +162,7 @@ class Streams:
     def drain(self) -> None:
         """Take no new stream, and end those there are: their viewers hear it before their sockets close."""
         self._draining = True
+        self._forget_loras()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
                 self._end(stream, "shutdown")
@@ -176,15 +186,29 @@ class Streams:
         health = self._backend.health()
         return health.ready, health.reason
 
-    def open(self, prompt: str, model: str | None, seed: int | None, duration_s: float | None) -> Stream:
-        """Create a stream: it starts when the engine has a place for it."""
-        if self._draining:
-            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+    def info(self, model: str | None) -> wire.ModelInfo:
+        """What the engine says of a model, which it must be up for."""
+        name = self._named(model)
+        if name not in self._models:
+            message = "The engine is still starting, and a picture is cut to its model's size: try again soon."
+            raise ApiError(503, "engine_starting", message, param="image", headers={"Retry-After": "5"})
+        return self._models[name]
+
+    def _named(self, model: str | None) -> str:
         model = self._config.model if model is None else model
         known = list(self._models) or [self._config.model]
         if model not in known:
             message = f"There is no model of this name: `model` must be one of {', '.join(known)}."
             raise ApiError(404, "model_not_found", message, param="model")
+        return model
+
+    def open(
+        self, prompt: str, model: str | None, seed: int | None, duration_s: float | None, picture: bytes = b""
+    ) -> Stream:
+        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s."""
+        if self._draining:
+            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+        model = self._named(model)
         if self._failed:
             raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
         now = time.monotonic()
@@ -196,7 +220,7 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now)
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
         if full := self._admission.request(session.id, model, now):
             self._metrics.refused.inc()
             raise ApiError(
@@ -237,6 +261,21 @@ class Streams:
         if paused is not None and not stream.session.state.over:
             self._pause(stream, paused)
         return chunk
+
+    async def loras(self, strengths: dict[str, float] | None = None) -> wire.Loras:
+        """What LoRAs there are and which are applied; with `strengths`, once these are and no others."""
+        if not self._backend.health().ready:
+            raise engine_unavailable()
+        event = next(self._lora_events)
+        answer = self._lora_answers[event] = asyncio.get_running_loop().create_future()
+        self._set_loras(event, strengths)
+        try:
+            return await asyncio.wait_for(answer, LORA_SECONDS)
+        except TimeoutError:
+            message = "The engine has not said yet whether the LoRAs are applied; it may still do so."
+            raise ApiError(504, "engine_timeout", message) from None
+        finally:
+            self._lora_answers.pop(event, None)
 
     def close(self, stream: Stream) -> None:
         """End a stream because a client asked for it; one that is over stays as it is."""
@@ -288,6 +327,14 @@ class Streams:
                 self._on_lost(event)
             case wire.Heartbeat():
                 pass
+            case wire.Loras():
+                if event.event in self._lora_changes:
+                    self._lora_changes.remove(event.event)
+                    self._strengths = event.applied
+                if (answer := self._lora_answers.get(event.event)) and not answer.done():
+                    answer.set_result(event)
+            case wire.Fault(stream=None, event=int(number)):
+                self._on_lora_fault(number, event)
             case wire.Fault(stream=None):
                 logger.error("engine fault %s: %s", event.code, event.message)
             case _:
@@ -304,11 +351,35 @@ class Streams:
                     case wire.Fault():
                         self._on_fault(stream, event)
 
+    def _set_loras(self, event: int, strengths: dict[str, float] | None) -> None:
+        if strengths is not None:
+            self._lora_changes.add(event)
+        self._backend.send(wire.SetLoras(event, strengths))
+
+    def _forget_loras(self) -> None:
+        """The engine will not answer any more."""
+        self._lora_changes.clear()
+        for answer in self._lora_answers.values():
+            if not answer.done():
+                answer.set_exception(engine_unavailable())
+
+    def _on_lora_fault(self, number: int, fault: wire.Fault) -> None:
+        logger.error("the engine refused LoRAs: %s: %s", fault.code, fault.message)
+        self._lora_changes.discard(number)
+        if fault.code == "lora_failed":
+            self._strengths = {}
+        if (answer := self._lora_answers.get(number)) and not answer.done():
+            status = {"lora_not_found": 404, "lora_failed": 503}.get(fault.code, 409)
+            text = fault.message[:1].upper() + fault.message[1:] + "."
+            answer.set_exception(ApiError(status, fault.code, text, param="loras"))
+
     def _on_ready(self, ready: wire.Ready) -> None:
         self._models = {info.name: info for info in ready.models}
         self._admission.set_costs(
             {info.name: admission.cost(info.chunk_seconds, info.chunk_frames, info.fps) for info in ready.models}
         )
+        if self._strengths:  # of an engine process that died
+            self._set_loras(next(self._lora_events), self._strengths)
         generation = self._backend.health().generation
         for stream in list(self._streams.values()):
             session = stream.session
@@ -331,6 +402,7 @@ class Streams:
         self._settled.set()
 
     def _on_lost(self, lost: Lost) -> None:
+        self._forget_loras()
         if lost.retrying:
             self._metrics.engine_restarts.inc()
         else:
@@ -370,6 +442,7 @@ class Streams:
             rgb = view[k * size : (k + 1) * size]
             stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
         playback.arrive(count, chunk.gen_seconds, now)
+        stream.picture = b""
         self._encode_ahead(stream)
         if chunk.applied is not None:
             self._mark(stream, chunk.applied, chunk.chunk, first)
@@ -459,6 +532,7 @@ class Streams:
                 max_frames=stream.max_frames,
                 start_chunk=playback.next_chunk,
                 start_frame=playback.received,
+                picture=stream.picture,
             )
         )
         playback.forget_grant()

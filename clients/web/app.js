@@ -37,8 +37,9 @@ class ApiError extends Error {
 async function api(method, path, body, options = {}) {
   let response;
   try {
-    const headers = body === undefined ? {} : { "Content-Type": "application/json" };
-    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), ...options });
+    const form = body instanceof FormData; // the browser writes its header, with the boundary
+    const headers = body === undefined || form ? {} : { "Content-Type": "application/json" };
+    response = await fetch(path, { method, headers, body: form ? body : body && JSON.stringify(body), ...options });
   } catch {
     throw new Error("The server cannot be reached.");
   }
@@ -57,7 +58,7 @@ async function play(prompt) {
   logPrompt(current, { prompt, text: "starting", kind: "waiting" });
   show("starting", "Starting", "Asking the server for a stream.");
   try {
-    const info = await api("POST", "/v1/streams", { prompt });
+    const info = await api("POST", "/v1/streams", request(prompt, $("image").files[0]));
     if (stream !== current) return void api("DELETE", `/v1/streams/${info.id}`).catch(() => {});
     current.id = info.id;
     current.queue = info.queue_position;
@@ -69,6 +70,15 @@ async function play(prompt) {
     finish(current, "failed", error.code === "queue_full" ? "Every place is taken" : "That did not start", error.message);
     alertUser(error.message);
   }
+}
+
+/** What opens a stream: JSON, or a form when the video is to go on from a picture. */
+function request(prompt, image) {
+  if (!image) return { prompt };
+  const form = new FormData();
+  form.set("prompt", prompt);
+  form.set("image", image);
+  return form;
 }
 
 function newStream(prompt) {
@@ -486,6 +496,10 @@ $("prompt").addEventListener("keydown", (event) => {
   }
 });
 $("prompt").addEventListener("input", fit);
+$("image").addEventListener("change", () => {
+  const file = $("image").files[0];
+  $("image-name").textContent = file ? file.name : "Picture";
+});
 addEventListener("resize", fit);
 $("stop").addEventListener("click", stop);
 $("pause").addEventListener("click", pause);

@@ -136,12 +136,17 @@ def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tu
         ours = renamed(found, layouts.RENAME[part](found), halve=part == "text_encoder")
     except ValueError as error:
         raise StoreError(str(error)) from None
-    expected = layouts.expected(preset).get(part)
-    if expected is not None:
-        differences = wan.compare(expected, {name: tensor.shape for name, tensor in ours.items()})
-        if differences:
-            raise StoreError(f"the {part} is not {preset.name}'s: " + "; ".join(wan.sentences(differences)))
-    return "renamed", ours
+    wanted = layouts.expected(preset)[part]
+    shapes = layouts.trim(part, {name: tensor.shape for name, tensor in ours.items()}, wanted)
+    if differences := wan.compare(wanted, shapes):
+        raise StoreError(f"the {part} is not {preset.name}'s: " + "; ".join(wan.sentences(differences)))
+    return "renamed", {name: _last_rows(ours[name], shape) for name, shape in wanted.items()}
+
+
+def _last_rows(tensor: StoredTensor, shape: wan.Shape) -> StoredTensor:
+    if tensor.shape == shape:
+        return tensor
+    return StoredTensor(tensor.dtype, shape, lambda: tensor.read()[-shape[0] :])
 
 
 def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -> Iterator[tuple[str, str, Found]]:
@@ -185,13 +190,12 @@ def convert(
     found = sources.find_all(paths)
     if found.faults:
         raise StoreError("; ".join(found.faults))
+    if native := [weights.files[0].parent for weights in found.parts.values() if weights.native]:
+        raise StoreError(f"{native[0]} is a native store already: it can be served as it is")
     refusals: list[str] = []
     writer: store.Writer | None = None
     written: set[str] = set()
     for part, origin, tensors in _parts(found, preset, refusals.append):
-        if part != "dit" and part not in layouts.RENAME:
-            refusals.append(f"not used: {origin} ({part} is not converted)")
-            continue
         layout, ours = _network(part, preset, tensors, adapt)
         say(f"{part}: {origin}, {layout}, {len(ours)} tensors")
         writer = writer or store.Writer(to)
@@ -201,8 +205,8 @@ def convert(
         say(refusal)
     if writer is None or "dit" not in written:
         raise StoreError("; ".join([f"no transformer in {', '.join(map(str, paths))}", *refusals]))
-    if preset.latent_mean is not None and preset.latent_std is not None:
-        statistics = {"mean": torch.tensor(preset.latent_mean), "std": torch.tensor(preset.latent_std)}
+    if preset.statistics is not None:
+        statistics = {"mean": torch.tensor(preset.statistics.mean), "std": torch.tensor(preset.statistics.std)}
         writer.add("statistics", {name: StoredTensor.of(value) for name, value in statistics.items()})
     if found.tokenizer is not None:
         with open_regular(found.tokenizer, found.tokenizer.parent) as file:

@@ -1,15 +1,33 @@
 """What a store must hold for a preset: every tensor by network, name and shape, known without building anything."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
-from engine.checkpoints import wan
+from engine.checkpoints import umt5, wan, wan_vae
 from engine.checkpoints.wan import Shape
 from engine.config import Preset
 
-RENAME: dict[str, Callable[[Collection[str]], dict[str, str]]] = {}
-"""By network, the transformer apart: all of a checkpoint's names -> ours. Here the text encoder and the VAEs come in:
-`check` and `convert` know a network once its entry is here. A function raises ValueError or StoreError for a name that
-has no place, and its module must not load torch."""
+TENSORS = Path(__file__).with_name("vae_tensors.json")
+"""Tensors of both VAEs by family; `python -m engine.checkpoints.layouts` writes it anew from the modules."""
+
+
+def _vae(names: Collection[str]) -> dict[str, str]:
+    return wan_vae.from_diffusers(names) if "decoder.conv_in.weight" in names else {name: name for name in names}
+
+
+def _light_vae(names: Collection[str]) -> dict[str, str]:
+    """A file's encoder has no place."""
+    return {name: name for name in names if name.startswith("decoder.")}
+
+
+RENAME: dict[str, Callable[[Collection[str]], dict[str, str]]] = {
+    "text_encoder": umt5.to_native,
+    "vae": _vae,
+    "light_vae": _light_vae,
+}
+"""By network, the transformer apart: all of a checkpoint's names -> ours. They raise ValueError or StoreError for a
+name that has no place, and none of their modules loads torch."""
 
 
 def text_encoder(sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -28,5 +46,50 @@ def text_encoder(sizes: Mapping[str, int]) -> dict[str, Shape]:
 
 
 def expected(preset: Preset) -> dict[str, dict[str, Shape]]:
-    """By network. The VAEs, whose tensors are not listed, come in here."""
-    return {"dit": wan.tensors(preset.dit), "text_encoder": text_encoder(preset.text_sizes)}
+    """By network."""
+    vaes = json.loads(TENSORS.read_text())[preset.family]
+    return {
+        "dit": wan.tensors(preset.dit),
+        "text_encoder": text_encoder(preset.text_sizes),
+        **{part: {name: tuple(shape) for name, shape in tensors.items()} for part, tensors in vaes.items()},
+    }
+
+
+def trim(part: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes as they will be: the first TGrow of a light decoder may have the rows of several frames in its file, of
+    which the last are meant (`engine.models.light_vae`)."""
+    trimmed = dict(found)
+    for name, shape in wanted.items() if part == "light_vae" else ():
+        there = found.get(name, ())
+        if len(there) == len(shape) == 4 and there[1:] == shape[1:] and there[0] > shape[0] and name.endswith("weight"):
+            trimmed[name] = shape
+    return trimmed
+
+
+def vae_tensors() -> dict[str, dict[str, dict[str, Shape]]]:
+    """What `TENSORS` should hold, from the modules themselves."""
+    import torch
+
+    from engine.config import PRESETS
+    from engine.models.light_vae import LightDecoder
+    from engine.models.vae import CausalVAE
+
+    found: dict[str, dict[str, dict[str, Shape]]] = {}
+    for preset in {preset.family: preset for preset in PRESETS.values()}.values():
+        with torch.device("meta"):
+            modules = {"vae": CausalVAE(preset.vae), "light_vae": LightDecoder(preset.light_vae)}
+        found[preset.family] = {
+            part: {name: tuple(value.shape) for name, value in module.state_dict().items()}
+            for part, module in modules.items()
+        }
+    return found
+
+
+def write(families: Mapping[str, Mapping[str, Mapping[str, Shape]]]) -> str:
+    """The JSON text of `TENSORS`, one tensor a line."""
+    text = json.dumps(families)
+    return text.replace("], ", "],\n").replace('": {', '": {\n').replace("}, ", "},\n") + "\n"
+
+
+if __name__ == "__main__":
+    TENSORS.write_text(write(vae_tensors()))

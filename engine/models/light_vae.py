@@ -4,10 +4,14 @@ frame of features per memory block.
 The network is a plain list of layers; the memories are carried by the caller, so a stream decoded chunk by chunk
 and a clip decoded at once run the same weights and give the same frames.
 
+Parameter names are TAEHV's (github.com/madebyollin/taehv): `decoder.N.weight`, `.bias`, `.conv.weight`, where N counts
+all layers. Its checkpoints hold an encoder too, `encoder.N...`, for which there is no place here, and a first TGrow
+that may have the rows of several frames, of which the last `widths[0]` are meant.
+
 Shapes: N batch, T frames, C channels, H, W; activations are [N * T, C, H, W] inside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +20,28 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LightVAEConfig:
-    """Widths of the decoder from the coarsest level to the finest, and what a latent cell covers."""
+    """Widths of the decoder from the coarsest level to the finest, and what a latent cell covers.
+
+    Raises:
+        ValueError: the lists do not describe the same levels.
+    """
 
     latent_channels: int = 16
+    normalised: bool = True
+    """Whether latents come as the diffusion model makes them, or restored by the VAE's mean and std (LightTAE)."""
     widths: tuple[int, ...] = (96, 64, 16)
     blocks: tuple[int, ...] = (2, 1, 1)
+    """Memory blocks of each level."""
     time_growth: tuple[int, ...] = (2, 2)
     """Frames made of each frame where one level goes over to the next; their product is the temporal stride."""
     pixel_shuffle: int = 2
-    """The last doubling of size is a rearrangement of channels, which costs next to nothing on a CPU."""
+    """The last doubling of size is a rearrangement of channels, which costs next to nothing; 1 for none."""
+    enlarge_first: bool = False
+    """Whether size doubles before a level's closing convolution, as in TAEHV, or after it, at a quarter of the cost."""
+
+    def __post_init__(self) -> None:
+        if not len(self.widths) == len(self.blocks) == len(self.time_growth) + 1:
+            raise ValueError("widths and blocks must have as many levels, and time_growth one entry fewer")
 
     @property
     def temporal_stride(self) -> int:
@@ -85,11 +102,12 @@ class LightDecoder(nn.Module):
         for level, width in enumerate(widths):
             layers += [MemBlock(width) for _ in range(config.blocks[level])]
             if level + 1 < len(widths):
-                layers += [
-                    TGrow(width, config.time_growth[level]),
-                    nn.Conv2d(width, widths[level + 1], 3, padding=1, bias=False),
-                    nn.Upsample(scale_factor=2, mode="nearest"),
-                ]
+                enlarge = nn.Upsample(scale_factor=2, mode="nearest")
+                grow = TGrow(width, config.time_growth[level])
+                narrow = nn.Conv2d(width, widths[level + 1], 3, padding=1, bias=False)
+                layers += [enlarge, grow, narrow] if config.enlarge_first else [grow, narrow, enlarge]
+        if not config.blocks[-1]:
+            layers.append(nn.ReLU())  # memory blocks end in one already
         layers.append(nn.Conv2d(widths[-1], 3 * config.pixel_shuffle**2, 3, padding=1))
         self.decoder = nn.Sequential(*layers)
 
@@ -97,7 +115,7 @@ class LightDecoder(nn.Module):
         """Decode consecutive latent frames.
 
         Args:
-            z: [N, T, C, h, w] normalised latents.
+            z: [N, T, C, h, w] latents, scaled as `config.normalised` says.
             memories: what the call before returned; None at the start of a clip.
 
         Returns:
@@ -117,3 +135,15 @@ class LightDecoder(nn.Module):
             else:
                 x = layer(x)
         return F.pixel_shuffle(x, self.config.pixel_shuffle).unflatten(0, (batch, -1)), carried
+
+
+TAEW21 = LightVAEConfig(
+    widths=(256, 128, 64, 64), blocks=(3, 3, 3, 0), time_growth=(1, 2, 2), pixel_shuffle=1, enlarge_first=True
+)
+"""TAEHV's `taew2_1`, for the latents of Wan 2.1."""
+
+TAEW22 = replace(TAEW21, latent_channels=48, pixel_shuffle=2)
+"""TAEHV's `taew2_2`, for the latents of Wan 2.2 TI2V 5B."""
+
+LIGHT_TAEW21 = replace(TAEW21, normalised=False)
+"""LightX2V's `lighttaew2_1`, which was distilled on latents as the VAE makes them."""

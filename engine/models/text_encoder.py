@@ -23,6 +23,12 @@ class TextConfig:
     length: int
 
 
+UMT5_XXL = TextConfig(
+    vocab_size=256_384, dim=4096, ffn_dim=10_240, num_heads=64, head_dim=64, num_layers=24, length=512
+)
+"""The encoder of every public Wan model (Wan-Video/Wan2.1, `wan/modules/t5.py` and `wan/configs`)."""
+
+
 class TextEncoder(nn.Module):
     """Token ids to the context that `CausalWan.encode_text` takes."""
 

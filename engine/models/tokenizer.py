@@ -1,15 +1,29 @@
-"""Words to token ids for the embedded text encoder: a closed vocabulary, so a prompt costs a dictionary look-up."""
+"""Prompts to token ids: a closed vocabulary of words for the embedded encoder, SentencePiece for the public one."""
 
+import html
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
+
+import tokenizers
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _CANDIDATES = (("ies", "y"), ("es", ""), ("s", ""), ("ing", "e"), ("ing", ""), ("ed", "e"), ("ed", ""), ("ly", ""))
+_STRAIGHT = str.maketrans(
+    {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
+)
+
+
+class PromptTokenizer(Protocol):
+    """What a pipeline needs of a tokenizer."""
+
+    def encode(self, text: str, length: int) -> list[int]:
+        """Exactly `length` ids: the text, cut if need be, the end token, and 0 from there on."""
 
 
 class Tokenizer:
@@ -73,6 +87,60 @@ class Tokenizer:
                 if ending in ("ing", "ed") and stem[-1] == stem[-2]:
                     found |= {stem[:-1]} & self._ids.keys()
         return found.pop() if len(found) == 1 else word
+
+
+class SentencePieceTokenizer:
+    """The tokenizer that a text encoder from Hugging Face comes with, google/umt5-xxl's for Wan."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Raises ValueError unless `</s>` is known and padding is id 0, which `TextEncoder` takes for granted."""
+        eos = tokenizer.token_to_id("</s>")
+        if eos is None or tokenizer.token_to_id(PAD) != 0:
+            raise ValueError(f"the tokenizer must have </s>, and {PAD} as id 0: use google/umt5-xxl's")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer, self._eos = tokenizer, eos
+
+    def encode(self, text: str, length: int) -> list[int]:
+        """Exactly `length` ids: the cleaned text, `</s>`, zeros. Longer texts are cut; `</s>` always stays."""
+        if length < 1:
+            raise ValueError(f"length must be positive, not {length}")
+        found: list[int] = self._tokenizer.encode(clean(text), add_special_tokens=False).ids
+        # a prompt may spell the padding token, which would open a gap in what the encoder sees
+        ids = [*[token for token in found if token != 0][: length - 1], self._eos]
+        return ids + [0] * (length - len(ids))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
+        """Reads `tokenizer.json` in `folder`. Raises ValueError if that is missing or something else."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+        return cls(tokenizer)
+
+
+def load_tokenizer(folder: str | Path) -> PromptTokenizer:
+    """The tokenizer in `folder`, of either kind. Raises ValueError if `tokenizer.json` is missing or something else."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    if isinstance(content, dict) and "words" in content:
+        return Tokenizer.load(path)
+    return SentencePieceTokenizer.load(folder)
+
+
+def clean(text: str) -> str:
+    """Text as Wan's encoder was given it: HTML entities resolved twice, white space collapsed and stripped.
+
+    The steps are `basic_clean` and `whitespace_clean` of diffusers' `pipeline_wan.py`. These begin with ftfy, which
+    mends text that was decoded wrongly; of that, straight quotes and NFC are done here.
+    """
+    plain = html.unescape(html.unescape(text)).translate(_STRAIGHT)
+    return " ".join(unicodedata.normalize("NFC", plain).split())
 
 
 def _split(text: str) -> list[str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.models.dit import TextContext
-from engine.models.light_vae import Memories
 from engine.stream.kv_cache import KVCache
 from engine.wire import Transition
 
@@ -30,8 +29,8 @@ class StreamState:
     chunk: int = 0
     frame: int = 0
     """Pixel frames generated so far: the media clock."""
-    memories: Memories | None = None
-    """The light decoder's; None at the start of a scene."""
+    memories: list[Tensor] | None = None
+    """The decoder's; None at the start of a scene."""
     recent: list[Tensor] = field(default_factory=list)
     """Clean latents of the past chunks in the window, oldest first: what `recache` writes again."""
     pending: PendingPrompt | None = None

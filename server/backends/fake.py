@@ -49,9 +49,12 @@ class FakeBackend:
     extra_seconds: float = 0.0
     """Set to slow it down beyond what it claims."""
     refuse_steers: bool = False
+    loras: tuple[str, ...] = ()
+    """LoRAs that it claims to have; they change nothing."""
     sent: list[wire.ToEngine] = field(default_factory=list)
     """Every message from the gateway except credits."""
     _deliver: Deliver | None = None
+    _applied: dict[str, float] = field(default_factory=dict)
     _streams: dict[str, _Stream] = field(default_factory=dict)
     _generation: int = 0
     _ready: bool = False
@@ -84,6 +87,8 @@ class FakeBackend:
             case wire.Close():
                 self._streams.pop(message.stream, None)
                 self._emit(wire.Ended(message.stream, "closed"))
+            case wire.SetLoras():
+                self._set_loras(message)
             case wire.Shutdown():
                 pass
         self._wake.set()
@@ -104,6 +109,7 @@ class FakeBackend:
         assert self._task is not None
         self._task.cancel()
         self._streams.clear()
+        self._applied = {}
         self._ready = False
         retrying = self.restarts_left > 0
         self.restarts_left -= 1
@@ -181,6 +187,15 @@ class FakeBackend:
             return
         stream.steer = message
         self._emit(wire.Steered(message.stream, message.event, stream.chunk + stream.busy))
+
+    def _set_loras(self, message: wire.SetLoras) -> None:
+        wanted = self._applied if message.loras is None else message.loras
+        if unknown := wanted.keys() - set(self.loras):
+            fault = wire.Fault("lora_not_found", f"there is no LoRA {min(unknown)!r}", event=message.event)
+            self._emit(fault)
+            return
+        self._applied = dict(wanted)
+        self._emit(wire.Loras(message.event, sorted(self.loras), dict(wanted)))
 
     def _picture(self, stream: _Stream, frame: int) -> bytes:
         """RGB24, height x width x 3 bytes; the same for the same seed, prompt and frame."""

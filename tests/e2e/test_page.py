@@ -1,5 +1,6 @@
 """The page in a real browser, against the gateway with a pretended engine."""
 
+import io
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 
@@ -119,6 +121,7 @@ def test_a_prompt_becomes_video_and_changes(page: Any, tmp_path: Path) -> None:
     assert page.inner_text("#log li:first-child").startswith(evil)
     assert page.locator("#log img").count() == 0
     assert "on screen after" in page.inner_text("#log li:first-child")
+    eventually(lambda: re.match(r"\d", page.inner_text("#steer")))  # figures are written four times a second
     assert 0 < number(page, "steer") < 5
     assert page.locator("#timeline .asked").count() == page.locator("#timeline .applied").count() == 1
 
@@ -196,3 +199,22 @@ def test_nothing_sticks_out(page: Any, width: int) -> None:
     play(page, "a cube " * 40)
     state(page, "live")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_picture_goes_along_as_a_form(page: Any) -> None:
+    """The video goes on from a chosen picture; the choice hides while a stream plays, and a bad file is named."""
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 40, 10)).save(out, "PNG")
+    posts: list[Any] = []
+    page.on("request", lambda request: posts.append(request) if request.method == "POST" else None)
+    page.set_input_files("#image", {"name": "start.png", "mimeType": "image/png", "buffer": out.getvalue()})
+    assert page.inner_text("#image-name") == "start.png"
+    play(page, "a red ball")
+    state(page, "live")
+    assert posts[0].headers["content-type"].startswith("multipart/form-data; boundary=")
+    assert not page.is_visible("#image-name")
+    page.click("#stop")
+    eventually(lambda: page.is_visible("#image-name"))
+    page.set_input_files("#image", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
+    play(page, "a red ball")
+    eventually(lambda: "image" in page.inner_text("#alert"))

@@ -10,8 +10,9 @@ from engine.models.dit import CausalWan, DiTConfig
 from engine.models.light_vae import LightDecoder, LightVAEConfig
 from engine.models.text_encoder import TextConfig, TextEncoder
 from engine.models.tokenizer import Tokenizer
-from engine.models.vae import CausalVAE, VAEConfig
-from engine.pipeline import PictureCodec, Pipeline
+from engine.models.vae import CausalVAE, LatentStatistics, VAEConfig
+from engine.pipeline import Pipeline
+from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
 
 TOY = replace(
     MINI,
@@ -21,19 +22,21 @@ TOY = replace(
     dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=16),
     light_vae=LightVAEConfig(widths=(16, 16, 8)),
-    vae=VAEConfig(widths=(8, 8, 8)),
+    vae=VAEConfig(encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8), decoder_inputs=(8, 8)),
 )
 
 
-def build(preset: Preset, seed: int = 0) -> Pipeline:
+def build(preset: Preset, seed: int = 0, *, full: bool = False) -> Pipeline:
     torch.manual_seed(seed)
-    modules = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
+    text, dit, light = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
     vae = CausalVAE(preset.vae)
-    for module in (*modules, vae):
+    for module in (text, dit, light, vae):
         module.requires_grad_(False).eval()
-    tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
     channels = preset.vae.latent_channels
-    return Pipeline(preset, tokenizer, *modules, PictureCodec(vae, torch.zeros(channels), torch.ones(channels)))
+    statistics = LatentStatistics((0.5,) * channels, (2.0,) * channels)
+    decoder = FullDecoding(vae, statistics) if full else LightDecoding(light, statistics)
+    tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
+    return Pipeline(preset, tokenizer, text, dit, decoder, PictureEncoding(vae, statistics))
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +47,9 @@ def two_threads() -> None:
 @pytest.fixture
 def pipeline() -> Pipeline:
     return build(TOY)
+
+
+@pytest.fixture
+def full_pipeline() -> Pipeline:
+    """The same, decoded by the VAE itself."""
+    return build(TOY, full=True)

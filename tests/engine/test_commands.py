@@ -58,8 +58,11 @@ def folder(tmp_path: Path) -> Path:
     (transformer / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}})
     )
-    sparse(tmp_path / "text_encoder" / "model.safetensors", {"shared.weight": (256_384, 4096)})
-    sparse(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {"decoder.conv_in.weight": (384, 16, 3, 3, 3)})
+    expected = layouts.expected(PRESETS["self-forcing-1.3b"])
+    text = {name.replace("umt5.", "encoder."): shape for name, shape in expected["text_encoder"].items()}
+    text["shared.weight"] = text.pop("encoder.embed_tokens.weight")
+    sparse(tmp_path / "text_encoder" / "model.safetensors", text)
+    sparse(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", expected["vae"], "F32")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     return tmp_path
@@ -215,6 +218,24 @@ def test_a_resolution_that_the_model_cannot_make(value: str) -> None:
     assert status == 2 and "resolution" in text
 
 
-def test_expected_tensors_are_listed_for_every_preset() -> None:
+def test_the_list_of_vae_tensors_is_the_modules() -> None:
+    """If not: python -m engine.checkpoints.layouts"""
+    assert layouts.TENSORS.read_text() == layouts.write(layouts.vae_tensors())
     for preset in PRESETS.values():
-        assert {"dit", "text_encoder"} <= layouts.expected(preset).keys()
+        assert set(layouts.expected(preset)) == {"dit", "text_encoder", "vae", "light_vae"}
+
+
+def test_faults_of_every_network_are_named(folder: Path) -> None:
+    expected = layouts.expected(PRESETS["self-forcing-1.3b"])
+    vae = {name: shape for name, shape in expected["vae"].items() if name != "conv2.bias"}
+    sparse(folder / "vae" / "diffusion_pytorch_model.safetensors", vae | {"conv2.weight": (7,)})
+    sparse(folder / "text_encoder" / "model.safetensors", {"shared.weight": (8, 4096)})
+    sparse(folder / "taew2_1.safetensors", expected["light_vae"] | {"decoder.1.bias": (3,), "encoder.0.bias": (3,)})
+    status, text, _ = check("self-forcing-1.3b", "--weights", str(folder))
+    assert status == 2
+    assert "vae: missing: conv2.bias" in text
+    assert "vae: wrong shape: conv2.weight is [7], must be [16, 16, 1, 1, 1]" in text
+    assert "text_encoder: missing: umt5.block.0.layer.0.SelfAttention.q.weight" in text
+    assert "text_encoder: wrong shape: umt5.embed_tokens.weight is [8, 4096], must be [256384, 4096]" in text
+    assert "light_vae: wrong shape: decoder.1.bias is [3], must be [256]" in text
+    assert "dit:" not in text

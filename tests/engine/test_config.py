@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from diffusers import AutoencoderKLWan
@@ -50,11 +51,14 @@ def test_every_preset_is_consistent(preset) -> None:  # type: ignore[no-untyped-
     assert preset.cache().window >= preset.chunk + preset.sink
     assert preset.rollout().latent_channels == preset.dit.in_channels == preset.vae.latent_channels
     assert preset.text.dim == preset.dit.text_dim
+    assert asdict(preset.text) == preset.text_sizes
     assert preset.temporal_stride == 4
     if preset is not MINI:
         assert preset.dit.head_dim == 128
         assert preset.context_sigma == 0
-        assert len(preset.latent_mean) == len(preset.latent_std) == preset.dit.in_channels
+        assert len(preset.statistics.mean) == len(preset.statistics.std) == preset.dit.in_channels
+        assert preset.light_vae.latent_channels == preset.dit.in_channels
+        assert preset.spatial_stride == preset.vae.spatial_stride
         assert preset.text.length == 512
 
 
@@ -73,8 +77,8 @@ def test_latent_statistics_are_those_of_diffusers() -> None:
 
     defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
     preset = PRESETS["self-forcing-1.3b"]
-    assert preset.latent_mean == tuple(defaults["latents_mean"].default)
-    assert preset.latent_std == tuple(defaults["latents_std"].default)
+    assert preset.statistics.mean == tuple(defaults["latents_mean"].default)
+    assert preset.statistics.std == tuple(defaults["latents_std"].default)
 
 
 def test_presets_are_read_without_torch() -> None:

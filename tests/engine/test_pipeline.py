@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.pipeline import NotFiniteError, PictureError, Pipeline
+from engine.stream.decoding import FullDecoding
 from engine.stream.state import StreamState
 from engine.wire import Transition
 
@@ -24,6 +25,24 @@ def test_frames_are_counted_and_shaped(pipeline: Pipeline) -> None:
     assert [chunk.frame for chunk in chunks] == [0, 9, 21, 33]
     assert chunks[0].frames.shape == (9, 64, 64, 3) and chunks[0].frames.dtype == torch.uint8
     assert [chunk.discontinuity for chunk in chunks] == [True, False, False, False]
+
+
+def test_the_vaes_own_decoder_gives_the_frames_of_the_whole_clip(full_pipeline: Pipeline) -> None:
+    """Chunk by chunk, one latent frame at a time, as if all latents had been decoded at once."""
+    state = full_pipeline.open("a red ball", seed=1)
+    latents, frames = [], []
+    for _ in range(3):
+        frames.append(full_pipeline.next_chunk(state).frames)
+        assert state.uncommitted is not None
+        latents.append(state.uncommitted)
+        full_pipeline.commit(state)
+    assert [len(part) for part in frames] == [9, 12, 12]
+    decoder = full_pipeline.decoder
+    assert isinstance(decoder, FullDecoding)
+    with torch.inference_mode():
+        whole = decoder.network.decode(decoder.statistics.restore(torch.cat(latents, dim=2)))[0] / 2 + 0.5
+    whole = (whole.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
+    assert int((torch.cat(frames).short() - whole.short()).abs().max()) <= 1
 
 
 def test_same_seed_and_prompt_give_the_same_frames(pipeline: Pipeline) -> None:
@@ -88,6 +107,20 @@ def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committ
     for layer in range(len(state.cache.keys.data)):
         assert torch.equal(state.cache.keys.read(layer, count), other.cache.keys.read(layer, count))
         assert torch.equal(state.cache.values.read(layer, count), other.cache.values.read(layer, count))
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_refreshing_under_the_same_weights_changes_nothing(pipeline: Pipeline, committed: bool) -> None:
+    """While the window holds all there was; later, what it holds was written with an older past in sight."""
+    plain = run(pipeline, pipeline.open("a red ball", seed=3), 3)
+    state = pipeline.open("a red ball", seed=3)
+    frames = []
+    for _ in range(3):
+        pipeline.refresh(state)
+        frames.append(pipeline.next_chunk(state).frames)
+        if committed:
+            pipeline.commit(state)
+    assert all(torch.equal(x, y) for x, y in zip(plain, frames, strict=True))
 
 
 def test_cut_forgets_the_old_scene(pipeline: Pipeline) -> None:
@@ -158,9 +191,9 @@ def test_a_stream_starts_from_what_it_was_shown(pipeline: Pipeline, frames: int,
     picture = clip(frames)
     state = pipeline.open("a red ball", seed=3, picture=picture)
     shown = picture[-seen:] if frames >= seen else torch.cat([picture, picture[-1:].repeat(seen - frames, 1, 1, 1)])
-    assert pipeline.codec is not None
+    assert pipeline.pictures is not None
     with torch.inference_mode():
-        latents = pipeline.codec.encode(shown)
+        latents = pipeline.pictures(shown)
     assert torch.equal(torch.cat(state.recent, dim=2), latents)
     assert (state.cache.written, state.chunk, state.frame) == (latents.shape[2] // 3, 0, 0)
 
@@ -194,6 +227,6 @@ def test_a_picture_of_another_size_is_refused(pipeline: Pipeline, shape: tuple[i
 
 
 def test_a_model_without_an_encoder_says_so(pipeline: Pipeline) -> None:
-    pipeline.codec = None
+    pipeline.pictures = None
     with pytest.raises(PictureError, match="VAE encoder"):
         pipeline.open("a red ball", seed=3, picture=clip(1))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zmq
+from safetensors.torch import save_file
 
 from engine import wire
 from engine.pipeline import Pipeline
@@ -44,7 +46,7 @@ class Gateway:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, pipeline: Pipeline) -> Iterator[Gateway]:
+def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path) -> Iterator[Gateway]:
     address = f"ipc://{tmp_path}/engine.sock"
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -52,7 +54,7 @@ def gateway(tmp_path: Path, pipeline: Pipeline) -> Iterator[Gateway]:
     socket.bind(address)
     link = Wire(address, parent=None)
     link.start()
-    loop = threading.Thread(target=Worker(pipeline, link).run)
+    loop = threading.Thread(target=Worker(pipeline, link, loras).run)
     loop.start()
     gateway = Gateway(socket)
     yield gateway
@@ -188,3 +190,83 @@ def test_a_stream_opens_with_a_picture_or_says_why_not(gateway: Gateway) -> None
     fault = gateway.expect(wire.Fault)
     assert isinstance(fault, wire.Fault)
     assert (fault.code, fault.stream) == ("picture_refused", "q")
+
+
+@pytest.fixture
+def loras(tmp_path: Path, pipeline: Pipeline) -> Path:
+    """A folder with two random LoRAs for the toy, and one for another model."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name, dim in (("ink", 64), ("oil", 64), ("foreign", 32)):
+        tensors = {}
+        for layer in ("blocks.0.self_attn.v", "blocks.1.cross_attn.v"):
+            stem = f"lora_unet_{layer.replace('.', '_')}"
+            tensors[f"{stem}.lora_down.weight"] = torch.randn(4, dim, generator=generator)
+            tensors[f"{stem}.lora_up.weight"] = torch.randn(dim, 4, generator=generator)
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder
+
+
+def answer(gateway: Gateway, event: int, loras: dict[str, float] | None) -> wire.ToGateway:
+    gateway.send(wire.SetLoras(event, loras))
+    return gateway.receive()[0]
+
+
+def test_loras_change_the_frames_and_leave_no_trace(gateway: Gateway) -> None:
+    def run(name: str) -> list[np.ndarray]:
+        opened(gateway, name, limit=2)
+        return [frames(gateway)[1] for _ in range(2)]
+
+    names = ["foreign", "ink", "oil"]
+    assert answer(gateway, 1, None) == wire.Loras(1, names, {})
+    clean = run("a")
+    assert answer(gateway, 2, {"oil": 1.0, "ink": 0.5}) == wire.Loras(2, names, {"ink": 0.5, "oil": 1.0})
+    styled = run("b")
+    assert not np.array_equal(clean[0], styled[0])
+    assert answer(gateway, 3, {}) == wire.Loras(3, names, {})
+    assert all(np.array_equal(x, y) for x, y in zip(clean, run("c"), strict=True))
+
+
+def test_loras_change_at_a_chunk_boundary_of_a_running_stream(gateway: Gateway, pipeline: Pipeline) -> None:
+    opened(gateway, "plain", limit=4)
+    plain = [frames(gateway)[1] for _ in range(4)]
+    opened(gateway, "s", limit=2)
+    before = [frames(gateway)[1] for _ in range(2)]
+    assert isinstance(answer(gateway, 1, {"ink": 2.0}), wire.Loras)
+    gateway.send(wire.Credit("s", 4, 0.5))
+    after = [frames(gateway)[1] for _ in range(2)]
+    assert all(np.array_equal(x, y) for x, y in zip(plain, before, strict=False))
+    assert not np.array_equal(plain[2], after[0])
+
+
+def test_loras_that_cannot_be_applied_change_nothing(gateway: Gateway) -> None:
+    assert isinstance(answer(gateway, 1, {"ink": 1.0}), wire.Loras)
+    for event, (name, code) in enumerate(
+        [("none", "lora_not_found"), ("../ink", "lora_not_found"), ("foreign", "lora_unusable")], start=2
+    ):
+        fault = answer(gateway, event, {"oil": 1.0, name: 1.0})
+        assert isinstance(fault, wire.Fault)
+        assert (fault.code, fault.stream, fault.event) == (code, None, event)
+        assert name in fault.message
+    found = answer(gateway, 9, None)
+    assert isinstance(found, wire.Loras) and found.applied == {"ink": 1.0}
+
+
+def test_want_of_memory_leaves_the_model_clean(
+    gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = pipeline.dit.blocks[0].self_attn.v.weight
+    clean = weight.clone()
+    assert isinstance(answer(gateway, 1, {"ink": 1.0}), wire.Loras)
+    assert not torch.equal(weight, clean)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("engine.transforms.lora.merge", fails)
+    fault = answer(gateway, 2, {"oil": 1.0})
+    assert isinstance(fault, wire.Fault) and (fault.code, fault.event) == ("lora_failed", 2)
+    found = answer(gateway, 3, None)
+    assert isinstance(found, wire.Loras) and found.applied == {}
+    assert torch.equal(weight, clean)

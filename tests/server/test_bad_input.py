@@ -166,21 +166,25 @@ async def test_bodies(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None
     async with run_gateway() as gateway:
         post = gateway.http.post
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-            response = await post("/v1/streams", content='{"prompt": "a"}', headers={"content-type": kind})
+            foreign = {"content-type": kind, "origin": "http://elsewhere.example"}
+            response = await post("/v1/streams", content='{"prompt": "a"}', headers=foreign)
             assert error_of(response, 415)["code"] == "unsupported_media_type"
         assert (
             await post(
                 "/v1/streams", content='{"prompt": "a"}', headers={"content-type": "application/json; charset=utf-8"}
             )
         ).status_code == 201
-        response = await post("/v1/streams", content=b" " * 65537, headers=JSON)
+        patch = gateway.http.patch
+        response = await patch("/v1/streams/st_x", content=b" " * 65537, headers=JSON)
+        assert error_of(response, 413)["code"] == "body_too_large"
+        response = await post("/v1/streams", content=b" " * 12_000_000, headers=JSON)
         assert error_of(response, 413)["code"] == "body_too_large"
 
         async def chunks() -> Any:
             for _ in range(100):
                 yield b" " * 1000
 
-        response = await post("/v1/streams", content=chunks(), headers=JSON)
+        response = await patch("/v1/streams/st_x", content=chunks(), headers=JSON)
         assert error_of(response, 413)["code"] == "body_too_large"
 
         monkeypatch.setattr("server.http.BODY_SECONDS", 0.1)

@@ -414,6 +414,8 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("patch", "/v1/streams/{id}"),
             ("delete", "/v1/streams/{id}"),
             ("get", "/v1/models"),
+            ("get", "/v1/loras"),
+            ("put", "/v1/loras"),
             ("get", "/livez"),
             ("get", "/readyz"),
             ("get", "/metrics"),

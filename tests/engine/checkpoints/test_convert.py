@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.checkpoints import layouts, sources, store, wan
 from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
+from engine.models.dit import CausalWan
+from engine.models.light_vae import TAEW21, LightDecoder
 from engine.models.sizes import DiTConfig
+from engine.models.text_encoder import TextConfig, TextEncoder
+from engine.models.vae import WAN21, CausalVAE
 
 TINY = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, in_channels=4, out_channels=4, freq_dim=32)
 PRESET = replace(PRESETS["self-forcing-1.3b"], name="tiny", dit=TINY)
@@ -60,8 +66,8 @@ def converted(paths: list[Path], to: Path) -> tuple[dict[str, Tensor], list[str]
     said: list[str] = []
     convert(PRESET, paths, to, say=said.append)
     tensors = store.load(to)
-    assert tensors["statistics.mean"].tolist() == pytest.approx(PRESET.latent_mean)
-    assert tensors["statistics.std"].tolist() == pytest.approx(PRESET.latent_std)
+    assert tensors["statistics.mean"].tolist() == pytest.approx(PRESET.statistics.mean)
+    assert tensors["statistics.std"].tolist() == pytest.approx(PRESET.statistics.std)
     return dit(to), said
 
 
@@ -242,28 +248,72 @@ def test_plain_networks_are_renamed() -> None:
     assert renamed(found, names, halve=False)["x.weight"] is found["a"]
 
 
-def test_a_further_network_is_converted_once_its_names_are_known(
+def test_every_network_of_a_diffusers_folder(
     tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for part in ("transformer", "vae"):
+    """Transformer, text encoder, VAE and a TAEHV file beside them become one store that our modules load."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "dim": 16, "ffn_dim": 32, "num_heads": 2, "head_dim": 8, "num_layers": 1, "length": 9}
+    widths = (8, 16, 32, 32)
+    vae_config = replace(WAN21, encoder_widths=widths, decoder_widths=widths, decoder_inputs=(8, 16, 16))
+    light_config = replace(TAEW21, widths=(16, 8, 8, 8))
+    with torch.device("meta"):
+        ours = {
+            "dit": CausalWan(TINY),
+            "text_encoder": TextEncoder(TextConfig(**sizes)),
+            "vae": CausalVAE(vae_config),
+            "light_vae": LightDecoder(light_config),
+        }
+    listed = {part: {n: tuple(x.shape) for n, x in ours[part].state_dict().items()} for part in ("vae", "light_vae")}
+    (tmp_path / "tensors.json").write_text(layouts.write({"wan2.1": listed}))
+    monkeypatch.setattr(layouts, "TENSORS", tmp_path / "tensors.json")
+    monkeypatch.setattr("engine.config.UMT5_XXL", sizes)
+
+    text = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, feed_forward_proj="gated-gelu"
+        )
+    ).state_dict()
+    text.pop("encoder.embed_tokens.weight")  # the same as shared.weight
+    vae = AutoencoderKLWan(base_dim=8).state_dict()
+    light = LightDecoder(light_config).state_dict()
+    # the first layer that makes frames may have the rows of an earlier frame before those that are meant
+    first = next(name for name, value in light.items() if name.endswith("conv.weight") and value.shape[2:] == (1, 1))
+    longer = {first: torch.cat([torch.zeros_like(light[first]), light[first]]), "encoder.0.weight": torch.ones(3)}
+    for folder, tensors in (
+        ("transformer", diffusers_names(weights)),
+        ("text_encoder", text),
+        ("vae", vae),
+        (".", light | longer),
+    ):
+        (tmp_path / "model" / folder).mkdir(parents=True, exist_ok=True)
+        save_file({n: x.clone() for n, x in tensors.items()}, tmp_path / "model" / folder / "model.safetensors")
+    convert(PRESET, [tmp_path / "model"], tmp_path / "native", say=lambda text: None)
+
+    loaded = store.load(tmp_path / "native")
+    for part, module in ours.items():
+        mine = {n.removeprefix(f"{part}."): x for n, x in loaded.items() if n.startswith(f"{part}.")}
+        module.load_state_dict({name: value.float() for name, value in mine.items()}, assign=True)
+    assert same(dict(ours["light_vae"].state_dict()), dict(light))
+    decoder = ours["vae"].state_dict()["decoder.conv1.weight"]
+    assert torch.equal(decoder, vae["decoder.conv_in.weight"])
+    embedding = ours["text_encoder"].state_dict()["umt5.embed_tokens.weight"]
+    assert torch.equal(embedding, text["shared.weight"].bfloat16().float())
+
+
+def test_a_vae_of_another_model_is_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    for part, tensors in (("transformer", weights), ("vae", {"decoder.conv1.weight": torch.ones(2, 2)})):
         (tmp_path / part).mkdir()
-    save_file(weights, tmp_path / "transformer" / "model.safetensors")
-    save_file({"decoder.conv_in.weight": torch.ones(2, 2)}, tmp_path / "vae" / "model.safetensors")
-    said: list[str] = []
-    convert(PRESET, [tmp_path], tmp_path / "a", say=said.append)
-    assert "(vae is not converted)" in said[-1]
-    monkeypatch.setitem(layouts.RENAME, "vae", lambda names: dict.fromkeys(names, "decoder.conv1.weight"))
-    convert(PRESET, [tmp_path], tmp_path / "b", say=said.append)
-    loaded = store.load(tmp_path / "b")
-    assert loaded["vae.decoder.conv1.weight"].dtype == torch.float32
-    assert loaded.keys() - store.load(tmp_path / "a").keys() == {"vae.decoder.conv1.weight"}
+        save_file(tensors, tmp_path / part / "model.safetensors")
+    with pytest.raises(StoreError, match="the vae is not tiny's: missing: "):
+        convert(PRESET, [tmp_path], tmp_path / "native", say=lambda text: None)
 
-    def refuse(names: object) -> dict[str, str]:
-        raise ValueError("decoder.conv_in.weight is no tensor of a VAE")
 
-    monkeypatch.setitem(layouts.RENAME, "vae", refuse)
-    with pytest.raises(StoreError, match="no tensor of a VAE"):
-        convert(PRESET, [tmp_path], tmp_path / "c", say=said.append)
+def test_a_native_store_is_not_converted_again(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    converted([tmp_path / "dit.safetensors"], tmp_path / "native")
+    with pytest.raises(StoreError, match="native store already"):
+        convert(PRESET, [tmp_path / "native"], tmp_path / "again")
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

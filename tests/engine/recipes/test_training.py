@@ -22,7 +22,7 @@ TOY = replace(
     MINI,
     dit=DiTConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, patch=(1, 4, 4), pooled_text=True),
     text=TextConfig(vocab_size=512, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=64),
-    vae=VAEConfig(widths=(16, 16, 16)),
+    vae=VAEConfig(encoder_widths=(16, 16, 16), decoder_widths=(16, 16, 16), decoder_inputs=(16, 16)),
     light_vae=LightVAEConfig(widths=(8, 8, 8)),
 )
 

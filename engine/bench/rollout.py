@@ -1,0 +1,229 @@
+"""Stream a model at full size, with random weights, and print where a chunk's time and memory go.
+
+    python -m engine.bench.rollout self-forcing-1.3b --chunks 400
+
+Speed depends on sizes and not on values, so no checkpoint is needed. Each chunk is itemised by device events:
+denoising steps, decoding, copying frames to the host, context pass. Beside it stands the machine's own ceiling, a
+large bfloat16 matrix product timed in the same run, and the share of it that the transformer reaches by the
+operations it must do. The first and the last chunks at full window show whether an endless stream stays flat.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from engine.assemble import best_device, best_dtype
+from engine.config import PRESETS, Preset
+from engine.models.dit import CausalWan
+from engine.models.light_vae import LightDecoder
+from engine.models.vae import CausalVAE, LatentStatistics
+from engine.stream.decoding import Decoder, FullDecoding, LightDecoding
+from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.rollout import commit_chunk, denoise_chunk
+
+STAGES = ("steps", "decode", "copy", "context")
+
+
+def random_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a module from the meta device with values that keep activations near one."""
+    module.to_empty(device=device)
+    module.to(dtype)
+    for name, p in module.named_parameters():
+        fan_in = p[0].numel() if p.ndim > 1 else 1
+        if p.ndim == 1 or "gamma" in name:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        elif "modulation" in name:
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+        else:
+            nn.init.normal_(p, std=fan_in**-0.5)
+    module.requires_grad_(False).eval()
+
+
+def operations(preset: Preset, keys: int) -> float:
+    """Floating-point operations of one forward of a chunk that sees `keys` tokens: two for each multiply-add."""
+    dit = preset.dit
+    tokens = preset.chunk * preset.latent_rows * preset.latent_columns // (dit.patch[1] * dit.patch[2])
+    linears = 6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim  # q k v o, and cross-attention's q o
+    attention = 2 * dit.dim * (keys + preset.text.length)
+    return 2.0 * tokens * dit.num_layers * (linears + attention)
+
+
+def ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations a second of a large matrix product on random data, sustained."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    synchronise(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        for _ in range(8):
+            a @ b
+        synchronise(device)
+        count += 8
+    return 2.0 * size**3 * count / (time.perf_counter() - started)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Clock:
+    """Times of the stages of every chunk, in seconds; by device events, so that nothing waits while it runs."""
+
+    device: torch.device
+    marks: list[dict[str, tuple[torch.cuda.Event | float, torch.cuda.Event | float]]] = field(default_factory=list)
+
+    def chunk(self) -> None:
+        self.marks.append({})
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        before = self._now()
+        yield
+        self.marks[-1][name] = before, self._now()
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> list[dict[str, float]]:
+        synchronise(self.device)
+
+        def between(a: torch.cuda.Event | float, b: torch.cuda.Event | float) -> float:
+            if isinstance(a, float) and isinstance(b, float):
+                return b - a
+            return cast(torch.cuda.Event, a).elapsed_time(cast(torch.cuda.Event, b)) / 1e3
+
+        return [{name: between(*pair) for name, pair in marks.items()} for marks in self.marks]
+
+
+@torch.inference_mode()
+def roll(
+    preset: Preset, chunks: int, decoding: str, precision: Precision, device: torch.device, dtype: torch.dtype
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Seconds of every stage of every chunk, and memory in bytes."""
+    with torch.device("meta"):
+        dit = CausalWan(preset.dit)
+        network: LightDecoder | CausalVAE
+        network = LightDecoder(preset.light_vae) if decoding == "light" else CausalVAE(preset.vae)
+    for module in (dit, network):
+        random_weights(module, device, dtype)
+    channels = preset.dit.in_channels
+    statistics = LatentStatistics((0.0,) * channels, (1.0,) * channels)
+    decoder: Decoder
+    if isinstance(network, LightDecoder):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder = LightDecoding(network, statistics)
+    else:
+        decoder = FullDecoding(network, statistics)
+    config = preset.dit
+    cache = KVCache(
+        preset.cache(),
+        layers=config.num_layers,
+        heads=config.num_heads,
+        head_dim=config.head_dim,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+    )
+    weights = sum(p.numel() * p.element_size() for module in (dit, network) for p in module.parameters())
+    text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    context = dit.encode_text(text)
+    rollout, clock = preset.rollout(), Clock(device)
+    memories: list[Tensor] | None = None
+    early = 0
+    for index in range(chunks):
+        clock.chunk()
+        with clock.stage("steps"):
+            latents = denoise_chunk(dit, rollout, cache, context, [0], index)
+        with clock.stage("decode"):
+            frames, memories = decoder(latents, memories)
+            frames = (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        with clock.stage("copy"):
+            frames.cpu()
+        with clock.stage("context"):
+            commit_chunk(dit, rollout, cache, context, latents, [0], index)
+        if index == preset.window // preset.chunk and device.type == "cuda":
+            early = torch.cuda.memory_allocated(device)
+    synchronise(device)
+    memory = {"weights": weights, "kv cache": cache.bytes(), "decoder state": sum(x.nbytes for x in memories or [])}
+    if device.type == "cuda":
+        memory |= {
+            "peak": torch.cuda.max_memory_allocated(device),
+            "growth since the window filled": torch.cuda.memory_allocated(device) - early,
+        }
+    return clock.seconds(), {name: float(size) for name, size in memory.items()}
+
+
+def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Milliseconds: the median of each stage, and of whole chunks the median, the 95th percentile and the longest."""
+    whole = sorted(sum(stages.values()) for stages in seconds)
+    figures = {name: 1e3 * median(stages[name] for stages in seconds) for name in STAGES}
+    last = len(whole) - 1
+    return figures | {"chunk": 1e3 * median(whole), "p95": 1e3 * whole[round(0.95 * last)], "max": 1e3 * whole[last]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=sorted(PRESETS))
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--window", type=int, help="latent frames seen (default: the preset's)")
+    parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
+    parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
+    parser.add_argument("--decoder", choices=("light", "full"), default="light")
+    parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    changes = {name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None}
+    if options.resolution:
+        changes |= dict(zip(("width", "height"), map(int, options.resolution.split("x")), strict=True))
+    preset = replace(preset, **changes)
+    device = best_device()
+    dtype = best_dtype(device)
+    slots = preset.window // preset.chunk
+    if options.chunks < slots + 4:
+        parser.error(f"--chunks must be at least {slots + 4} for this window")
+
+    best = ceiling(device, dtype)
+    seconds, memory = roll(preset, options.chunks, options.decoder, options.kv_cache, device, dtype)
+    full = seconds[slots:]
+    part = min(20, len(full) // 2)
+    first, last = summary(full[:part]), summary(full[-part:])
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
+    print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder, {options.kv_cache} cache")
+    print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames")
+    for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
+        print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))
+    chunk = last["chunk"] / 1e3
+    playback = preset.chunk_frames / preset.fps
+    tokens = preset.window * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
+    work = operations(preset, tokens)
+    reached = work * len(preset.steps) / (last["steps"] / 1e3)
+    print(f"frames/s {preset.chunk_frames / chunk:.1f}, real-time factor {chunk / playback:.3f}")
+    print(f"a forward is {work / 1e12:.2f} Tflop: {reached / 1e12:.0f} Tflop/s, {100 * reached / best:.0f} % of the")
+    print(f"ceiling of {best / 1e12:.0f} Tflop/s (a large product, measured in this run)")
+    print("memory, GiB: " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
+    if options.json:
+        report = {"first": first, "last": last, "memory": memory, "ceiling": best, "reached": reached}
+        options.json.write_text(json.dumps({"preset": preset.name, "device": where, **report}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

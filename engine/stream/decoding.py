@@ -1,0 +1,80 @@
+"""Latents to frames, and pictures to latents, chunk by chunk: the light decoder that serves, or the VAE's own."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.light_vae import LightDecoder
+from engine.models.vae import CausalVAE, LatentStatistics
+
+
+class Decoder(Protocol):
+    """Decodes consecutive chunks. What it remembers between them is the caller's to keep."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Whose weights it runs."""
+
+    def __call__(self, latents: Tensor, memories: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Frames of normalised latents float32 [1, C, F, h, w].
+
+        Args:
+            memories: what the call before returned; None at the start of a scene, whose first latent frame is one
+                frame of pixels.
+
+        Returns:
+            [1, T, 3, H, W], about [0, 1] and not clamped, and the memories to pass on, all of constant size.
+        """
+
+
+@dataclass(frozen=True)
+class LightDecoding:
+    """By the light decoder."""
+
+    network: LightDecoder
+    statistics: LatentStatistics
+
+    def __call__(self, latents: Tensor, memories: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        config = self.network.config
+        scaled = latents if config.normalised else self.statistics.restore(latents)
+        first = config.temporal_stride - 1 if memories is None else 0
+        dtype = next(self.network.parameters()).dtype
+        frames, memories = self.network(scaled.transpose(1, 2).to(dtype), memories)
+        return frames[:, first:], memories
+
+
+@dataclass(frozen=True)
+class FullDecoding:
+    """By the VAE's own decoder, one latent frame at a time: that bounds the memory of its widest layers."""
+
+    network: CausalVAE
+    statistics: LatentStatistics
+
+    def __call__(self, latents: Tensor, memories: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        dtype = self.network.conv1.weight.dtype
+        parts = []
+        for latent in self.statistics.restore(latents).to(dtype).split(1, dim=2):
+            pixels, memories = self.network.decode_chunk(latent, memories)
+            parts.append(pixels)
+        assert memories is not None
+        return torch.cat(parts, dim=2).transpose(1, 2) / 2 + 0.5, memories
+
+
+@dataclass(frozen=True)
+class PictureEncoding:
+    """By the VAE's encoder, a few frames at a time."""
+
+    network: CausalVAE
+    statistics: LatentStatistics
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 [1 + 4k, H, W, 3] -> normalised latents float32 [1, C, 1 + k, h, w]."""
+        weight = self.network.conv1.weight
+        pixels = frames.permute(3, 0, 1, 2)[None].to(weight.device).to(weight.dtype) / 127.5 - 1
+        stride, state, parts = self.network.config.temporal_stride, None, []
+        for part in (pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)):
+            latents, state = self.network.encode_chunk(part, state)
+            parts.append(latents.float())
+        return self.statistics.normalise(torch.cat(parts, dim=2))
