@@ -5,11 +5,15 @@ import sys
 from collections import Counter
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine import memory
 from engine.checkpoints import layouts, sources, wan
 from engine.checkpoints.headers import StoreError, Weights
 from engine.config import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from engine.checkpoints.convert import Adapt
 
 NAMES = ("models", "check", "convert")
 GIB = 2**30
@@ -34,6 +38,9 @@ def run(arguments: list[str]) -> int:
     convert_parser.add_argument(
         "--from", dest="paths", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files"
     )
+    convert_parser.add_argument(
+        "--lora", type=Path, nargs="+", default=[], metavar="FILE", help="to be merged in for good"
+    )
     convert_parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new or empty")
 
     options = parser.parse_args(arguments)
@@ -44,7 +51,7 @@ def run(arguments: list[str]) -> int:
             case "check":
                 return check(PRESETS[options.preset], options.weights, options.gpu_memory, options.resolution)
             case _:
-                return convert(PRESETS[options.preset], options.paths, options.to)
+                return convert(PRESETS[options.preset], options.paths, options.to, options.lora)
     except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -175,9 +182,32 @@ def _print_memory(preset: Preset, setting: memory.Setting, gpu_memory: float | N
         print(f"  would fit with: {' and '.join(remedy)}")
 
 
-def convert(preset: Preset, paths: list[Path], to: Path) -> int:
+def convert(preset: Preset, paths: list[Path], to: Path, loras: list[Path]) -> int:
     from engine.checkpoints.convert import convert as write
 
-    write(preset, paths, to)
+    write(preset, paths, to, adapt=merging(preset, loras) if loras else None)
     print(f"written to {to}; now run: python -m engine check {preset.name} --weights {to}")
     return 0
+
+
+def merging(preset: Preset, paths: list[Path]) -> "Adapt":
+    """What adds LoRAs at strength 1, from safetensors or pickles (LongLive's `lora.pt`), to the transformer's weights.
+
+    Raises:
+        StoreError: a file is damaged, or for another model.
+    """
+    from engine.checkpoints import lora
+    from engine.checkpoints.self_forcing import read_pickle
+    from engine.transforms.lora import merge
+
+    shapes = wan.tensors(preset.dit)
+    active = [
+        (
+            lora.parse(path.stem, read_pickle(path, "generator_lora")[0], shapes)
+            if path.suffix in sources.PICKLES
+            else lora.read(path.parent, path.stem, shapes),
+            1.0,
+        )
+        for path in paths
+    ]
+    return lambda name, weight: merge(name, weight, active)

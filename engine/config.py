@@ -323,7 +323,7 @@ PRESETS: dict[str, Preset] = {
         _wan(
             "longlive-1.3b",
             "LongLive on Wan 2.1 T2V 1.3B: trained with window and sink, for minutes",
-            weights=f"longlive_base.pt with lora.pt merged in, {BASE}",
+            weights=f"longlive_base.pt with --lora lora.pt, {BASE}",
             generator="generator",
             window=12,
             sink=3,

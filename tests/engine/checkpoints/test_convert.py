@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from engine.checkpoints import layouts, sources, store, wan
+from engine import commands
+from engine.checkpoints import layouts, sources, store, wan, wan_vae
 from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
@@ -248,8 +249,9 @@ def test_plain_networks_are_renamed() -> None:
     assert renamed(found, names, halve=False)["x.weight"] is found["a"]
 
 
-def test_every_network_of_a_diffusers_folder(
-    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("original_vae", [False, True])
+def test_every_network_of_a_folder(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, original_vae: bool
 ) -> None:
     """Transformer, text encoder, VAE and a TAEHV file beside them become one store that our modules load."""
     torch.manual_seed(0)
@@ -288,6 +290,10 @@ def test_every_network_of_a_diffusers_folder(
     ):
         (tmp_path / "model" / folder).mkdir(parents=True, exist_ok=True)
         save_file({n: x.clone() for n, x in tensors.items()}, tmp_path / "model" / folder / "model.safetensors")
+    if original_vae:  # a pickle under Wan's own names, as `Wan2.1_VAE.pth` is
+        (tmp_path / "model" / "vae" / "model.safetensors").unlink()
+        own = {ours: vae[theirs] for theirs, ours in wan_vae.from_diffusers(vae.keys()).items()}
+        torch.save(own, tmp_path / "model" / "Wan2.1_VAE.pth")
     convert(PRESET, [tmp_path / "model"], tmp_path / "native", say=lambda text: None)
 
     loaded = store.load(tmp_path / "native")
@@ -314,6 +320,25 @@ def test_a_native_store_is_not_converted_again(tmp_path: Path, weights: dict[str
     converted([tmp_path / "dit.safetensors"], tmp_path / "native")
     with pytest.raises(StoreError, match="native store already"):
         convert(PRESET, [tmp_path / "native"], tmp_path / "again")
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_loras_are_merged_for_good(tmp_path: Path, weights: dict[str, Tensor], pickled: bool) -> None:
+    name = "blocks.1.ffn.0.weight"
+    down, up = torch.randn(4, 32), torch.randn(64, 4)
+    peft = {
+        "base_model.model.blocks.1.ffn.0.lora_A.default.weight": down,
+        "base_model.model.blocks.1.ffn.0.lora_B.default.weight": up,
+    }
+    path = tmp_path / ("lora.pt" if pickled else "lora.safetensors")
+    if pickled:
+        torch.save({"generator_lora": peft}, path)
+    else:
+        save_file(peft, path)
+    save_file(weights, tmp_path / "dit.safetensors")
+    adapt = commands.merging(PRESET, [path])
+    convert(PRESET, [tmp_path / "dit.safetensors"], tmp_path / "native", adapt=adapt, say=lambda text: None)
+    assert same(dit(tmp_path / "native"), stored(weights | {name: weights[name] + up @ down}))
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
