@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,8 +94,9 @@ def check(
         unit = preset.spatial_stride * preset.dit.patch[1]
         if min(resolution) < unit or any(side % unit for side in resolution):
             raise StoreError(f"--resolution must be multiples of {unit} for {preset.name}")
-        setting = memory.Setting(*resolution, setting.window, light_vae=setting.light_vae)
+        setting = replace(setting, width=resolution[0], height=resolution[1])
     found = sources.find_all(paths)
+    setting = replace(setting, light_vae=setting.light_vae or "light_vae" in found.parts)
     faults = list(found.faults)
     expected = layouts.expected(preset)
     for part in ("dit", "text_encoder", "vae", "light_vae"):

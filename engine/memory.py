@@ -103,9 +103,9 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
     The combination takes the options in the order of what they cost the picture, the cheapest first.
     """
     options = {
-        "text encoder off the device": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
-        "KV cache in 8 bits": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
-        "light VAE": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
+        "--text-encoder cpu": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
+        "--kv-cache fp8": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
+        "--decoder light": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
         "shorter window": lambda s: _windows(preset, s),
         "smaller resolution": lambda s: _resolutions(preset, s),
     }

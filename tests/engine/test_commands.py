@@ -203,7 +203,7 @@ def test_remedies() -> None:
     preset = PRESETS["self-forcing-1.3b"]
     setting = memory.default(preset)
     needed = memory.total(preset, setting)
-    text, cache, light = ["text encoder off the device"], ["KV cache in 8 bits"], ["light VAE"]
+    text, cache, light = ["--text-encoder cpu"], ["--kv-cache fp8"], ["--decoder light"]
     window, resolution = ["shorter window of 18"], ["smaller resolution of 720x416"]
     assert memory.remedies(preset, setting, needed - (300 << 20)) == [text, cache, light, window, resolution]
     assert memory.remedies(preset, setting, 16 << 30) == [text, ["smaller resolution of 416x240"]]
