@@ -1,9 +1,10 @@
 """From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -12,16 +13,18 @@ from engine.checkpoints import store
 from engine.config import PRESETS
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
+from engine.models.sizes import LatentStatistics
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import load_tokenizer
-from engine.models.vae import CausalVAE, LatentStatistics
+from engine.models.vae import CausalVAE
 from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
-from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
+from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
+T = TypeVar("T", bound=nn.Module)
 
 
 def best_device() -> torch.device:
@@ -65,43 +68,50 @@ def assemble(
     """
     preset = PRESETS[name]
     folder = weights or WEIGHTS / name
+    if weights is None and not folder.exists():
+        raise store.StoreError(
+            f"the weights of {name} are not part of Livereel: give the folder that `python -m engine convert {name}` "
+            f"wrote as --weights"
+        )
     device = device or best_device()
     dtype = dtype or best_dtype(device)
     tensors = store.load(folder)
-    with torch.device("meta"):
-        modules: dict[str, nn.Module] = {
-            "text_encoder": TextEncoder(preset.text),
-            "dit": CausalWan(preset.dit),
-            "light_vae": LightDecoder(preset.light_vae),
-            "vae": CausalVAE(preset.vae),
-        }
-    for component, module in modules.items():
+
+    def build(component: str, network: Callable[[], T]) -> T:
+        """The network on the CPU, with its weights in `dtype`."""
         prefix = component + "."
-        mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        mine = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        if not mine:
+            raise store.StoreError(f"{folder} holds no {component}, which {name} needs: convert its weights too")
+        with torch.device("meta"):
+            module = network()
         try:
             module.load_state_dict(mine, assign=True)
         except RuntimeError as error:
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
-        module.to(dtype=dtype).requires_grad_(False).eval()
-        if component != "text_encoder":
-            module.to(device)
-    encoder = place_text_encoder(cast(TextEncoder, modules["text_encoder"]), text_encoder, device)
-    statistics = LatentStatistics(tuple(tensors["statistics.mean"].tolist()), tuple(tensors["statistics.std"].tolist()))
-    modules["light_vae"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    light, vae = cast(LightDecoder, modules["light_vae"]), cast(CausalVAE, modules["vae"])
+        return module.to(dtype=dtype).requires_grad_(False).eval()
+
+    encoder = place_text_encoder(build("text_encoder", lambda: TextEncoder(preset.text)), text_encoder, device)
+    dit = build("dit", lambda: CausalWan(preset.dit)).to(device)
+    mean, std = (tuple(tensors[f"statistics.{part}"].tolist()) for part in ("mean", "std"))
+    statistics = LatentStatistics(mean, std)
+    # the VAE may be missing where the light decoder serves: then no stream can start from a picture
+    held = any(key.startswith("vae.") for key in tensors)
+    vae = build("vae", lambda: CausalVAE(preset.vae)).to(device) if held or decoder == "full" else None
+    decoding: Decoder
+    if decoder == "full":
+        assert vae is not None
+        decoding = FullDecoding(vae, statistics)
+    else:
+        light = build("light_vae", lambda: LightDecoder(preset.light_vae)).to(device)
+        light.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoding = LightDecoding(light, statistics)
     try:
         tokenizer = load_tokenizer(folder)
     except ValueError as error:
         raise store.StoreError(str(error)) from None
-    return Pipeline(
-        preset,
-        tokenizer,
-        encoder,
-        cast(CausalWan, modules["dit"]),
-        LightDecoding(light, statistics) if decoder == "light" else FullDecoding(vae, statistics),
-        PictureEncoding(vae, statistics),
-        kv_precision=kv_precision,
-    )
+    pictures = None if vae is None else PictureEncoding(vae, statistics)
+    return Pipeline(preset, tokenizer, encoder, dit, decoding, pictures, kv_precision=kv_precision)
 
 
 @dataclass(frozen=True)

@@ -3,43 +3,28 @@
 Importing this loads no torch, so that presets are listed and weights checked in no time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from engine.models.sizes import DiTConfig
+from engine.models.sizes import (
+    TAEW21,
+    TAEW22,
+    UMT5_XXL,
+    WAN21,
+    WAN21_STATISTICS,
+    WAN22,
+    WAN22_STATISTICS,
+    DiTConfig,
+    LatentStatistics,
+    LightVAEConfig,
+    TextConfig,
+    VAEConfig,
+)
 from engine.stream.schedule import step_sigmas
 
 if TYPE_CHECKING:
-    from engine.models.light_vae import LightVAEConfig
-    from engine.models.text_encoder import TextConfig
-    from engine.models.vae import LatentStatistics, VAEConfig
     from engine.stream.kv_cache import CacheConfig
     from engine.stream.rollout import RolloutConfig
-
-T = TypeVar("T")
-
-
-class Deferred(Generic[T]):
-    """A field that is given as a value or as a function that makes it, and read as the value.
-
-    For sizes that are defined beside modules: their files are imported when the field is first read.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.slot = f"_{name}"
-
-    def __set__(self, instance: object, value: T | Callable[[], T]) -> None:
-        object.__setattr__(instance, self.slot, value)
-
-    def __get__(self, instance: Any, owner: type | None = None) -> T:
-        if instance is None:
-            raise AttributeError("a preset's class holds no value")  # so that dataclasses see no default
-        value = getattr(instance, self.slot)
-        if callable(value):
-            value = value()
-            object.__setattr__(instance, self.slot, value)
-        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +40,10 @@ class Preset:
     height: int
     fps: int
     dit: DiTConfig
-    text: Deferred["TextConfig"] = Deferred()
-    light_vae: Deferred["LightVAEConfig"] = Deferred()
-    vae: Deferred["VAEConfig"] = Deferred()
-    statistics: Deferred["LatentStatistics | None"] = Deferred()
+    text: TextConfig
+    light_vae: LightVAEConfig
+    vae: VAEConfig
+    statistics: LatentStatistics | None
     """Of the VAE's latents; None where the store alone has them."""
     family: Literal["mini", "wan2.1", "wan2.2"]
     """Whose autoencoder the latents belong to; both public ones go with the UMT5-XXL text encoder."""
@@ -78,11 +63,6 @@ class Preset:
     """What `python -m engine convert` is to be given."""
     generator: Literal["generator_ema", "generator"] = "generator_ema"
     """Which network of a pickled checkpoint the authors sample with."""
-
-    @property
-    def text_sizes(self) -> dict[str, int]:
-        """`text`, field by field, without loading its module."""
-        return MINI_TEXT if self.family == "mini" else UMT5_XXL
 
     @property
     def temporal_stride(self) -> int:
@@ -129,48 +109,9 @@ class Preset:
             self.dit.in_channels,
             self.latent_rows,
             self.latent_columns,
+            self.first_sigmas if self.first_steps else None,
             self.context_sigma,
         )
-
-
-MINI_TEXT = {
-    "vocab_size": 512,
-    "dim": 256,
-    "ffn_dim": 512,
-    "num_heads": 4,
-    "head_dim": 64,
-    "num_layers": 4,
-    "length": 64,
-}
-UMT5_XXL = {
-    "vocab_size": 256_384,
-    "dim": 4096,
-    "ffn_dim": 10_240,
-    "num_heads": 64,
-    "head_dim": 64,
-    "num_layers": 24,
-    "length": 512,
-}
-"""Fields of a `TextConfig`; every public Wan model reads through this encoder. The second is UMT5_XXL of its module, to
-be read without torch."""
-
-
-def _mini_text() -> "TextConfig":
-    from engine.models.text_encoder import TextConfig
-
-    return TextConfig(**MINI_TEXT)
-
-
-def _mini_light_vae() -> "LightVAEConfig":
-    from engine.models.light_vae import LightVAEConfig
-
-    return LightVAEConfig()
-
-
-def _mini_vae() -> "VAEConfig":
-    from engine.models.vae import VAEConfig
-
-    return VAEConfig()
 
 
 MINI = Preset(
@@ -180,9 +121,9 @@ MINI = Preset(
     height=256,
     fps=16,
     dit=DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=8, text_dim=256, patch=(1, 4, 4), pooled_text=True),
-    text=_mini_text,
-    light_vae=_mini_light_vae,
-    vae=_mini_vae,
+    text=TextConfig(vocab_size=512, dim=256, ffn_dim=512, num_heads=4, head_dim=64, num_layers=4, length=64),
+    light_vae=LightVAEConfig(),
+    vae=VAEConfig(),
     statistics=None,
     family="mini",
     spatial_stride=8,
@@ -201,48 +142,6 @@ MINI = Preset(
 DIT_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096)
 DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096)
 DIT_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_dim=4096, in_channels=48, out_channels=48)
-
-
-def _umt5_xxl() -> "TextConfig":
-    from engine.models.text_encoder import UMT5_XXL
-
-    return UMT5_XXL
-
-
-def _wan21_vae() -> "VAEConfig":
-    from engine.models.vae import WAN21
-
-    return WAN21
-
-
-def _wan21_light_vae() -> "LightVAEConfig":
-    from engine.models.light_vae import TAEW21
-
-    return TAEW21
-
-
-def _wan21_statistics() -> "LatentStatistics":
-    from engine.models.vae import WAN21_STATISTICS
-
-    return WAN21_STATISTICS
-
-
-def _wan22_vae() -> "VAEConfig":
-    from engine.models.vae import WAN22
-
-    return WAN22
-
-
-def _wan22_light_vae() -> "LightVAEConfig":
-    from engine.models.light_vae import TAEW22
-
-    return TAEW22
-
-
-def _wan22_statistics() -> "LatentStatistics":
-    from engine.models.vae import WAN22_STATISTICS
-
-    return WAN22_STATISTICS
 
 
 FOUR_STEPS = (1000, 750, 500, 250)
@@ -272,10 +171,10 @@ def _wan(
         height=704 if new else 480,
         fps=24 if new else 16,
         dit=dit,
-        text=_umt5_xxl,
-        vae=_wan22_vae if new else _wan21_vae,
-        light_vae=_wan22_light_vae if new else _wan21_light_vae,
-        statistics=_wan22_statistics if new else _wan21_statistics,
+        text=UMT5_XXL,
+        vae=WAN22 if new else WAN21,
+        light_vae=TAEW22 if new else TAEW21,
+        statistics=WAN22_STATISTICS if new else WAN21_STATISTICS,
         family="wan2.2" if new else "wan2.1",
         spatial_stride=16 if new else 8,
         steps=steps,

@@ -66,7 +66,7 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
         "text encoder": BYTES * sum(map(prod, sizes["text_encoder"].values())) if setting.text_on_device else 0,
         # keys and values of the window, and the sink's keys once more as they were before rotation
         "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
-        "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text_sizes["length"],
+        "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text.length,
         "VAE weights": BYTES * (LIGHT_PARAMETERS if setting.light_vae else VAE_PARAMETERS)[preset.family],
         "VAE caches": BYTES * frames * sum(count * area // size**2 for size, count in channels.items()),
         "activations": max(

@@ -95,7 +95,9 @@ async def serve(config: Config) -> int:
     if config.backend == "fake":
         backend = FakeBackend(model=config.model)
     else:
-        backend = LocalBackend(config.model, threads=config.engine_threads, loras=config.loras)
+        backend = LocalBackend(
+            config.model, threads=config.engine_threads, loras=config.loras, arguments=config.engine_arguments
+        )
     try:
         listener = listen(config.host, config.port)
     except OSError as error:

@@ -20,6 +20,8 @@ class Config:
     """`local` runs the engine as a child process; `fake` plays a test picture, for work on clients and for tests."""
     engine_threads: int | None = None
     """CPU threads of the engine; None leaves the choice to it."""
+    engine_arguments: tuple[str, ...] = ()
+    """Further arguments of the engine: what follows `--` on the command line."""
     loras: Path | None = None
     """Folder of LoRA files that clients may have applied."""
     idle_timeout_s: float = 60.0
@@ -54,7 +56,13 @@ class Config:
             # argparse converts a string default as it would the same text on the command line.
             return environment.get("LIVEREEL_" + flag.upper().replace("-", "_"), fallback)
 
-        parser = argparse.ArgumentParser("python -m server", description="The Livereel gateway.", allow_abbrev=False)
+        parser = argparse.ArgumentParser(
+            "python -m server",
+            description="The Livereel gateway.",
+            epilog="What follows -- goes to the engine: python -m server --model krea-14b -- --weights DIR "
+            "(python -m engine MODEL --help)",
+            allow_abbrev=False,
+        )
         add = parser.add_argument
         add("--host", default=default("host", cls.host), help="address to listen on (%(default)s)")
         add("--port", type=int, default=default("port", cls.port), help="0 takes any free port (%(default)s)")
@@ -94,7 +102,11 @@ class Config:
             help="streams that may wait for a place in the engine (%(default)s)",
         )
         add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
-        options = parser.parse_args(arguments)
+        ours, theirs = list(arguments), []
+        if "--" in ours:
+            at = ours.index("--")
+            ours, theirs = ours[:at], ours[at + 1 :]
+        options = parser.parse_args(ours)
         try:
             return cls(
                 host=options.host,
@@ -103,6 +115,7 @@ class Config:
                 backend=options.backend,
                 engine_threads=options.engine_threads,
                 loras=options.loras,
+                engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
                 insecure=options.insecure,

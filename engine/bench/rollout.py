@@ -25,7 +25,8 @@ from engine.assemble import best_device, best_dtype
 from engine.config import PRESETS, Preset
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.vae import CausalVAE, LatentStatistics
+from engine.models.sizes import LatentStatistics
+from engine.models.vae import CausalVAE
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding
 from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.checkpoints import umt5, wan, wan_vae
 from engine.checkpoints.wan import Shape
 from engine.config import Preset
+from engine.models.sizes import TextConfig
 
 TENSORS = Path(__file__).with_name("vae_tensors.json")
 """Tensors of both VAEs by family; `python -m engine.checkpoints.layouts` writes it anew from the modules."""
@@ -30,15 +31,15 @@ RENAME: dict[str, Callable[[Collection[str]], dict[str, str]]] = {
 name that has no place, and none of their modules loads torch."""
 
 
-def text_encoder(sizes: Mapping[str, int]) -> dict[str, Shape]:
-    """Name and shape of every tensor of `TextEncoder(TextConfig(**sizes))`."""
-    dim, ffn, inner = sizes["dim"], sizes["ffn_dim"], sizes["num_heads"] * sizes["head_dim"]
-    found: dict[str, Shape] = {"umt5.embed_tokens.weight": (sizes["vocab_size"], dim)}
-    for index in range(sizes["num_layers"]):
+def text_encoder(sizes: TextConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of `TextEncoder(sizes)`."""
+    dim, ffn, inner = sizes.dim, sizes.ffn_dim, sizes.num_heads * sizes.head_dim
+    found: dict[str, Shape] = {"umt5.embed_tokens.weight": (sizes.vocab_size, dim)}
+    for index in range(sizes.num_layers):
         block = f"umt5.block.{index}.layer"
         found |= {f"{block}.0.SelfAttention.{name}.weight": (inner, dim) for name in "qkv"}
         found[f"{block}.0.SelfAttention.o.weight"] = (dim, inner)
-        found[f"{block}.0.SelfAttention.relative_attention_bias.weight"] = (32, sizes["num_heads"])
+        found[f"{block}.0.SelfAttention.relative_attention_bias.weight"] = (32, sizes.num_heads)
         found |= {f"{block}.1.DenseReluDense.{name}.weight": (ffn, dim) for name in ("wi_0", "wi_1")}
         found[f"{block}.1.DenseReluDense.wo.weight"] = (dim, ffn)
         found |= {f"{block}.{layer}.layer_norm.weight": (dim,) for layer in (0, 1)}
@@ -50,7 +51,7 @@ def expected(preset: Preset) -> dict[str, dict[str, Shape]]:
     vaes = json.loads(TENSORS.read_text())[preset.family]
     return {
         "dit": wan.tensors(preset.dit),
-        "text_encoder": text_encoder(preset.text_sizes),
+        "text_encoder": text_encoder(preset.text),
         **{part: {name: tuple(shape) for name, shape in tensors.items()} for part, tensors in vaes.items()},
     }
 

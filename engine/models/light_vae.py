@@ -11,44 +11,11 @@ that may have the rows of several frames, of which the last `widths[0]` are mean
 Shapes: N batch, T frames, C channels, H, W; activations are [N * T, C, H, W] inside.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class LightVAEConfig:
-    """Widths of the decoder from the coarsest level to the finest, and what a latent cell covers.
-
-    Raises:
-        ValueError: the lists do not describe the same levels.
-    """
-
-    latent_channels: int = 16
-    normalised: bool = True
-    """Whether latents come as the diffusion model makes them, or restored by the VAE's mean and std (LightTAE)."""
-    widths: tuple[int, ...] = (96, 64, 16)
-    blocks: tuple[int, ...] = (2, 1, 1)
-    """Memory blocks of each level."""
-    time_growth: tuple[int, ...] = (2, 2)
-    """Frames made of each frame where one level goes over to the next; their product is the temporal stride."""
-    pixel_shuffle: int = 2
-    """The last doubling of size is a rearrangement of channels, which costs next to nothing; 1 for none."""
-    enlarge_first: bool = False
-    """Whether size doubles before a level's closing convolution, as in TAEHV, or after it, at a quarter of the cost."""
-
-    def __post_init__(self) -> None:
-        if not len(self.widths) == len(self.blocks) == len(self.time_growth) + 1:
-            raise ValueError("widths and blocks must have as many levels, and time_growth one entry fewer")
-
-    @property
-    def temporal_stride(self) -> int:
-        stride = 1
-        for growth in self.time_growth:
-            stride *= growth
-        return stride
+from engine.models.sizes import LightVAEConfig
 
 
 class MemBlock(nn.Module):
@@ -135,15 +102,3 @@ class LightDecoder(nn.Module):
             else:
                 x = layer(x)
         return F.pixel_shuffle(x, self.config.pixel_shuffle).unflatten(0, (batch, -1)), carried
-
-
-TAEW21 = LightVAEConfig(
-    widths=(256, 128, 64, 64), blocks=(3, 3, 3, 0), time_growth=(1, 2, 2), pixel_shuffle=1, enlarge_first=True
-)
-"""TAEHV's `taew2_1`, for the latents of Wan 2.1."""
-
-TAEW22 = replace(TAEW21, latent_channels=48, pixel_shuffle=2)
-"""TAEHV's `taew2_2`, for the latents of Wan 2.2 TI2V 5B."""
-
-LIGHT_TAEW21 = replace(TAEW21, normalised=False)
-"""LightX2V's `lighttaew2_1`, which was distilled on latents as the VAE makes them."""

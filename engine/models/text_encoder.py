@@ -4,29 +4,10 @@ Positions past the end of the prompt are zeroed, not masked, as Wan was trained:
 length, and the zeros act as a constant that it may rest on.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Sizes of a UMT5 encoder and the fixed length of a prompt in tokens."""
-
-    vocab_size: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    head_dim: int
-    num_layers: int
-    length: int
-
-
-UMT5_XXL = TextConfig(
-    vocab_size=256_384, dim=4096, ffn_dim=10_240, num_heads=64, head_dim=64, num_layers=24, length=512
-)
-"""The encoder of every public Wan model (Wan-Video/Wan2.1, `wan/modules/t5.py` and `wan/configs`)."""
+from engine.models.sizes import TextConfig
 
 
 class TextEncoder(nn.Module):

@@ -10,53 +10,12 @@ channels are last in both.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Everything per level is listed from fine to coarse; every step down halves height and width.
-
-    Raises:
-        ValueError: the lists do not describe the same levels.
-    """
-
-    encoder_widths: tuple[int, ...] = (16, 48, 96)
-    decoder_widths: tuple[int, ...] = (16, 48, 96)
-    decoder_inputs: tuple[int, ...] = (16, 48)
-    """Channels that each level of the decoder, save the coarsest, gets from the one below."""
-    res_blocks: tuple[int, ...] = (0, 1, 1)
-    """Residual blocks of each level of the encoder; the decoder has one more."""
-    halve_time: tuple[bool, ...] = (True, True)
-    """Which steps down halve time too, after frame 0."""
-    latent_channels: int = 16
-    patch: int = 2
-    """Pixels are folded patch x patch into channels first; 1 leaves them."""
-    patch_columns_first: bool = False
-    """How the pixels of a patch are counted: Wan 2.2 goes down its columns, mini along its rows."""
-    shortcuts: bool = False
-    """Wan 2.2: around every level goes a path without parameters, which averages or repeats."""
-
-    def __post_init__(self) -> None:
-        levels = len(self.encoder_widths)
-        if len(self.decoder_widths) != levels or len(self.res_blocks) != levels:
-            raise ValueError(f"decoder_widths and res_blocks must have {levels} levels, as encoder_widths has")
-        if len(self.decoder_inputs) != levels - 1 or len(self.halve_time) != levels - 1:
-            raise ValueError(f"decoder_inputs and halve_time must have {levels - 1} entries, one per step of size")
-
-    @property
-    def temporal_stride(self) -> int:
-        """Pixel frames to a latent frame, after the first."""
-        return 1 << sum(self.halve_time)
-
-    @property
-    def spatial_stride(self) -> int:
-        return self.patch << len(self.halve_time)
-
+from engine.models.sizes import VAEConfig
 
 State = list[Tensor]
 """What a half remembers of a clip: [B, 1 or 2 frames, H, W, C] per causal layer, in the order they run. Calls replace
@@ -401,89 +360,3 @@ class CausalVAE(nn.Module):
     def _turn(self, images: Tensor) -> Tensor:
         """Exchange rows and columns where a patch is counted down its columns."""
         return images.transpose(-1, -2) if self.config.patch_columns_first else images
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Mean and standard deviation of each latent channel: diffusion models work on latents normalised by these."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """What `CausalVAE.encode` gives, [B, C, T, h, w], as a diffusion model takes it."""
-        return (latents - self._like(self.mean, latents)) / self._like(self.std, latents)
-
-    def restore(self, latents: Tensor) -> Tensor:
-        """What a diffusion model gives, [B, C, T, h, w], as `CausalVAE.decode` takes it."""
-        return latents * self._like(self.std, latents) + self._like(self.mean, latents)
-
-    def _like(self, values: tuple[float, ...], latents: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
-
-
-WAN21 = VAEConfig(
-    encoder_widths=(96, 192, 384, 384),
-    decoder_widths=(96, 192, 384, 384),
-    decoder_inputs=(96, 192, 192),
-    res_blocks=(2, 2, 2, 2),
-    halve_time=(False, True, True),
-    patch=1,
-)
-"""`Wan2.1_VAE.pth`, which Wan 2.2's 14B models use too."""
-
-WAN21_LIGHT = VAEConfig(
-    encoder_widths=(24, 48, 96, 96),
-    decoder_widths=(24, 48, 96, 96),
-    decoder_inputs=(24, 48, 48),
-    res_blocks=(2, 2, 2, 2),
-    halve_time=(False, True, True),
-    patch=1,
-)
-"""LightX2V's `lightvaew2_1`: a quarter of the widths, for the same latents."""
-
-WAN22 = VAEConfig(
-    encoder_widths=(160, 320, 640, 640),
-    decoder_widths=(256, 512, 1024, 1024),
-    decoder_inputs=(512, 1024, 1024),
-    res_blocks=(2, 2, 2, 2),
-    halve_time=(False, True, True),
-    latent_channels=48,
-    patch=2,
-    patch_columns_first=True,
-    shortcuts=True,
-)
-"""`Wan2.2_VAE.pth`, of Wan 2.2 TI2V 5B."""
-
-# Both lists: Wan's own code, and diffusers' configurations of these VAEs.
-# fmt: off
-WAN21_STATISTICS = LatentStatistics(
-    mean=(
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-    std=(
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-)
-
-WAN22_STATISTICS = LatentStatistics(
-    mean=(
-        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-    ),
-    std=(
-        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-    ),
-)
-# fmt: on

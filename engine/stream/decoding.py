@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.light_vae import LightDecoder
-from engine.models.vae import CausalVAE, LatentStatistics
+from engine.models.sizes import LatentStatistics
+from engine.models.vae import CausalVAE
 
 
 class Decoder(Protocol):

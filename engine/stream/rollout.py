@@ -20,6 +20,8 @@ class RolloutConfig:
     latent_channels: int
     latent_rows: int
     latent_columns: int
+    first_sigmas: tuple[float, ...] | None = None
+    """Those of a scene's first chunk where they differ: it has no past to lean on."""
     context_sigma: float = 0.0
     """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
@@ -39,7 +41,8 @@ def denoise_chunk(
     def noise(step: int) -> Tensor:
         return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
 
-    return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, config.sigmas)
+    sigmas = config.first_sigmas if config.first_sigmas and not cache.written else config.sigmas
+    return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, sigmas)
 
 
 CONTEXT_STEP = 1000

@@ -59,6 +59,7 @@ class LocalBackend:
         command: Sequence[str] = (sys.executable, "-m", "engine"),
         threads: int | None = None,
         loras: Path | None = None,
+        arguments: Sequence[str] = (),
         silent_seconds: float = SILENT_SECONDS,
         hung_seconds: float = HUNG_SECONDS,
         backoff_seconds: tuple[float, float] = BACKOFF_SECONDS,
@@ -67,6 +68,7 @@ class LocalBackend:
         self._options = ["--threads", str(threads)] if threads is not None else []
         if loras is not None:
             self._options += ["--loras", str(loras.resolve())]
+        self._options += arguments
         self._silent_seconds = silent_seconds
         self._hung_seconds = hung_seconds
         self._backoff_seconds = backoff_seconds

@@ -19,10 +19,10 @@ from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
 from engine.models.dit import CausalWan
-from engine.models.light_vae import TAEW21, LightDecoder
-from engine.models.sizes import DiTConfig
-from engine.models.text_encoder import TextConfig, TextEncoder
-from engine.models.vae import WAN21, CausalVAE
+from engine.models.light_vae import LightDecoder
+from engine.models.sizes import TAEW21, WAN21, DiTConfig, TextConfig
+from engine.models.text_encoder import TextEncoder
+from engine.models.vae import CausalVAE
 
 TINY = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, in_channels=4, out_channels=4, freq_dim=32)
 PRESET = replace(PRESETS["self-forcing-1.3b"], name="tiny", dit=TINY)
@@ -255,21 +255,20 @@ def test_every_network_of_a_folder(
 ) -> None:
     """Transformer, text encoder, VAE and a TAEHV file beside them become one store that our modules load."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "dim": 16, "ffn_dim": 32, "num_heads": 2, "head_dim": 8, "num_layers": 1, "length": 9}
+    sizes = TextConfig(vocab_size=64, dim=16, ffn_dim=32, num_heads=2, head_dim=8, num_layers=1, length=9)
     widths = (8, 16, 32, 32)
     vae_config = replace(WAN21, encoder_widths=widths, decoder_widths=widths, decoder_inputs=(8, 16, 16))
     light_config = replace(TAEW21, widths=(16, 8, 8, 8))
     with torch.device("meta"):
         ours = {
             "dit": CausalWan(TINY),
-            "text_encoder": TextEncoder(TextConfig(**sizes)),
+            "text_encoder": TextEncoder(sizes),
             "vae": CausalVAE(vae_config),
             "light_vae": LightDecoder(light_config),
         }
     listed = {part: {n: tuple(x.shape) for n, x in ours[part].state_dict().items()} for part in ("vae", "light_vae")}
     (tmp_path / "tensors.json").write_text(layouts.write({"wan2.1": listed}))
     monkeypatch.setattr(layouts, "TENSORS", tmp_path / "tensors.json")
-    monkeypatch.setattr("engine.config.UMT5_XXL", sizes)
 
     text = UMT5EncoderModel(
         UMT5Config(
@@ -294,7 +293,7 @@ def test_every_network_of_a_folder(
         (tmp_path / "model" / "vae" / "model.safetensors").unlink()
         own = {ours: vae[theirs] for theirs, ours in wan_vae.from_diffusers(vae.keys()).items()}
         torch.save(own, tmp_path / "model" / "Wan2.1_VAE.pth")
-    convert(PRESET, [tmp_path / "model"], tmp_path / "native", say=lambda text: None)
+    convert(replace(PRESET, text=sizes), [tmp_path / "model"], tmp_path / "native", say=lambda text: None)
 
     loaded = store.load(tmp_path / "native")
     for part, module in ours.items():

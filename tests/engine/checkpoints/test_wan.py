@@ -68,7 +68,7 @@ def test_the_text_encoders_tensors_are_known(name: str) -> None:
     preset = PRESETS[name]
     with torch.device("meta"):
         state = TextEncoder(preset.text).state_dict()
-    assert layouts.text_encoder(preset.text_sizes) == {name: tuple(value.shape) for name, value in state.items()}
+    assert layouts.text_encoder(preset.text) == {name: tuple(value.shape) for name, value in state.items()}
     with torch.device("meta"):
         dit = CausalWan(preset.dit).state_dict()
     assert wan.tensors(preset.dit) == {name: tuple(value.shape) for name, value in dit.items()}

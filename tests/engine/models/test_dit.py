@@ -1,6 +1,7 @@
 import torch
 
-from engine.models.dit import CausalWan, DiTConfig, timestep_embedding
+from engine.models.dit import CausalWan, timestep_embedding
+from engine.models.sizes import DiTConfig
 from engine.ops.rope import axis_pairs, rope_angles, rotate
 
 WAN_BLOCK = {

@@ -8,16 +8,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from engine.checkpoints.wan_vae import from_diffusers
-from engine.models.vae import (
-    WAN21,
-    WAN21_STATISTICS,
-    WAN22,
-    WAN22_STATISTICS,
-    CausalVAE,
-    LatentStatistics,
-    State,
-    VAEConfig,
-)
+from engine.models.sizes import WAN21, WAN21_STATISTICS, WAN22, WAN22_STATISTICS, LatentStatistics, VAEConfig
+from engine.models.vae import CausalVAE, State
 
 MINI = VAEConfig(encoder_widths=(8, 16, 24), decoder_widths=(8, 16, 24), decoder_inputs=(8, 16))
 SMALL21 = replace(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.models.text_encoder import TextConfig, TextEncoder
+from engine.models.sizes import TextConfig
+from engine.models.text_encoder import TextEncoder
 from engine.offload.text import Place, place_text_encoder
 
 CPU = torch.device("cpu")

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from engine.config import MINI
-from engine.models.dit import DiTConfig
-from engine.models.light_vae import LightVAEConfig
-from engine.models.text_encoder import TextConfig
-from engine.models.vae import VAEConfig
+from engine.models.sizes import DiTConfig, LightVAEConfig, TextConfig, VAEConfig
 from engine.recipes import distill, evaluate, probe, teacher, text, train_vae
 from engine.recipes.optimizer import Optimiser, orthogonalise
 from engine.recipes.run import Run, learning_rate

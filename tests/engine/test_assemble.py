@@ -1,0 +1,117 @@
+"""A public preset at toy size, from a native store to frames: the whole way that real weights go."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+
+from engine import assemble as module
+from engine.assemble import assemble, warm
+from engine.checkpoints import store
+from engine.config import PRESETS, Preset
+from engine.models.dit import CausalWan
+from engine.models.light_vae import LightDecoder
+from engine.models.sizes import TAEW21, WAN21, DiTConfig, TextConfig
+from engine.models.text_encoder import TextEncoder
+from engine.models.vae import CausalVAE
+from engine.stream.rollout import forward
+
+TOY = replace(
+    PRESETS["longlive-1.3b"],
+    name="toy-wan",
+    width=64,
+    height=32,
+    dit=DiTConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=32),
+    text=TextConfig(vocab_size=8, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1, length=16),
+    vae=replace(WAN21, encoder_widths=(8, 8, 16, 16), decoder_widths=(8, 8, 16, 16), decoder_inputs=(8, 8, 8)),
+    light_vae=replace(TAEW21, widths=(16, 16, 8, 8), blocks=(1, 1, 1, 0)),
+    steps=(1000, 500),
+    first_steps=(1000, 750, 500, 250),
+)
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(PRESETS, TOY.name, TOY)
+    torch.manual_seed(0)
+    modules = {
+        "text_encoder": TextEncoder(TOY.text),
+        "dit": CausalWan(TOY.dit),
+        "vae": CausalVAE(TOY.vae),
+        "light_vae": LightDecoder(TOY.light_vae),
+    }
+    components = {name: network.state_dict() for name, network in modules.items()}
+    assert TOY.statistics is not None
+    components["statistics"] = {"mean": torch.tensor(TOY.statistics.mean), "std": torch.tensor(TOY.statistics.std)}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0), ("b", -1.0), (" ", -1.0)]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=2)).to_str()
+    store.save(tmp_path / "store", components, low_bit=set(), extra={"tokenizer.json": tokenizer})
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("decoder", ["light", "full"])
+def test_a_wan_preset_streams(weights: Path, decoder: str) -> None:
+    pipeline = assemble(TOY.name, weights=weights, dtype=torch.float32, decoder=decoder)  # type: ignore[arg-type]
+    warm(pipeline)
+    state = pipeline.open("a b", seed=1)
+    chunks = [pipeline.next_chunk(state) for _ in range(6)]
+    assert [tuple(chunk.frames.shape) for chunk in chunks] == [(9, 32, 64, 3), *[(12, 32, 64, 3)] * 5]
+    pipeline.steer(state, "b a", "recache")
+    assert len(pipeline.next_chunk(state).frames) == 12
+    shown = pipeline.open("a b", seed=1, picture=chunks[0].frames)
+    assert len(pipeline.next_chunk(shown).frames) == 12
+
+
+def test_the_first_chunk_of_a_scene_has_its_own_steps(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = assemble(TOY.name, weights=weights, dtype=torch.float32)
+    levels: list[float] = []
+
+    def noting(model: CausalWan, x: torch.Tensor, sigma: float, *rest: object) -> torch.Tensor:
+        levels.append(round(1000 * sigma, 2))
+        return forward(model, x, sigma, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("engine.stream.rollout.forward", noting)
+    state = pipeline.open("a", seed=1)
+    run: list[list[float]] = []
+    for index in range(4):
+        if index == 2:
+            pipeline.steer(state, "b", "cut")
+        levels.clear()
+        pipeline.next_chunk(state)
+        run.append([level for level in levels if level])
+        pipeline.commit(state)
+    first, later = [1000, 937.5, 833.33, 625], [1000, 833.33]
+    assert run == [first, later, first, later]
+
+
+def test_what_a_store_lacks_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = store.load(weights)
+
+    def without(prefix: str) -> None:
+        kept = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        monkeypatch.setattr(module.store, "load", lambda _: dict(kept))
+
+    without("vae.")
+    pipeline = assemble(TOY.name, weights=weights, dtype=torch.float32)
+    assert pipeline.pictures is None
+    with pytest.raises(store.StoreError, match="holds no vae"):
+        assemble(TOY.name, weights=weights, decoder="full")
+    without("light_vae.")
+    assemble(TOY.name, weights=weights, decoder="full")
+    with pytest.raises(store.StoreError, match="holds no light_vae"):
+        assemble(TOY.name, weights=weights)
+    with pytest.raises(store.StoreError, match="--weights"):
+        assemble("krea-14b")
+
+
+def test_presets_know_their_geometry() -> None:
+    preset: Preset = PRESETS["longlive-1.3b"]
+    assert (preset.chunk_frames, preset.first_chunk_frames, preset.latent_rows, preset.latent_columns) == (
+        12,
+        9,
+        60,
+        104,
+    )
