@@ -36,8 +36,8 @@ STAGES = ("steps", "decode", "copy", "context")
 
 def random_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a module from the meta device with values that keep activations near one."""
+    module.to(dtype)  # on the meta device, where it costs nothing
     module.to_empty(device=device)
-    module.to(dtype)
     for name, p in module.named_parameters():
         fan_in = p[0].numel() if p.ndim > 1 else 1
         if p.ndim == 1 or "gamma" in name:
@@ -218,8 +218,8 @@ def main() -> None:
     work = operations(preset, tokens)
     reached = work * len(preset.steps) / (last["steps"] / 1e3)
     print(f"frames/s {preset.chunk_frames / chunk:.1f}, real-time factor {chunk / playback:.3f}")
-    print(f"a forward is {work / 1e12:.2f} Tflop: {reached / 1e12:.0f} Tflop/s, {100 * reached / best:.0f} % of the")
-    print(f"ceiling of {best / 1e12:.0f} Tflop/s (a large product, measured in this run)")
+    print(f"a forward is {work / 1e12:.3g} Tflop: {reached / 1e12:.3g} Tflop/s, {100 * reached / best:.0f} % of the")
+    print(f"ceiling of {best / 1e12:.3g} Tflop/s (a large product, measured in this run)")
     print("memory, GiB: " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
     if options.json:
         report = {"first": first, "last": last, "memory": memory, "ceiling": best, "reached": reached}

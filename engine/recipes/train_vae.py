@@ -191,7 +191,7 @@ def train(run: Run, preset: Preset, clips: int = CLIPS, *, decoders_only: bool =
     serving = Optimiser(served, convolutions(served), RATE)
     decoder = Optimiser(own, convolutions(own), RATE)
     loss_of = light_loss if decoders_only else training_loss
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" and not decoders_only:  # for one decoder it would take longer than it saves
         loss_of = torch.compile(loss_of, dynamic=False)
     replay = Replay(run.device)
     generator = run.generator(100 + int(resumed))

@@ -185,3 +185,29 @@ def test_accuracy_counts_only_what_is_there() -> None:
     changed = torch.zeros_like(scenes, dtype=torch.bool)
     changed[0, 1] = True
     assert evaluate.accuracy(read, scenes, changed)["mean"] == 0
+
+
+@pytest.mark.gpu
+def test_compiled_training_has_the_gradients_of_the_formula() -> None:
+    """The VAE's loss compiled for the GPU against the same loss as it is written, down to the last row of a picture.
+
+    The weights of 2026-11-25 draw the bottom row of pixels wrong, as if it had never been in the loss.
+    """
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    bundle = train_vae.Bundle(MINI).to(device)
+    frames = torch.randint(0, 256, (2, 9, 3, 64, 64), dtype=torch.uint8, device=device)
+    latents = torch.randn(2, 16, 3, 8, 8, device=device)
+    out: list[torch.Tensor] = []
+
+    def loss(latents: torch.Tensor, frames: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        drawn = train_vae.light_frames(bundle.light, latents, bundle.stride).float() + shift
+        return train_vae.pixel_loss(drawn, frames.float() / 255)
+
+    for function in (loss, torch.compile(loss, dynamic=False)):
+        shift = torch.zeros(2, 9, 3, 64, 64, device=device, requires_grad=True)
+        function(latents, frames, shift).backward()
+        assert shift.grad is not None
+        out.append(shift.grad)
+    by_row = (out[0] - out[1]).abs().amax(dim=(0, 1, 2, 4)) / out[0].abs().max()
+    assert by_row.max() < 1e-3, by_row.tolist()
