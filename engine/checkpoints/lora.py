@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.checkpoints import wan
 from engine.checkpoints.store import StoreError
 from engine.wire import LORA_NAME
 
@@ -145,23 +146,6 @@ _UNSUPPORTED = {
     "w_norm": "LyCORIS norms",
     "b_norm": "LyCORIS norms",
 }
-_DIFFUSERS = (  # our names -> diffusers', for the modules of a Wan transformer
-    (r"(blocks\.\d+)\.self_attn\.([qkv])", r"\1.attn1.to_\2"),
-    (r"(blocks\.\d+)\.self_attn\.o", r"\1.attn1.to_out.0"),
-    (r"(blocks\.\d+)\.self_attn\.(norm_[qk])", r"\1.attn1.\2"),
-    (r"(blocks\.\d+)\.cross_attn\.([qkv])", r"\1.attn2.to_\2"),
-    (r"(blocks\.\d+)\.cross_attn\.o", r"\1.attn2.to_out.0"),
-    (r"(blocks\.\d+)\.cross_attn\.(norm_[qk])", r"\1.attn2.\2"),
-    (r"(blocks\.\d+)\.ffn\.0", r"\1.ffn.net.0.proj"),
-    (r"(blocks\.\d+)\.ffn\.2", r"\1.ffn.net.2"),
-    (r"(blocks\.\d+)\.norm3", r"\1.norm2"),
-    (r"text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
-    (r"text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
-    (r"time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
-    (r"time_embedding\.2", "condition_embedder.time_embedder.linear_2"),
-    (r"time_projection\.1", "condition_embedder.time_proj"),
-    (r"head\.head", "proj_out"),
-)
 
 
 def _spellings(shapes: Shapes) -> dict[str, str]:
@@ -169,9 +153,7 @@ def _spellings(shapes: Shapes) -> dict[str, str]:
     modules = {parameter.rpartition(".")[0] for parameter in shapes} - {""}
     found: dict[str, str] = {}
     for module in sorted(modules):
-        for pattern, theirs in _DIFFUSERS:
-            if match := re.fullmatch(pattern, module):
-                found[match.expand(theirs)] = module
+        found[wan.to_diffusers(module)] = module
     found |= {module: module for module in modules}  # where the two disagree, our own name counts
     return {spelling.replace(".", "_"): module for spelling, module in found.items()} | found
 

@@ -114,6 +114,16 @@ def _from_diffusers(name: str) -> str:
     return f"{start}{table[module]}.{attribute}" if module in table else name
 
 
+def to_diffusers(module: str) -> str:
+    """Diffusers' name of one of our modules; modules that are called alike stay as they are."""
+    start, table, rest = "", FROM_DIFFUSERS, module
+    if module.startswith("blocks."):
+        _, index, rest = module.split(".", 2) if module.count(".") >= 2 else ("", "", module)
+        start, table = f"blocks.{index}.", FROM_DIFFUSERS_BLOCK
+    theirs = next((theirs for theirs, ours in table.items() if ours == rest), None)
+    return module if theirs is None else start + theirs
+
+
 @dataclass(frozen=True)
 class Names:
     """A checkpoint's names, sorted out."""
