@@ -93,6 +93,8 @@ def assemble(
 
     encoder = place_text_encoder(build("text_encoder", lambda: TextEncoder(preset.text)), text_encoder, device)
     dit = build("dit", lambda: CausalWan(preset.dit)).to(device)
+    if not {"statistics.mean", "statistics.std"} <= tensors.keys():
+        raise store.StoreError(f"{folder} holds no latent statistics, which {name} needs: convert its weights again")
     mean, std = (tuple(tensors[f"statistics.{part}"].tolist()) for part in ("mean", "std"))
     statistics = LatentStatistics(mean, std)
     # the VAE may be missing where the light decoder serves: then no stream can start from a picture

@@ -243,6 +243,10 @@ class Worker:
         except PictureError as error:
             self.link.send(wire.Fault("picture_refused", str(error), message.stream))
             return
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: stream {message.stream} could not be opened: {error!r}", flush=True)
+            self.link.send(wire.Fault("generation_failed", "the stream could not be opened", message.stream))
+            return
         claim = Claim(message.start_chunk, message.start_chunk, time.monotonic())
         self.streams[message.stream] = Stream(message, state, claim)
 

@@ -71,7 +71,8 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     if upload is not None or body.image is not None:
         info = streams.info(body.model)
         data = upload if upload is not None else pictures.from_data_url(body.image or "")
-        picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+        async with streams.decoding:
+            picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
     stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture)
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)

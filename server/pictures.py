@@ -22,8 +22,10 @@ MAX_PIXELS = 1 << 24
 """Of one frame."""
 MAX_FRAMES = 300
 """Of a clip, as it is stored."""
+MAX_CLIP_PIXELS = 1 << 29
+"""Of all frames of a clip together: some seconds of work."""
 KEPT_FRAMES = 33
-"""The newest frames at the model's rate that are handed to the engine: more than a window's past holds."""
+"""The newest frames at the model's rate that are handed to the engine: three chunks of the usual length."""
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 CLIPS = {b"ftyp": "mp4", b"\x1aE\xdf\xa3": "matroska"}
 """What bytes 4 to 8, or 0 to 4, of a file say about its container."""
@@ -71,9 +73,9 @@ def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
     try:
         pictures = clip_frames(data, container, fps) if container else picture_frames(data, fps)
         kept: list[bytes] = []
-        for picture in pictures:
+        for picture, ticks in pictures:
             fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-            kept = [*kept[1 - KEPT_FRAMES :], fitted.tobytes()]
+            kept = [*kept, *[fitted.tobytes()] * ticks][-KEPT_FRAMES:]
     except ApiError:
         raise
     except Image.DecompressionBombError:
@@ -85,21 +87,26 @@ def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
     return b"".join(kept)
 
 
-def picture_frames(data: bytes, fps: int) -> Iterator[Image.Image]:
-    """The one frame of a picture, or those of an animated one at `fps`."""
+def check_clip(count: int, pixels: int) -> None:
+    if count > MAX_FRAMES:
+        raise refuse("too_many_frames", f"send at most {MAX_FRAMES} frames, not {count}")
+    if count * pixels > MAX_CLIP_PIXELS:
+        raise refuse("image_too_large", f"send at most {MAX_CLIP_PIXELS} pixels in all frames together")
+
+
+def picture_frames(data: bytes, fps: int) -> Iterator[tuple[Image.Image, int]]:
+    """The one frame of a picture, or those of an animated one, each with the ticks of `fps` that it is shown for."""
     with Image.open(io.BytesIO(data), formats=PICTURES) as image:
         check_size(*image.size)
         count = getattr(image, "n_frames", 1)
-        if count > MAX_FRAMES:
-            raise refuse("too_many_frames", f"send at most {MAX_FRAMES} frames, not {count}")
+        check_clip(count, image.width * image.height)
         shown = Fraction(0)
         for index in range(count):
             image.seek(index)
-            rgb = flatten(ImageOps.exif_transpose(image))
             shown += Fraction(image.info.get("duration", 0) or 100, 1000) * fps if count > 1 else 1
-            while shown >= 1:
-                yield rgb
-                shown = min(shown - 1, Fraction(KEPT_FRAMES))
+            if ticks := min(int(shown), KEPT_FRAMES):
+                yield flatten(ImageOps.exif_transpose(image)), ticks
+            shown %= 1
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -109,31 +116,28 @@ def flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(black, rgba).convert("RGB")
 
 
-def clip_frames(data: bytes, format: str, fps: int) -> Iterator[Image.Image]:
-    """The frames of a clip at `fps`: the one on screen at each tick."""
+def clip_frames(data: bytes, format: str, fps: int) -> Iterator[tuple[Image.Image, int]]:
+    """The frames of a clip, each with the ticks of `fps` that it is on screen for."""
     with av.open(io.BytesIO(data), format=format) as container:
         assert isinstance(container, InputContainer)
         if not container.streams.video:
             raise refuse("invalid_image", "the clip has no video")
         video = container.streams.video[0]
         check_size(video.codec_context.width, video.codec_context.height)
-        if video.frames > MAX_FRAMES:
-            raise refuse("too_many_frames", f"send at most {MAX_FRAMES} frames, not {video.frames}")
+        check_clip(video.frames, video.codec_context.width * video.codec_context.height)  # 0 where nothing says
         video.thread_count = 1
         ticks = 0
         last: VideoFrame | None = None
-        for count, frame in enumerate(container.decode(video)):
-            if count >= MAX_FRAMES:
-                raise refuse("too_many_frames", f"send at most {MAX_FRAMES} frames")
+        for count, frame in enumerate(container.decode(video), start=1):
             check_size(frame.width, frame.height)
-            if last is not None:
-                due = round(float(frame.time or 0.0) * fps)
-                for _ in range(min(due - ticks, KEPT_FRAMES)):
-                    yield as_image(last)
-                ticks = max(ticks, due)
+            check_clip(count, frame.width * frame.height)
+            due = round(float(frame.time or 0.0) * fps)
+            if last is not None and due > ticks:
+                yield as_image(last), min(due - ticks, KEPT_FRAMES)
+                ticks = due
             last = frame
         if last is not None:
-            yield as_image(last)
+            yield as_image(last), 1
 
 
 def as_image(frame: VideoFrame) -> Image.Image:

@@ -132,6 +132,8 @@ class Streams:
         self._encoder = Encoder(self._executor)
         self._housekeeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.decoding = asyncio.Semaphore(1)
+        """Of uploaded pictures: one at a time, so that live streams keep their share of the processor."""
         self._draining = False
         self._failed = False
         self._settled = asyncio.Event()
@@ -609,6 +611,7 @@ class Streams:
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
         stream.marks.clear()
+        stream.picture = b""
         stream.buffer.clear()
         if stream.player is not None and stream.player is not asyncio.current_task():
             stream.player.cancel()

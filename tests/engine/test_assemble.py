@@ -103,6 +103,9 @@ def test_what_a_store_lacks_is_named(weights: Path, monkeypatch: pytest.MonkeyPa
     assemble(TOY.name, weights=weights, decoder="full")
     with pytest.raises(store.StoreError, match="holds no light_vae"):
         assemble(TOY.name, weights=weights)
+    without("statistics.")
+    with pytest.raises(store.StoreError, match="holds no latent statistics"):
+        assemble(TOY.name, weights=weights)
     with pytest.raises(store.StoreError, match="--weights"):
         assemble("krea-14b")
 

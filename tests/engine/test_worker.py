@@ -192,6 +192,22 @@ def test_a_stream_opens_with_a_picture_or_says_why_not(gateway: Gateway) -> None
     assert (fault.code, fault.stream) == ("picture_refused", "q")
 
 
+def test_a_stream_that_cannot_be_opened_leaves_the_engine_up(
+    gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_see", fails)
+        gateway.send(wire.Open("p", "toy", "a red ball", seed=1, picture=bytes(64 * 64 * 3)))
+        fault = gateway.expect(wire.Fault)
+        assert isinstance(fault, wire.Fault)
+        assert (fault.code, fault.stream) == ("generation_failed", "p")
+    opened(gateway, "q", limit=1)
+    frames(gateway)
+
+
 @pytest.fixture
 def loras(tmp_path: Path, pipeline: Pipeline) -> Path:
     """A folder with two random LoRAs for the toy, and one for another model."""

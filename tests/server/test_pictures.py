@@ -25,9 +25,11 @@ def picture(size: tuple[int, int] = (64, 32), colour: tuple[int, ...] = (200, 10
     return out.getvalue()
 
 
-def animation(colours: list[tuple[int, int, int]], duration: int, format: str = "GIF") -> bytes:
+def animation(
+    colours: list[tuple[int, int, int]], duration: int, format: str = "GIF", size: tuple[int, int] = (32, 32)
+) -> bytes:
     out = io.BytesIO()
-    first, *rest = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    first, *rest = [Image.new("P" if size[0] > 32 else "RGB", size, colour) for colour in colours]
     first.save(out, format, save_all=True, append_images=rest, duration=duration)
     return out.getvalue()
 
@@ -115,9 +117,23 @@ def bomb() -> bytes:
         (bomb(), "image_too_large", "pixels"),
         (animation([(i % 256, 0, i // 2) for i in range(301)], 20), "too_many_frames", "300"),
         (clip(302, 60, (32, 32)), "too_many_frames", "300"),
+        (animation([(i, 0, 0) for i in range(40)], 20, size=(4000, 3500)), "image_too_large", "all frames together"),
         (bytes(pictures.MAX_BYTES + 1), "image_too_large", str(pictures.MAX_BYTES)),
     ],
-    ids=["empty", "cut gif", "svg", "bmp", "cut png", "cut mp4", "no mp4", "bomb", "long gif", "long mp4", "large"],
+    ids=[
+        "empty",
+        "cut gif",
+        "svg",
+        "bmp",
+        "cut png",
+        "cut mp4",
+        "no mp4",
+        "bomb",
+        "long gif",
+        "long mp4",
+        "heavy gif",
+        "large",
+    ],
 )
 def test_what_is_no_picture_is_refused_by_name(data: bytes, code: str, says: str) -> None:
     with pytest.raises(ApiError) as caught:
@@ -148,6 +164,9 @@ async def test_a_data_url_and_a_form_give_the_engine_the_same_picture(run_gatewa
         # when the first chunk is there, the picture is not kept
         await gateway.watch(one, until=lambda seen: len(seen.frames) > 1)
         assert gateway.streams.get(one["id"]).picture == b""
+        waiting = await gateway.open(image=data_url(data))  # for a place: what it would start from goes with it
+        await gateway.http.delete(f"/v1/streams/{waiting['id']}")
+        assert gateway.streams.get(waiting["id"]).picture == b""
 
 
 BAD = [
