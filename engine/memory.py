@@ -10,7 +10,6 @@ from engine.config import Preset
 BYTES = 2
 """Of a weight or activation: bfloat16."""
 
-VAE_PARAMETERS = {"mini": 1_200_000, "wan2.1": 126_892_531, "wan2.2": 704_688_668}
 VAE_CACHES = {
     "mini": {},
     "wan2.1": {8: 16 + 11 * 384, 4: 192 + 6 * 384, 2: 6 * 192, 1: 7 * 96},
@@ -18,7 +17,6 @@ VAE_CACHES = {
 }
 """Channels of the frames that the decoder's causal convolutions remember, two each, by the pixels that a cell spans
 (`../shared/specs/causal-wan.md` 2.7)."""
-LIGHT_PARAMETERS = {"mini": 800_000, "wan2.1": 10_000_000, "wan2.2": 10_000_000}
 LIGHT_CACHES = {
     "mini": {8: 2 * 96, 4: 64, 2: 16},
     "wan2.1": {8: 3 * 256, 4: 3 * 128, 2: 3 * 64},
@@ -67,7 +65,7 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
         # keys and values of the window, and the sink's keys once more as they were before rotation
         "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text.length,
-        "VAE weights": BYTES * (LIGHT_PARAMETERS if setting.light_vae else VAE_PARAMETERS)[preset.family],
+        "VAE weights": BYTES * sum(map(prod, sizes["light_vae" if setting.light_vae else "vae"].values())),
         "VAE caches": BYTES * frames * sum(count * area // size**2 for size, count in channels.items()),
         "activations": max(
             # the widest moment of a block: the hidden layer twice, and x, y, q, k, v, their rotated copies

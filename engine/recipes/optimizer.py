@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.recipes.run import Run, learning_rate
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 BETAS = (0.9, 0.98)
 MOMENTUM = 0.95
@@ -181,3 +183,22 @@ class Replay:
             print(f"'{name}' cannot be recorded and runs more slowly: {str(error).splitlines()[0]}", flush=True)
             return None
         return graph, out
+
+
+def fit(run: Run, optimiser: Optimiser, loss_of: Callable[[], Tensor], decay_from: float = 0.4) -> str:
+    """Descend until the run's time is over, and say how that went: what one network with one loss needs."""
+
+    def descend() -> Tensor:
+        optimiser.clear()
+        with torch.autocast(run.device.type, torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        return torch.stack([loss.detach(), optimiser.update()])
+
+    replay, step = Replay(run.device), 0
+    while step == 0 or run.progress() < 1:
+        optimiser.schedule(learning_rate(run.progress(), step, decay_from=decay_from))
+        loss, norm = replay(run.name, descend)
+        step += 1
+        run.log(step, {"loss": loss, "norm": norm})
+    return f"{step} steps, loss {float(loss):.3f}"

@@ -5,7 +5,7 @@ versions, with its own noise level per chunk, reads that context and carries the
 chunks only, in a large batch: there nothing but the text tells what to draw, which is what binds words to pictures.
 
 The context is spoiled in two ways, so that the model learns to repair what it will meet in its own rollouts: by a
-little noise, whose level it is told, and, in the second half of training, by replacing it with the model's own
+little noise, whose level it is told, and, in the later part of training, by replacing it with the model's own
 one-step guess of it.
 
 The text encoder is `engine.recipes.text`'s and stands still: its output for every caption is worked out once. Cost on

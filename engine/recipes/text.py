@@ -12,8 +12,8 @@ from engine.config import MINI, Preset
 from engine.models.dit import pool_text
 from engine.models.text_encoder import TextEncoder
 from engine.recipes import captions, world
-from engine.recipes.optimizer import Optimiser, Replay
-from engine.recipes.run import Run, arguments, learning_rate
+from engine.recipes.optimizer import Optimiser, fit
+from engine.recipes.run import Run, arguments
 
 SCENES = 60_000
 BATCH = 512
@@ -46,27 +46,18 @@ def train(run: Run, preset: Preset, count: int = SCENES, batch: int = BATCH) -> 
     active, labels = world.active(scenes), world.canonical(scenes)
     parameters = dict(reader.named_parameters())
     matrices = {name for name, p in parameters.items() if "block" in name and p.ndim == 2 and "bias" not in name}
-    optimiser, replay = Optimiser(parameters, matrices, 2e-3), Replay(run.device)
+    optimiser = Optimiser(parameters, matrices, 2e-3)
 
-    def descend() -> Tensor:
-        optimiser.clear()
+    def loss() -> Tensor:
         index = torch.randint(0, count, (batch,), device=run.device)
-        with torch.autocast(run.device.type, torch.bfloat16):
-            loss = reader.loss(ids[index], labels[index], active[index])
-        loss.backward()
-        return torch.stack([loss.detach(), optimiser.update()])
+        return reader.loss(ids[index], labels[index], active[index])
 
     run.say(f"captions after {run.elapsed():.0f} s")
     run.restart_clock()
-    step = 0
-    while step == 0 or run.progress() < 1:
-        optimiser.schedule(learning_rate(run.progress(), step, decay_from=0.4))
-        loss = replay("text", descend)
-        step += 1
-        run.log(step, {"loss": loss[0], "norm": loss[1]})
+    report = fit(run, optimiser, loss)
     reader.load_state_dict(optimiser.averages)
     run.save("text", reader.encoder.state_dict())
-    run.say(f"{step} steps, loss {float(loss[0]):.3f}")
+    run.say(report)
 
 
 def main() -> None:
