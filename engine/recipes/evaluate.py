@@ -179,8 +179,8 @@ def vae_figures(bundle: train_vae.Bundle, clips: int, generator: torch.Generator
         light_psnr.append(train_vae.psnr_per_clip(light, target))
         full_psnr.append(train_vae.psnr_per_clip(full, target))
         similar.append(ssim(light.flatten(0, 1), target.flatten(0, 1)))
-        energy.append(train_vae.gradient_energy(light) / train_vae.gradient_energy(target))
-        full_energy.append(train_vae.gradient_energy(full) / train_vae.gradient_energy(target))
+        energy.append(train_vae.energy_ratio(light, target))
+        full_energy.append(train_vae.energy_ratio(full, target))
     light_all, full_all, light_energy = torch.cat(light_psnr), torch.cat(full_psnr), torch.cat(energy)
     return {
         "light psnr": float(light_all.mean()),
