@@ -21,6 +21,7 @@ from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
+from engine.transforms.accelerate import Speed, accelerate, fastest_exact
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -56,11 +57,15 @@ def assemble(
     kv_precision: Precision = "exact",
     decoder: Literal["light", "full"] = "light",
     text_encoder: Place = "resident",
+    speed: Speed | None = None,
+    loras: bool = False,
 ) -> Pipeline:
     """Load a preset.
 
     `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
-    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`.
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`;
+    `speed` is by default whatever costs no exactness on this device; `loras` says that weights may change while it
+    serves.
 
     Raises:
         KeyError: no preset has this name.
@@ -113,7 +118,11 @@ def assemble(
     except ValueError as error:
         raise store.StoreError(str(error)) from None
     pictures = None if vae is None else PictureEncoding(vae, statistics)
-    return Pipeline(preset, tokenizer, encoder, dit, decoding, pictures, kv_precision=kv_precision)
+    speed = speed or fastest_exact(device)
+    if kv_precision != "exact" and speed.fused:
+        speed = Speed(context_pass=speed.context_pass)
+    served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
+    return Pipeline(preset, tokenizer, encoder, served, pictures)
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def warm(pipeline: Pipeline) -> Warmth:
 
 def describe(pipeline: Pipeline, warmth: Warmth) -> ModelInfo:
     preset = pipeline.preset
-    modules = (pipeline.text_encoder, pipeline.dit, pipeline.decoder.network)
+    modules = (pipeline.text_encoder, pipeline.served.wan, pipeline.decoder.network)
     return ModelInfo(
         name=preset.name,
         width=preset.width,

@@ -135,9 +135,9 @@ class Worker:
         self.pipeline = pipeline
         self.link = link
         self.streams: dict[str, Stream] = {}
-        self.adapters = Adapters(pipeline.dit)
+        self.adapters = Adapters(pipeline.served.wan)
         self._folder = loras
-        self._shapes = lora.shapes_of(pipeline.dit)
+        self._shapes = lora.shapes_of(pipeline.served.wan)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loras")
 
     def run(self) -> None:
@@ -216,6 +216,7 @@ class Worker:
         else:
             self._tell_loras(event)
         if changed:
+            self.pipeline.changed()
             for stream in self.streams.values():
                 stream.stale = True
 
@@ -317,9 +318,9 @@ class Worker:
         stream.commit_seconds = time.perf_counter() - began
 
     def _fail(self, name: str, code: str, text: str) -> None:
-        del self.streams[name]
+        self.pipeline.close(self.streams.pop(name).state)
         self.link.send(wire.Fault(code, text, name))
 
     def _end(self, name: str, reason: wire.EndReason) -> None:
-        del self.streams[name]
+        self.pipeline.close(self.streams.pop(name).state)
         self.link.send(wire.Ended(name, reason))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,11 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
-from engine.stream.decoding import Decoder, FullDecoding, LightDecoding
-from engine.stream.kv_cache import KVCache, Precision
+from engine.ops.linear import Format
+from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, to_host
+from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
+from engine.transforms.accelerate import Speed, accelerate
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -78,6 +80,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 @dataclass
 class Clock:
     """Times of the stages of every chunk, in seconds; by device events, so that nothing waits while it runs."""
@@ -114,9 +120,16 @@ class Clock:
 
 @torch.inference_mode()
 def roll(
-    preset: Preset, chunks: int, decoding: str, precision: Precision, device: torch.device, dtype: torch.dtype
+    preset: Preset,
+    chunks: int,
+    decoding: str,
+    precision: Precision,
+    speed: Speed,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Seconds of every stage of every chunk, and memory in bytes."""
+    before = allocated(device)
     with torch.device("meta"):
         dit = CausalWan(preset.dit)
         network: LightDecoder | CausalVAE
@@ -131,41 +144,32 @@ def roll(
         decoder = LightDecoding(network, statistics)
     else:
         decoder = FullDecoding(network, statistics)
-    config = preset.dit
-    cache = KVCache(
-        preset.cache(),
-        layers=config.num_layers,
-        heads=config.num_heads,
-        head_dim=config.head_dim,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-    )
-    weights = sum(p.numel() * p.element_size() for module in (dit, network) for p in module.parameters())
+    served = accelerate(dit, decoder, preset, speed, kv_precision=precision)
+    weights = allocated(device) - before
+    model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
-    context = dit.encode_text(text)
+    context = model.encode_text(text)
     rollout, clock = preset.rollout(), Clock(device)
     memories: list[Tensor] | None = None
     early = 0
     for index in range(chunks):
         clock.chunk()
         with clock.stage("steps"):
-            latents = denoise_chunk(dit, rollout, cache, context, [0], index)
+            latents = denoise_chunk(model, rollout, cache, context, [0], index)
         with clock.stage("decode"):
             frames, memories = decoder(latents, memories)
-            frames = (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         with clock.stage("copy"):
-            frames.cpu()
+            to_host(frames)
         with clock.stage("context"):
-            commit_chunk(dit, rollout, cache, context, latents, [0], index)
-        if index == preset.window // preset.chunk and device.type == "cuda":
-            early = torch.cuda.memory_allocated(device)
+            commit_chunk(model, rollout, cache, context, latents, [0], index, context_pass=speed.context_pass)
+        if index == preset.window // preset.chunk:
+            early = allocated(device)
     synchronise(device)
     memory = {"weights": weights, "kv cache": cache.bytes(), "decoder state": sum(x.nbytes for x in memories or [])}
     if device.type == "cuda":
         memory |= {
             "peak": torch.cuda.max_memory_allocated(device),
-            "growth since the window filled": torch.cuda.memory_allocated(device) - early,
+            "growth since the window filled": allocated(device) - early,
         }
     return clock.seconds(), {name: float(size) for name, size in memory.items()}
 
@@ -187,13 +191,35 @@ def main() -> None:
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
+    parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
+    parser.add_argument("--fused", action="store_true", help="the fused transformer; the options below need it")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, the light decoder compiled")
+    parser.add_argument("--low-bit", choices=get_args(Format), help="projections in 8 bits")
+    parser.add_argument("--float8-attention", action="store_true")
+    parser.add_argument("--keep", type=float, default=1.0, help="share of the past that is looked at")
+    parser.add_argument("--no-context-pass", action="store_true")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
-    changes = {name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None}
+    changes: dict[str, Any] = {
+        name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None
+    }
     if options.resolution:
         changes |= dict(zip(("width", "height"), map(int, options.resolution.split("x")), strict=True))
+    if options.steps is not None:
+        changes["steps"] = preset.steps[: options.steps]
     preset = replace(preset, **changes)
+    try:
+        speed = Speed(
+            fused=options.fused,
+            low_bit=options.low_bit,
+            float8_attention=options.float8_attention,
+            keep=options.keep,
+            graphs=options.graphs,
+            context_pass=not options.no_context_pass,
+        )
+    except ValueError as error:
+        parser.error(str(error))
     device = best_device()
     dtype = best_dtype(device)
     slots = preset.window // preset.chunk
@@ -201,7 +227,7 @@ def main() -> None:
         parser.error(f"--chunks must be at least {slots + 4} for this window")
 
     best = ceiling(device, dtype)
-    seconds, memory = roll(preset, options.chunks, options.decoder, options.kv_cache, device, dtype)
+    seconds, memory = roll(preset, options.chunks, options.decoder, options.kv_cache, speed, device, dtype)
     full = seconds[slots:]
     part = min(20, len(full) // 2)
     first, last = summary(full[:part]), summary(full[-part:])
@@ -209,6 +235,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
     print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder, {options.kv_cache} cache")
+    print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
     print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames")
     for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))

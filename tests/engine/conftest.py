@@ -14,6 +14,7 @@ from engine.models.tokenizer import Tokenizer
 from engine.models.vae import CausalVAE
 from engine.pipeline import Pipeline
 from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
+from engine.transforms.accelerate import Speed, accelerate
 
 TOY = replace(
     MINI,
@@ -27,7 +28,7 @@ TOY = replace(
 )
 
 
-def build(preset: Preset, seed: int = 0, *, full: bool = False) -> Pipeline:
+def build(preset: Preset, seed: int = 0, *, full: bool = False, speed: Speed | None = None) -> Pipeline:
     torch.manual_seed(seed)
     text, dit, light = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
     vae = CausalVAE(preset.vae)
@@ -37,7 +38,8 @@ def build(preset: Preset, seed: int = 0, *, full: bool = False) -> Pipeline:
     statistics = LatentStatistics((0.5,) * channels, (2.0,) * channels)
     decoder = FullDecoding(vae, statistics) if full else LightDecoding(light, statistics)
     tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
-    return Pipeline(preset, tokenizer, text, dit, decoder, PictureEncoding(vae, statistics))
+    served = accelerate(dit, decoder, preset, speed or Speed())
+    return Pipeline(preset, tokenizer, text, served, PictureEncoding(vae, statistics))
 
 
 @pytest.fixture(autouse=True)
