@@ -179,5 +179,5 @@ def choose_blocks(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, keep: int,
     """
     scores = torch.einsum("bqhd,bkhd->bhqk", pooled_q.float(), pooled_k.float())
     scores = scores.masked_fill(always, float("inf"))
-    best = scores.sort(-1, descending=True, stable=True).indices[..., : dense + keep]
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : dense + keep]
     return best.sort(-1, descending=True).values.int()

@@ -73,9 +73,7 @@ def plan(tiles: int, steps: int, programs: int) -> tuple[list[list[list[int]]], 
             work[i].append([tile, max(bounds[i], start) - start, min(bounds[i + 1], end) - start, slot])
             slot += 1
     longest = max(len(segments) for segments in work)
-    for segments in work:
-        segments += [[0, 0, 0, -1]] * (longest - len(segments))
-    return work, shared
+    return [segments + [[0, 0, 0, -1]] * (longest - len(segments)) for segments in work], shared
 
 
 @lru_cache(maxsize=64)
@@ -173,7 +171,7 @@ def _attend(
             else:
                 tl.store(stats + slot * 2 * BM + rows, m * multiplier)
                 tl.store(stats + slot * 2 * BM + BM + rows, total)
-                tl.store(parts + slot.to(tl.int64) * BM * D + rows[:, None] * D + columns[None, :], acc)
+                tl.store(parts + slot * (BM * D) + rows[:, None] * D + columns[None, :], acc)
 
 
 @triton.jit
@@ -256,7 +254,7 @@ def _combine(
     for slot in range(first, end):
         weight = tl.exp2(tl.load(stats + slot * 2 * BM + rows) - m)
         total += weight * tl.load(stats + slot * 2 * BM + BM + rows)
-        acc += weight[:, None] * tl.load(parts + slot.to(tl.int64) * BM * D + rows[:, None] * D + columns[None, :])
+        acc += weight[:, None] * tl.load(parts + slot * (BM * D) + rows[:, None] * D + columns[None, :])
     head = (tile // tiles_q) % heads
     batch = tile // (tiles_q * heads)
     row = (tile % tiles_q) * BM + rows
@@ -460,14 +458,10 @@ def _choose(
     score = tl.zeros([ROWS, NK], tl.float32)
     for start in tl.static_range(0, D, DK):
         d = start + tl.arange(0, DK)
-        q = tl.load(
-            pooled_q + ((batch * nq + row) * heads + head)[:, None] * D + d[None, :], mask=(row < nq)[:, None], other=0.0
-        )
-        k = tl.load(
-            pooled_k + ((batch * nk + block) * heads + head)[None, :] * D + d[:, None],
-            mask=(block < nk)[None, :],
-            other=0.0,
-        )
+        at_q = ((batch * nq + row) * heads + head)[:, None] * D + d[None, :]
+        at_k = ((batch * nk + block) * heads + head)[None, :] * D + d[:, None]
+        q = tl.load(pooled_q + at_q, mask=(row < nq)[:, None], other=0.0)
+        k = tl.load(pooled_k + at_k, mask=(block < nk)[None, :], other=0.0)
         score = tl.dot(q, k, score, input_precision="ieee")
     # an int32 of the same order as the float
     bits = score.to(tl.int32, bitcast=True)

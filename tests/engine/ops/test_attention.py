@@ -23,7 +23,8 @@ from engine.ops.triton.attention import Config  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 FP8 = torch.float8_e4m3fn
-SMALL = Config(block_m=32, block_n=32, warps=4, stages=2)
+# in the interpreter 8-bit probabilities are cut off, not rounded
+EIGHT_BITS = 4e-2 if GPU else 0.1
 
 
 def relative(out, exact):
@@ -92,12 +93,12 @@ def test_dense_in_8_bits(persistent):
     config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
     out = kernels.dense(q8, k8, v8, **scales, out_dtype=torch.float32, config=config)
     exact = reference.dense(q8, k8, v8, **scales, out_dtype=torch.float32)
-    assert relative(out, exact) < 4e-2
+    assert relative(out, exact) < EIGHT_BITS
     packed = kernels.dense(
         q8, k8, kernels.pack_values(v8), packed=True, **scales, out_dtype=torch.float32, config=config
     )
     assert torch.equal(packed, out)
-    assert relative(out, reference.dense(q, k, v)) < 8e-2
+    assert relative(out, reference.dense(q, k, v)) < 2 * EIGHT_BITS
 
 
 @pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
@@ -125,7 +126,7 @@ def test_block_sparse(eight, counted):
     for config in (Config(), Config(persistent=True, block_n=64)):
         out = kernels.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32, config=config)
         exact = reference.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32)
-        assert relative(out, exact) < (4e-2 if eight else 2e-3)
+        assert relative(out, exact) < (EIGHT_BITS if eight else 2e-3)
         if counted:
             assert not out[:, 128:, 0].any()
 
