@@ -8,16 +8,25 @@ Sparse: keys are grouped in blocks of 128 tokens. For every head and block of qu
 key scores best against the mean query are seen, together with all of the sink and of the current chunk.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from engine.models.sizes import DiTConfig
 from engine.ops import fused
-from engine.ops.attention import attention, block_sparse, choose_blocks, dense, pool
+from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
-from engine.stream.kv_cache import CacheConfig, KVCache
+from engine.stream.kv_cache import CacheConfig, KVCache, Rows
 
-BLOCK = 128
+
+def kernels(device: torch.device) -> Any:
+    """Where `dense`, `block_sparse` and what they need are for this device."""
+    if device.type == "cuda":
+        from engine.ops.triton import attention as module
+    else:
+        from engine.ops import attention as module  # type: ignore[no-redef]
+    return module
 
 
 class FusedCache(KVCache):
@@ -54,8 +63,13 @@ class FusedCache(KVCache):
             means = torch.zeros(layers, batch, heads, head_dim, device=device)
             keys, values = (torch.ones(layers, batch, heads, device=device) for _ in range(2))
             self.scales = [Scales(*layer) for layer in zip(means, keys, values, strict=True)]
+            # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
+            tokens = -(-self.keys.data.shape[2] // 16) * 16
+            self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device).to(torch.float8_e4m3fn)
+            self.values = Rows((layers, batch, 0, heads, head_dim), dtype, self.device, "exact")
+        self._kernels = kernels(self.device)
         blocks = -(-self.keys.data.shape[2] // BLOCK) if keep < 1 else 0
-        self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device, dtype=dtype)
+        self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
 
     def _always(self) -> Tensor:
@@ -84,44 +98,58 @@ class FusedCache(KVCache):
     ) -> Tensor:
         """Self-attention of the current chunk from its joint projection [B, S, 3 D]: [B, S, heads, head_dim]."""
         span = self._span(self.slot)
-        scales = None if self.scales is None else self.scales[layer]
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
-        keys, values = self.keys.data[layer], self.values.data[layer]
-        slot_keys, slot_values = keys[:, span], values[:, span]
-        query_scale = None
-        if scales is not None and not self.written:
-            # a scene's first chunk: its own keys and values say how all of the scene's are to be rounded
-            shape, dtype, device = slot_keys.shape, qkv.dtype, qkv.device
-            exact_keys, exact_values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            q, _ = fused.heads(qkv, bias, norm_q, norm_k, eps, self._angles, exact_keys, exact_values, raw_keys=raw)
-            scales.calibrate(exact_keys, exact_values)
-            fused.store(exact_keys, slot_keys, scales.key, scales.key_mean)
-            fused.store(exact_values, slot_values, scales.value)
-            return attention(q, exact_keys, exact_values)
-        q, query_scale = fused.heads(
-            qkv, bias, norm_q, norm_k, eps, self._angles, slot_keys, slot_values, raw_keys=raw, scales=scales
+        keys = self.keys.data[layer]
+        if self.scales is None:
+            values = self.values.data[layer]
+            q, _ = fused.heads(
+                qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], values[:, span], raw_keys=raw
+            )
+            return self._look(layer, q, keys[:, : self.filled], values[:, : self.filled])
+
+        scales, packed = self.scales[layer], self.packed[layer]
+        new_values = torch.empty_like(keys[:, span])
+        if self.written:
+            q, q_scale = fused.heads(
+                qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], new_values, raw_keys=raw, scales=scales
+            )
+            self._kernels.pack_values(new_values, packed, span.start)
+            given = {"q_scale": q_scale, "k_scale": scales.key, "v_scale": scales.value, "packed": True}
+            return self._look(layer, q, keys[:, : self.filled], packed, **given, out_dtype=qkv.dtype)
+        # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
+        exact_keys, exact_values = (
+            torch.empty(new_values.shape, dtype=qkv.dtype, device=self.device) for _ in range(2)
         )
-        keys, values = keys[:, : self.filled], values[:, : self.filled]
-        key_scale, value_scale = (None, None) if scales is None else (scales.key, scales.value)
+        q, _ = fused.heads(qkv, bias, norm_q, norm_k, eps, self._angles, exact_keys, exact_values, raw_keys=raw)
+        scales.calibrate(exact_keys, exact_values)
+        fused.store(exact_keys, keys[:, span], scales.key, scales.key_mean)
+        fused.store(exact_values, new_values, scales.value)
+        self._kernels.pack_values(new_values, packed, span.start)
+        return attention(q, exact_keys, exact_values)
+
+    def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
+        """Attention over the keys, or over the blocks of them that are chosen."""
         past = self._past_blocks()
         kept = round(self.keep * past)
         if kept < past:
+            blocks = -(-self.filled // BLOCK)
             # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
-            pooled = self.pooled[layer, :, : -(-self.filled // BLOCK)]
-            index = choose_blocks(pool(q, BLOCK), pooled, self._always(), kept)
-            return block_sparse(
-                q, keys, values, index, q_scale=query_scale, k_scale=key_scale, v_scale=value_scale, out_dtype=qkv.dtype
+            index = self._kernels.choose_blocks(
+                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
             )
-        if scales is None:
+            out: Tensor = self._kernels.block_sparse(q, keys, values, index, **given)
+            return out
+        if not given:
             return attention(q, keys, values)
-        return dense(q, keys, values, q_scale=query_scale, k_scale=key_scale, v_scale=value_scale, out_dtype=qkv.dtype)
+        out = self._kernels.dense(q, keys, values, **given)
+        return out
 
     def advance(self) -> None:
         if self.keep < 1:
             span = self._span(self.slot)
             first, last = span.start // BLOCK, -(-span.stop // BLOCK)
             tokens = self.keys.data[:, :, first * BLOCK : last * BLOCK].flatten(0, 1)
-            self.pooled[:, :, first:last] = pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
+            self.pooled[:, :, first:last] = self._kernels.pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
         super().advance()
 
     def _write_sink(self, layer: int, keys: Tensor) -> None:
@@ -131,4 +159,4 @@ class FusedCache(KVCache):
 
     def _tensors(self) -> tuple[Tensor, ...]:
         scales = [x for layer in self.scales or () for x in (layer.key_mean, layer.key, layer.value)]
-        return (*super()._tensors(), self.pooled, *scales)
+        return (*super()._tensors(), self.pooled, *scales, *((self.packed,) if self.scales else ()))

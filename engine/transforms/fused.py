@@ -1,8 +1,9 @@
 """The transformer as it serves on a GPU: the sums of `CausalWan`, in as few passes over memory as they take.
 
 Between two matrix products stands one kernel (`engine.ops.fused`): residual sum, norm and modulation; norm, rotation
-and the write into the cache; activation. The kernel that makes a product's input also quantises it, where the projection is
-in 8 bits. The model's own modules hold the weights; this is another way through them, which a test holds to theirs.
+and the write into the cache; activation. The kernel that makes a product's input also quantises it, where the
+projection is in 8 bits. The model's own modules hold the weights; this is another way through them, which a test holds
+to theirs.
 """
 
 from typing import cast

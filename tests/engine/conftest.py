@@ -1,14 +1,9 @@
 """A pipeline of toy size with random weights: every engine test but those of the shipped model runs on it."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # triton reads it while it is imported, which one of the imports below does
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from engine.config import MINI, Preset
 from engine.models.dit import CausalWan
