@@ -141,7 +141,9 @@ class Pipeline:
         """
         self._cross_boundary(state)
         fresh = state.memories is None
-        latents = denoise_chunk(self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk)
+        latents = denoise_chunk(
+            self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk, steps=state.steps
+        )
         finite = torch.isfinite(latents).all()
         frames, finite = to_host(self.decode(latents, state)), to_host(finite)
         chunk = Chunk(state.chunk, state.frame, frames, fresh)

@@ -143,6 +143,12 @@ class KVCache:
         """Tokens that the current chunk sees, itself among them."""
         return min(self.written + 1, self.sink_slots + self.ring_slots) * self.chunk_tokens
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (slot, filled) that a stream goes through, in the order in which it first does."""
+        slots = self.sink_slots + self.ring_slots
+        chunks = range(slots + (self.ring_slots - 1 if self.ring_slots > 1 else 0))
+        return [(self._slot(chunk), min(chunk + 1, slots) * self.chunk_tokens) for chunk in chunks]
+
     def at(self, layer: int) -> Attend:
         """See `SelfAttend`: writes the chunk's k and v and attends from its q."""
         return partial(self._attend, layer)

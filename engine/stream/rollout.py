@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine.models.dit import TextContext
 from engine.stream.kv_cache import KVCache
 from engine.stream.sampler import chunk_noise, few_step
+from engine.stream.schedule import fewer
 
 
 class Transformer(Protocol):
@@ -46,15 +47,27 @@ def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, c
 
 
 def denoise_chunk(
-    model: Transformer, config: RolloutConfig, cache: KVCache, context: TextContext, seeds: Sequence[int], chunk: int
+    model: Transformer,
+    config: RolloutConfig,
+    cache: KVCache,
+    context: TextContext,
+    seeds: Sequence[int],
+    chunk: int,
+    *,
+    steps: int | None = None,
 ) -> Tensor:
-    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row."""
+    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row.
+
+    `steps` takes fewer than the configured steps.
+    """
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
 
     def noise(step: int) -> Tensor:
         return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
 
     sigmas = config.first_sigmas if config.first_sigmas and not cache.written else config.sigmas
+    if steps is not None:
+        sigmas = fewer(sigmas, min(steps, len(sigmas)))
     return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, sigmas)
 
 

@@ -109,7 +109,11 @@ class FusedWan(nn.Module):
             seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
             y = block.cross_o(seen.reshape(len(residual), -1))
             residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.format)
-            y = block.down(gelu(block.up(h), block.up.bias, block.down.format))
+            if block.up.format is None and block.down.format is None:
+                assert isinstance(h, Tensor)
+                y = block.down(block.up.gelu(h))
+            else:
+                y = block.down(gelu(block.up(h), block.up.bias, block.down.format))
             bias, gate = block.down.bias, gate2
         shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
         _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)

@@ -78,6 +78,13 @@ class Projection:
         rows = x if isinstance(x, Rows8) else to_rows8(x, self.weight.format)
         return linear8(rows, self.weight, None, self.dtype)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product plus the bias: the library's own epilogue where there is one."""
+        assert isinstance(self.weight, Tensor) and self.bias is not None
+        if x.is_cuda:
+            return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
+        return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
+
     @property
     def dtype(self) -> torch.dtype:
         return self._layers[0].weight.dtype

@@ -1,5 +1,6 @@
 """A pipeline of toy size with random weights: every engine test but those of the shipped model runs on it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,17 @@ def build(preset: Preset, seed: int = 0, *, full: bool = False, speed: Speed | N
 @pytest.fixture(autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def toy() -> Preset:
+    return TOY
+
+
+@pytest.fixture(name="build")
+def build_fixture() -> Callable[..., Pipeline]:
+    """`build` for tests in other folders."""
+    return build
 
 
 @pytest.fixture
