@@ -27,7 +27,10 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles."""
+    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles.
+
+    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries.
+    """
 
     block_m: int = 128
     block_n: int = 128
@@ -38,12 +41,16 @@ class Config:
     registers: int | None = None
 
 
-CONFIGS: dict[tuple[bool, bool], Config] = {
-    # (8 bits, sparse)
-    (False, False): Config(),
-    (False, True): Config(),
-    (True, False): Config(),
-    (True, True): Config(),
+CONFIGS: dict[tuple[bool, bool, bool], Config] = {
+    # (Hopper, 8 bits, sparse)
+    (True, False, False): Config(specialized=True, persistent=True, stages=2),
+    (True, False, True): Config(specialized=True, persistent=True, stages=2),
+    (True, True, False): Config(specialized=True, persistent=True, stages=4),
+    (True, True, True): Config(specialized=True, persistent=True, stages=4),
+    (False, False, False): Config(stages=2),
+    (False, False, True): Config(stages=2),
+    (False, True, False): Config(stages=2),
+    (False, True, True): Config(stages=2),
 }
 
 
@@ -286,7 +293,7 @@ def _run(
         v, packed = pack_values(v), True
     if packed and not eight:
         raise ValueError("packed values are for 8-bit attention")
-    config = config or CONFIGS[eight, index is not None]
+    config = config or CONFIGS[_is_hopper(q.device), eight, index is not None]
     bm, bn = config.block_m, config.block_n
     tiles_q = triton.cdiv(queries, bm)
     tiles = batch * heads * tiles_q
@@ -302,40 +309,37 @@ def _run(
             raise ValueError("scales are contiguous float32")
     if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
         raise ValueError("index is contiguous int32")
-    v_block = [1, 1, dim, bn] if packed else [1, bn, 1, dim]
-    _attend[(work.shape[0],)](
-        _describe(q, [1, bm, 1, dim]),
-        _describe(k, [1, bn, 1, dim]),
-        _describe(v, v_block),
-        out,
-        parts,
-        stats,
-        work,
-        q_scale,
-        k_scale,
-        v_scale,
-        index,
-        count,
-        LOG2E / math.sqrt(dim),
-        heads,
-        tiles_q,
-        queries,
-        keys,
-        0 if index is None else index.shape[-1],
-        SEGMENTS=work.shape[1],
-        BM=bm,
-        BN=bn,
-        D=dim,
-        PACKED=packed,
-        SCALED_Q=q_scale is not None,
-        SCALED_K=k_scale is not None,
-        SCALED_V=v_scale is not None,
-        SPARSE=index is not None,
-        COUNTED=count is not None,
-        SHIFT=8.0 if eight else 0.0,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({} if config.registers is None else {"maxnreg": config.registers}),
+    launch = _launch_specialized if config.specialized else _launch
+    launch(
+        config,
+        (q, k, v),
+        {
+            "out": out,
+            "parts": parts,
+            "stats": stats,
+            "work": work,
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "index": index,
+            "count": count,
+            "scale": LOG2E / math.sqrt(dim),
+            "heads": heads,
+            "tiles_q": tiles_q,
+            "queries": queries,
+            "keys": keys,
+            "listed": 0 if index is None else index.shape[-1],
+            "SEGMENTS": work.shape[1],
+            "BN": bn,
+            "D": dim,
+            "PACKED": packed,
+            "SCALED_Q": q_scale is not None,
+            "SCALED_K": k_scale is not None,
+            "SCALED_V": v_scale is not None,
+            "SPARSE": index is not None,
+            "COUNTED": count is not None,
+            "SHIFT": 8.0 if eight else 0.0,
+        },
     )
     if len(shared):
         rows = 16
@@ -346,8 +350,54 @@ def _run(
     return out
 
 
-def _describe(x: Tensor, block: list[int]) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+def _blocks(config: Config, dim: int, packed: bool, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """What one copy fetches of q, k and v."""
+    bn = config.block_n
+    return [1, rows, 1, dim], [1, bn, 1, dim], [1, 1, dim, bn] if packed else [1, bn, 1, dim]
+
+
+def _launch(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], config.block_m)
+    _attend[(arguments["work"].shape[0],)](
+        *(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in zip(inputs, blocks, strict=True)),
+        **arguments,
+        BM=config.block_m,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **({} if config.registers is None else {"maxnreg": config.registers}),
+    )
+
+
+def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
+
+    from engine.ops.triton import hopper
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
+    unused = {"q_scale": "stats", "k_scale": "stats", "v_scale": "stats", "index": "work", "count": "work"}
+    pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
+    hopper.attend[(arguments["work"].shape[0],)](
+        *(
+            LaidOutDescriptor(
+                x,
+                list(x.shape),
+                list(x.stride()),
+                block,
+                gl.NVMMASharedLayout.get_default_for(block, element[x.dtype]),
+            )
+            for x, block in zip(inputs, blocks, strict=True)
+        ),
+        **(arguments | pointers),
+        STAGES=config.stages,
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=8)
