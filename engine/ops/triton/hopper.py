@@ -134,12 +134,17 @@ def _row_sums(p, BN: gl.constexpr):
 
 
 @gluon.jit
-def _operand(p, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.constexpr, PACKED: gl.constexpr):
-    """Probabilities as the left operand; in the order of packed values nothing moves between threads."""
+def _held(p, BN: gl.constexpr, PACKED: gl.constexpr):
+    """Probabilities as they are kept until their product: 8-bit ones four to an int32 [64, BN / 4].
+
+    As separate bytes they would take a register each, and a third of the loop's instructions to pack.
+    """
     if PACKED:
-        p = p.reshape([64, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, BN])
-        p = gl.convert_layout(p, layout, assert_trivial=True)
-        # four at once: byte by byte, packing took a third of the loop's instructions
+        # in the order of packed values nothing moves between threads
+        p = p.reshape([64, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, BN // 4, 2, 2])
+        even, odd = gl.split(p)
+        first, third = gl.split(even)
+        second, fourth = gl.split(odd)
         return gl.inline_asm_elementwise(
             """{
             .reg .b16 low, high;
@@ -148,13 +153,34 @@ def _operand(p, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.constexpr, PAC
             mov.b32 $0, {low, high};
             }""",
             "=r,r,r,r,r",
-            [p],
-            dtype=gl.float8e4nv,
+            [first, second, third, fourth],
+            dtype=gl.int32,
             is_pure=True,
+            pack=1,
+        )
+    else:
+        return p
+
+
+@gluon.jit
+def _operand(held, zero, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.constexpr, PACKED: gl.constexpr):
+    """What `_held` keeps, as the left operand of a product."""
+    if PACKED:
+        held = gl.convert_layout(
+            gl.expand_dims(held, 2).broadcast_to([64, BN // 4, 4]).reshape([64, BN]), layout, assert_trivial=True
+        )
+        # With a plain move ptxas would give what is being made for the next product the registers that this one still
+        # reads, and then run every product to its end. Of `zero` it does not know that it is 0.
+        return gl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $5;",
+            "=r,r,r,r,r,r,r,r,r",
+            [held, gl.full([64, BN], zero, gl.int32, layout)],
+            dtype=gl.float8e4nv,
+            is_pure=False,
             pack=4,
         )
     else:
-        return gl.convert_layout(p.to(dtype), layout, assert_trivial=True)
+        return gl.convert_layout(held.to(dtype), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -204,6 +230,7 @@ def _attend_group(
             s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
             p, m, alpha = _softmax(s, m, multiplier, SHIFT)
             total = _row_sums(p, BN)
+            held = _held(p, BN, PACKED)
             # what `acc` shrinks by before the next product is added
             shrink = gl.full([64], 1.0, gl.float32, out_rows)
             for _ in range(first + 1, end):
@@ -211,9 +238,9 @@ def _attend_group(
                 phase_v = (at // STAGES) & 1
                 at += 1
                 stage = at % STAGES
+                weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
                 mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
                 s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
-                weights = _operand(p, dtype, operand, BN, PACKED)
                 mbarrier.wait(v_full.index(stage_v), phase_v)
                 values = _values(v_ring, stage_v, BN, D, PACKED)
                 if PACKED:
@@ -228,10 +255,11 @@ def _attend_group(
                 p, m, alpha = _softmax(s, m, multiplier, SHIFT)
                 total = total * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)
                 total += _row_sums(p, BN)
+                held = _held(p, BN, PACKED)
                 # ptxas would wait for the product before it takes the exponentials. It moves nothing over a branch, and
                 # this one, on a barrier that has long been passed, costs a few cycles
                 mbarrier.wait(q_full.index(GROUP), (loaded - 1) & 1)
-                product, p = warpgroup_mma_wait(0, deps=[product, p])
+                product, held = warpgroup_mma_wait(0, deps=[product, held])
                 mbarrier.arrive(v_empty.index(stage_v))
                 shrunk = gl.convert_layout(alpha, out_rows)
                 if PACKED:
@@ -245,7 +273,7 @@ def _attend_group(
             at += 1
             values = _values(v_ring, stage_v, BN, D, PACKED)
             acc = acc * gl.expand_dims(shrink, 1)
-            weights = _operand(p, dtype, operand, BN, PACKED)
+            weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
             product = warpgroup_mma(weights, values, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(v_empty.index(stage_v))
