@@ -144,8 +144,8 @@ def candidates(mode: str) -> Iterator[Any]:
     from engine.ops.triton.attention import Config
 
     eight = mode.startswith("fp8")
-    for persistent, stages in itertools.product((True, False), (4, 3, 2) if eight else (2,)):
-        yield Config(specialized=True, persistent=persistent, stages=stages)
+    for persistent, turns, stages in itertools.product((True, False), (False, True), (4, 3, 2) if eight else (2,)):
+        yield Config(specialized=True, persistent=persistent, stages=stages, turns=turns)
     if not mode.endswith("sparse"):
         for stages in (6, 4) if eight else (4, 3):
             yield Config(block_n=64, specialized=True, persistent=True, stages=stages)
@@ -182,7 +182,7 @@ def check(mode: str, specialized: bool, device: str) -> None:
         index = random_lists(batch, heads, queries, keys, 2, device)
         count = torch.randint(0, 3, index.shape[:3], device=device, dtype=torch.int32)
         for persistent in (False, True):
-            config = kernels.Config(persistent=persistent, specialized=specialized, stages=2)
+            config = kernels.Config(persistent=persistent, specialized=specialized, stages=2, turns=persistent)
             torch.full((1 << (14 if device == "cpu" else 26),), float("nan"), device=device)
             q, k, v = (x.q8, x.k8, x.v8) if eight else (x.q, x.k, x.v)
             extra: dict[str, Any] = {"packed": True, **x.scales} if eight else {}
@@ -331,8 +331,8 @@ def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[s
         "the same in torch": [partial(reference.choose_blocks, q, k, always, keep, current) for q, k in pooled],
         "pool the chunk": [partial(kernels.pool, x) for x in chunk],
         "pool all keys": [partial(kernels.pool, x.k) for x in sets],
-        "pack the chunk's values": [
-            partial(kernels.pack_values, x.k8[:, -queries:], x.v8, keys - queries) for x in sets
+        "pack the chunk's values in 8 bits": [
+            partial(kernels.pack_values, x.v[:, -queries:], x.v8, keys - queries, x.scales["v_scale"]) for x in sets
         ],
     }
     for name, work in costs.items():

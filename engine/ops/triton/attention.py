@@ -29,7 +29,8 @@ LOG2E = math.log2(math.e)
 class Config:
     """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles.
 
-    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries.
+    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries; with `turns` its two
+    groups of warps use the matrix unit in turn.
     """
 
     block_m: int = 128
@@ -38,6 +39,7 @@ class Config:
     stages: int = 3
     persistent: bool = False
     specialized: bool = False
+    turns: bool = False
     registers: int | None = None
 
 
@@ -93,7 +95,7 @@ def _plan_on(device: torch.device, tiles: int, steps: int, programs: int) -> tup
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def _attend(
     q_desc,
     k_desc,
@@ -113,7 +115,7 @@ def _attend(
     queries,
     keys,
     listed,
-    SEGMENTS: tl.constexpr,
+    segments,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -131,8 +133,8 @@ def _attend(
     EDGE: tl.constexpr = HALVES if SPARSE else 1
     rows = tl.arange(0, BM)
     columns = tl.arange(0, D)
-    for segment in range(SEGMENTS):
-        entry = work + (program * SEGMENTS + segment) * 4
+    for segment in range(segments):
+        entry = work + (program * segments + segment) * 4
         tile = tl.load(entry)
         first = tl.load(entry + 1)
         end = tl.load(entry + 2)
@@ -329,7 +331,7 @@ def _run(
             "queries": queries,
             "keys": keys,
             "listed": 0 if index is None else index.shape[-1],
-            "SEGMENTS": work.shape[1],
+            "segments": work.shape[1],
             "BN": bn,
             "D": dim,
             "PACKED": packed,
@@ -391,6 +393,7 @@ def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], a
         ),
         **(arguments | pointers),
         STAGES=config.stages,
+        TURNS=config.turns,
         num_warps=4,
     )
 
@@ -441,34 +444,48 @@ def block_sparse(
     return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, config)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start"])
 def _pack(
-    v, out, batch_v, token_v, head_v, batch_o, head_o, dim_o, tokens, start,
-    D: tl.constexpr, TOKENS: tl.constexpr,
+    v, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
+    D: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS tokens of one head, turned through registers."""
+    """TOKENS columns of one head's packed values, turned in registers and written as whole rows."""
     batch, head = tl.program_id(2), tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    to = start + token
-    to = (to & ~15) | ((to & 6) << 1) | ((to & 8) >> 2) | (to & 1)
+    # tiles begin at a multiple of 16 tokens, wherever the chunk does
+    base = start // 16 * 16 + tl.program_id(0) * TOKENS
+    token = base - start + tl.arange(0, TOKENS)
     columns = tl.arange(0, D)
-    inside = (token < tokens)[:, None] & (columns < D)[None, :]
+    inside = ((token >= 0) & (token < tokens))[:, None] & (columns < D)[None, :]
     source = v + batch * batch_v + head * head_v + token.to(tl.int64)[:, None] * token_v + columns[None, :]
-    x = tl.load(source, mask=inside)
-    target = out + batch * batch_o + head * head_o + columns.to(tl.int64)[None, :] * dim_o + to[:, None]
-    tl.store(target, x, mask=inside)
+    x = tl.load(source, mask=inside, other=0)
+    if SCALED:
+        x = x.to(tl.float32) / tl.load(scale + batch * heads + head)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(out.dtype.element_ty)
+    x = x.T.reshape(D, TOKENS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(D, TOKENS)
+    at = tl.arange(0, TOKENS)
+    target = out + batch * batch_o + head * head_o + columns.to(tl.int64)[:, None] * dim_o + (base + at)[None, :]
+    if (base >= start) & (base + TOKENS <= start + tokens):
+        tl.store(target, x)
+    else:
+        # which token stands in a column: the order of packing, backwards
+        mine = base - start + ((at & ~15) | ((at & 2) << 2) | ((at & 12) >> 1) | (at & 1))
+        tl.store(target, x, mask=((mine >= 0) & (mine < tokens))[None, :] & (columns < D)[:, None])
 
 
-def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0) -> Tensor:
+def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0, scale: Tensor | None = None) -> Tensor:
     """See `engine.ops.attention.pack_values`."""
     batch, tokens, heads, dim = v.shape
     if out is None:
-        out = v.new_zeros((batch, heads, dim, triton.cdiv(start + tokens, 16) * 16))
-    raw = (v.view(torch.uint8), out.view(torch.uint8)) if v.element_size() == 1 else (v, out)
+        dtype = v.dtype if scale is None else torch.float8_e4m3fn
+        size = triton.cdiv(start + tokens, 16) * 16
+        out = torch.zeros((batch, heads, dim, size), dtype=dtype, device=v.device)
+    # as integers, 8-bit floats are only moved
+    moved = scale is None and v.element_size() == 1
     size = 64
-    _pack[(triton.cdiv(tokens, size), heads, batch)](
-        *raw, v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), tokens, start,
-        D=dim, TOKENS=size, num_warps=4,
+    _pack[(triton.cdiv(start % 16 + tokens, size), heads, batch)](
+        v.view(torch.uint8) if moved else v, out.view(torch.uint8) if moved else out, scale,
+        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), heads, tokens, start,
+        D=dim, TOKENS=size, SCALED=scale is not None, num_warps=4,
     )  # fmt: skip
     return out
 

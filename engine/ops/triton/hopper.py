@@ -10,6 +10,7 @@ Triton's interpreter does not know Gluon: this file is compiled ahead of time wi
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -55,16 +56,16 @@ def _token(blocks, step, keys, BN: gl.constexpr, SPARSE: gl.constexpr):
 def _fetch(
     q_desc, k_desc, v_desc, q_ring, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    work, index, count, heads, tiles_q, keys, listed,
-    SEGMENTS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    work, index, count, heads, tiles_q, keys, listed, segments,
+    BN: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, SPARSE: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     at_k = 0
     at_v = 0
     loaded = 0
-    for i in range(SEGMENTS):
+    for i in range(segments):
         batch, head, tile_q, blocks, first, end, _ = _bounds(
-            work, gl.program_id(0) * SEGMENTS + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
+            work, gl.program_id(0) * segments + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
         )
         if end > first:
             for group in gl.static_range(2):
@@ -186,12 +187,12 @@ def _operand(held, zero, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.const
 @gluon.jit
 def _attend_group(
     GROUP: gl.constexpr, q_ring, k_ring, v_ring,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     out, parts, stats, work, q_scale, k_scale, v_scale, index, count,
-    scale, heads, tiles_q, queries, keys, listed,
-    SEGMENTS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    scale, heads, tiles_q, queries, keys, listed, segments,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr,
-    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr,
+    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_ring.dtype
     depth: gl.constexpr = 256 // dtype.primitive_bitwidth
@@ -202,10 +203,11 @@ def _attend_group(
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     at = 0
     loaded = 0
+    turns = 0
     q = q_ring.index(GROUP).reshape([64, D])
-    for i in range(SEGMENTS):
+    for i in range(segments):
         batch, head, tile_q, blocks, first, end, slot = _bounds(
-            work, gl.program_id(0) * SEGMENTS + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
+            work, gl.program_id(0) * segments + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
         )
         row = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, score_rows)
         multiplier = gl.full([64], 1.0, gl.float32, score_rows) * scale
@@ -240,6 +242,10 @@ def _attend_group(
                 stage = at % STAGES
                 weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
                 mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+                if TURNS:
+                    # one group's products run while the other is at its softmax
+                    mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
+                    turns += 1
                 s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage_v), phase_v)
                 values = _values(v_ring, stage_v, BN, D, PACKED)
@@ -250,6 +256,8 @@ def _attend_group(
                     )
                 else:
                     product = warpgroup_mma(weights, values, acc, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turn.index(1 - GROUP))
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 p, m, alpha = _softmax(s, m, multiplier, SHIFT)
@@ -281,7 +289,7 @@ def _attend_group(
         row_out = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, out_rows)
         columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, out_layout)), 0)
         # a segment that the plan made empty (0, 0, 0, -1) is no tile; a tile whose list is empty is
-        _, planned, planned_end, _ = _segment(work, gl.program_id(0) * SEGMENTS + i)
+        _, planned, planned_end, _ = _segment(work, gl.program_id(0) * segments + i)
         if planned_end > planned:
             if slot < 0:
                 factor = 1.0 / gl.where(sums > 0, sums, 1.0)
@@ -298,14 +306,14 @@ def _attend_group(
                 gl.store(gl.expand_dims(target, 1) + columns, acc)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def attend(
     q_desc, k_desc, v_desc,
     out, parts, stats, work, q_scale, k_scale, v_scale, index, count,
-    scale, heads, tiles_q, queries, keys, listed,
-    SEGMENTS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    scale, heads, tiles_q, queries, keys, listed, segments,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr,
-    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr,
+    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 queries; arguments as `_attend`'s of `engine.ops.triton.attention`. Runs with 4 warps."""
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
@@ -318,7 +326,9 @@ def attend(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for group in gl.static_range(2):
+        mbarrier.init(turn.index(group), count=1)
         mbarrier.init(q_full.index(group), count=1)
         mbarrier.init(q_empty.index(group), count=1)
     for stage in gl.static_range(STAGES):
@@ -326,26 +336,28 @@ def attend(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
+    # the copy engine must see the barriers too
+    fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _attend_group,
                 (
                     gl.constexpr(0), q_ring, k_ring, v_ring,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
                     out, parts, stats, work, q_scale, k_scale, v_scale, index, count,
-                    scale, heads, tiles_q, queries, keys, listed,
-                    SEGMENTS, BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SPARSE, COUNTED, SHIFT,
+                    scale, heads, tiles_q, queries, keys, listed, segments,
+                    BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SPARSE, COUNTED, SHIFT, TURNS,
                 ),
             ),
             (
                 _attend_group,
                 (
                     gl.constexpr(1), q_ring, k_ring, v_ring,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
                     out, parts, stats, work, q_scale, k_scale, v_scale, index, count,
-                    scale, heads, tiles_q, queries, keys, listed,
-                    SEGMENTS, BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SPARSE, COUNTED, SHIFT,
+                    scale, heads, tiles_q, queries, keys, listed, segments,
+                    BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SPARSE, COUNTED, SHIFT, TURNS,
                 ),
             ),
             (
@@ -353,8 +365,8 @@ def attend(
                 (
                     q_desc, k_desc, v_desc, q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    work, index, count, heads, tiles_q, keys, listed,
-                    SEGMENTS, BN, STAGES, PACKED, SPARSE, COUNTED,
+                    work, index, count, heads, tiles_q, keys, listed, segments,
+                    BN, STAGES, PACKED, SPARSE, COUNTED,
                 ),
             ),
         ],
