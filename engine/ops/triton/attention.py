@@ -295,8 +295,13 @@ def _run(
         v, packed = pack_values(v), True
     if packed and not eight:
         raise ValueError("packed values are for 8-bit attention")
-    config = config or CONFIGS[_is_hopper(q.device), eight, index is not None]
+    # the Hopper kernel has no float32 form
+    config = config or CONFIGS[_is_hopper(q.device) and q.element_size() < 4, eight, index is not None]
     bm, bn = config.block_m, config.block_n
+    if config.specialized and (bm != BLOCK or (index is not None and bn != BLOCK)):
+        raise ValueError(f"the specialised kernel has tiles of {BLOCK} queries, and visits whole blocks: {config}")
+    if v.shape[-1 if packed else 1] < keys:
+        raise ValueError(f"{keys} keys, but values {list(v.shape)}")
     tiles_q = triton.cdiv(queries, bm)
     tiles = batch * heads * tiles_q
     steps = triton.cdiv(keys, bn) if index is None else index.shape[-1] * (BLOCK // bn)

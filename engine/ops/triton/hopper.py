@@ -220,6 +220,7 @@ def _attend_group(
         empty = gl.zeros([64, BN], gl.float32, score_layout)
         total = _row_sums(empty, BN)
         if end > first:
+            token = _token(blocks, first, keys, BN, SPARSE)
             mbarrier.wait(q_full.index(GROUP), loaded & 1)
             loaded += 1
             stage = at % STAGES
@@ -227,7 +228,6 @@ def _attend_group(
             s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
-            token = _token(blocks, first, keys, BN, SPARSE)
             inside = token + gl.arange(0, BN, gl.SliceLayout(0, score_layout)) < keys
             s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
             p, m, alpha = _softmax(s, m, multiplier, SHIFT)
