@@ -127,8 +127,8 @@ def roll(
     speed: Speed,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Seconds of every stage of every chunk, and memory in bytes."""
+) -> tuple[list[dict[str, float]], dict[str, float], float]:
+    """Seconds of every stage of every chunk; memory in bytes; seconds to a new stream's first frames in the host."""
     before = allocated(device)
     with torch.device("meta"):
         dit = CausalWan(preset.dit)
@@ -162,7 +162,7 @@ def roll(
             to_host(frames)
         with clock.stage("context"):
             commit_chunk(model, rollout, cache, context, latents, [0], index, context_pass=speed.context_pass)
-        if index == preset.window // preset.chunk:
+        if index == 2 * preset.window // preset.chunk:
             early = allocated(device)
     synchronise(device)
     memory = {"weights": weights, "kv cache": cache.bytes(), "decoder state": sum(x.nbytes for x in memories or [])}
@@ -171,7 +171,15 @@ def roll(
             "peak": torch.cuda.max_memory_allocated(device),
             "growth since the window filled": allocated(device) - early,
         }
-    return clock.seconds(), {name: float(size) for name, size in memory.items()}
+    cache.reset(0)
+    synchronise(device)
+    started = time.perf_counter()
+    latents = denoise_chunk(model, rollout, cache, context, [0], 0)
+    frames, _ = decoder(latents, None)
+    to_host(frames)
+    synchronise(device)
+    first = time.perf_counter() - started
+    return clock.seconds(), {name: float(size) for name, size in memory.items()}, first
 
 
 def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -205,7 +213,10 @@ def main() -> None:
         name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None
     }
     if options.resolution:
-        changes |= dict(zip(("width", "height"), map(int, options.resolution.split("x")), strict=True))
+        try:
+            changes["width"], changes["height"] = map(int, options.resolution.split("x"))
+        except ValueError:
+            parser.error(f"--resolution is WIDTHxHEIGHT, such as 832x480; got {options.resolution!r}")
     if options.steps is not None:
         changes["steps"] = preset.steps[: options.steps]
     preset = replace(preset, **changes)
@@ -222,13 +233,13 @@ def main() -> None:
         parser.error(str(error))
     device = best_device()
     dtype = best_dtype(device)
-    slots = preset.window // preset.chunk
-    if options.chunks < slots + 4:
-        parser.error(f"--chunks must be at least {slots + 4} for this window")
+    steady = 2 * preset.window // preset.chunk  # from there on the window is full, and every shape has been met
+    if options.chunks < steady + 4:
+        parser.error(f"--chunks must be at least {steady + 4} for this window")
 
     best = ceiling(device, dtype)
-    seconds, memory = roll(preset, options.chunks, options.decoder, options.kv_cache, speed, device, dtype)
-    full = seconds[slots:]
+    seconds, memory, opening = roll(preset, options.chunks, options.decoder, options.kv_cache, speed, device, dtype)
+    full = seconds[steady:]
     part = min(20, len(full) // 2)
     first, last = summary(full[:part]), summary(full[-part:])
 
@@ -241,6 +252,7 @@ def main() -> None:
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))
     chunk = last["chunk"] / 1e3
     playback = preset.chunk_frames / preset.fps
+    print(f"a new stream's first {preset.first_chunk_frames} frames are in host memory after {1e3 * opening:.0f} ms")
     tokens = preset.window * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
     work = operations(preset, tokens)
     reached = work * len(preset.steps) / (last["steps"] / 1e3)
@@ -249,7 +261,14 @@ def main() -> None:
     print(f"ceiling of {best / 1e12:.3g} Tflop/s (a large product, measured in this run)")
     print("memory, GiB: " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
     if options.json:
-        report = {"first": first, "last": last, "memory": memory, "ceiling": best, "reached": reached}
+        report = {
+            "opening": opening,
+            "first": first,
+            "last": last,
+            "memory": memory,
+            "ceiling": best,
+            "reached": reached,
+        }
         options.json.write_text(json.dumps({"preset": preset.name, "device": where, **report}, indent=1))
 
 

@@ -36,7 +36,7 @@ def _packed_order(tokens: int, device: torch.device) -> Tensor:
     return (at & ~15) | ((at & 6) << 1) | ((at & 8) >> 2) | (at & 1)
 
 
-def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0) -> Tensor:
+def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0, scale: Tensor | None = None) -> Tensor:
     """Values as the FP8 kernels read them: transposed, and reordered within each 16 tokens.
 
     Args:
@@ -44,10 +44,13 @@ def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0) -> Tensor:
         out: [B, heads, head_dim, at least start + S, a multiple of 16] to write into; None makes one with zeros after
             the last token.
         start: token of `out` that v[:, 0] becomes.
+        scale: float32 [B, heads], what the packed values are to be multiplied by; given, they become float8_e4m3fn.
 
     Returns:
-        `out`, of v's dtype.
+        `out`, of v's dtype or float8_e4m3fn.
     """
+    if scale is not None:
+        v = (v.float() / scale[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     tokens = v.shape[1]
     if out is None:
         out = v.new_zeros(v.shape[0], v.shape[2], v.shape[3], (start + tokens + 15) // 16 * 16)

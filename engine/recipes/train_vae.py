@@ -110,7 +110,7 @@ def pixel_loss(out: Tensor, target: Tensor) -> Tensor:
         loss = loss + 0.5 * along.abs().mean()
     if out.shape[1] > 1:
         loss = loss + 0.5 * (error[:, 1:] - error[:, :-1]).abs().mean()
-    return loss + 0.2 * sharpness_loss(out, target)
+    return loss + 0.3 * sharpness_loss(out, target)
 
 
 def light_frames(decoder: nn.Module, latents: Tensor, stride: int) -> Tensor:

@@ -68,6 +68,8 @@ class FusedCache(KVCache):
             self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device).to(torch.float8_e4m3fn)
             self.values = Rows((layers, batch, 0, heads, head_dim), dtype, self.device, "exact")
         self._kernels = kernels(self.device)
+        # there our kernel takes three quarters of the time of PyTorch's best (`docs/benchmarks.md`)
+        self._own_dense = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) == (9, 0)
         blocks = -(-self.keys.data.shape[2] // BLOCK) if keep < 1 else 0
         self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
@@ -139,7 +141,7 @@ class FusedCache(KVCache):
             )
             out: Tensor = self._kernels.block_sparse(q, keys, values, index, **given)
             return out
-        if not given:
+        if not given and not self._own_dense:
             return attention(q, keys, values)
         out = self._kernels.dense(q, keys, values, **given)
         return out

@@ -27,7 +27,11 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles."""
+    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles.
+
+    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries; with `turns` its two
+    groups of warps use the matrix unit in turn.
+    """
 
     block_m: int = 128
     block_n: int = 128
@@ -35,15 +39,20 @@ class Config:
     stages: int = 3
     persistent: bool = False
     specialized: bool = False
+    turns: bool = False
     registers: int | None = None
 
 
-CONFIGS: dict[tuple[bool, bool], Config] = {
-    # (8 bits, sparse)
-    (False, False): Config(),
-    (False, True): Config(),
-    (True, False): Config(),
-    (True, True): Config(),
+CONFIGS: dict[tuple[bool, bool, bool], Config] = {
+    # (Hopper, 8 bits, sparse)
+    (True, False, False): Config(specialized=True, persistent=True, stages=2),
+    (True, False, True): Config(specialized=True, persistent=True, stages=2, turns=True),
+    (True, True, False): Config(specialized=True, persistent=True, stages=4),
+    (True, True, True): Config(specialized=True, persistent=True, stages=2),
+    (False, False, False): Config(stages=2),
+    (False, False, True): Config(stages=2),
+    (False, True, False): Config(stages=2),
+    (False, True, True): Config(stages=2),
 }
 
 
@@ -86,7 +95,7 @@ def _plan_on(device: torch.device, tiles: int, steps: int, programs: int) -> tup
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def _attend(
     q_desc,
     k_desc,
@@ -106,7 +115,7 @@ def _attend(
     queries,
     keys,
     listed,
-    SEGMENTS: tl.constexpr,
+    segments,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -124,8 +133,8 @@ def _attend(
     EDGE: tl.constexpr = HALVES if SPARSE else 1
     rows = tl.arange(0, BM)
     columns = tl.arange(0, D)
-    for segment in range(SEGMENTS):
-        entry = work + (program * SEGMENTS + segment) * 4
+    for segment in range(segments):
+        entry = work + (program * segments + segment) * 4
         tile = tl.load(entry)
         first = tl.load(entry + 1)
         end = tl.load(entry + 2)
@@ -286,8 +295,13 @@ def _run(
         v, packed = pack_values(v), True
     if packed and not eight:
         raise ValueError("packed values are for 8-bit attention")
-    config = config or CONFIGS[eight, index is not None]
+    # the Hopper kernel has no float32 form
+    config = config or CONFIGS[_is_hopper(q.device) and q.element_size() < 4, eight, index is not None]
     bm, bn = config.block_m, config.block_n
+    if config.specialized and (bm != BLOCK or (index is not None and bn != BLOCK)):
+        raise ValueError(f"the specialised kernel has tiles of {BLOCK} queries, and visits whole blocks: {config}")
+    if v.shape[-1 if packed else 1] < keys:
+        raise ValueError(f"{keys} keys, but values {list(v.shape)}")
     tiles_q = triton.cdiv(queries, bm)
     tiles = batch * heads * tiles_q
     steps = triton.cdiv(keys, bn) if index is None else index.shape[-1] * (BLOCK // bn)
@@ -302,40 +316,37 @@ def _run(
             raise ValueError("scales are contiguous float32")
     if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
         raise ValueError("index is contiguous int32")
-    v_block = [1, 1, dim, bn] if packed else [1, bn, 1, dim]
-    _attend[(work.shape[0],)](
-        _describe(q, [1, bm, 1, dim]),
-        _describe(k, [1, bn, 1, dim]),
-        _describe(v, v_block),
-        out,
-        parts,
-        stats,
-        work,
-        q_scale,
-        k_scale,
-        v_scale,
-        index,
-        count,
-        LOG2E / math.sqrt(dim),
-        heads,
-        tiles_q,
-        queries,
-        keys,
-        0 if index is None else index.shape[-1],
-        SEGMENTS=work.shape[1],
-        BM=bm,
-        BN=bn,
-        D=dim,
-        PACKED=packed,
-        SCALED_Q=q_scale is not None,
-        SCALED_K=k_scale is not None,
-        SCALED_V=v_scale is not None,
-        SPARSE=index is not None,
-        COUNTED=count is not None,
-        SHIFT=8.0 if eight else 0.0,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({} if config.registers is None else {"maxnreg": config.registers}),
+    launch = _launch_specialized if config.specialized else _launch
+    launch(
+        config,
+        (q, k, v),
+        {
+            "out": out,
+            "parts": parts,
+            "stats": stats,
+            "work": work,
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "index": index,
+            "count": count,
+            "scale": LOG2E / math.sqrt(dim),
+            "heads": heads,
+            "tiles_q": tiles_q,
+            "queries": queries,
+            "keys": keys,
+            "listed": 0 if index is None else index.shape[-1],
+            "segments": work.shape[1],
+            "BN": bn,
+            "D": dim,
+            "PACKED": packed,
+            "SCALED_Q": q_scale is not None,
+            "SCALED_K": k_scale is not None,
+            "SCALED_V": v_scale is not None,
+            "SPARSE": index is not None,
+            "COUNTED": count is not None,
+            "SHIFT": 8.0 if eight else 0.0,
+        },
     )
     if len(shared):
         rows = 16
@@ -346,8 +357,55 @@ def _run(
     return out
 
 
-def _describe(x: Tensor, block: list[int]) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+def _blocks(config: Config, dim: int, packed: bool, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """What one copy fetches of q, k and v."""
+    bn = config.block_n
+    return [1, rows, 1, dim], [1, bn, 1, dim], [1, 1, dim, bn] if packed else [1, bn, 1, dim]
+
+
+def _launch(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], config.block_m)
+    _attend[(arguments["work"].shape[0],)](
+        *(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in zip(inputs, blocks, strict=True)),
+        **arguments,
+        BM=config.block_m,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **({} if config.registers is None else {"maxnreg": config.registers}),
+    )
+
+
+def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
+
+    from engine.ops.triton import hopper
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
+    unused = {"q_scale": "stats", "k_scale": "stats", "v_scale": "stats", "index": "work", "count": "work"}
+    pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
+    hopper.attend[(arguments["work"].shape[0],)](
+        *(
+            LaidOutDescriptor(
+                x,
+                list(x.shape),
+                list(x.stride()),
+                block,
+                gl.NVMMASharedLayout.get_default_for(block, element[x.dtype]),
+            )
+            for x, block in zip(inputs, blocks, strict=True)
+        ),
+        **(arguments | pointers),
+        STAGES=config.stages,
+        TURNS=config.turns,
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=8)
@@ -391,41 +449,55 @@ def block_sparse(
     return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, config)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start"])
 def _pack(
-    v, out, batch_v, token_v, head_v, batch_o, head_o, dim_o, tokens, start,
-    D: tl.constexpr, TOKENS: tl.constexpr,
+    v, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
+    D: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS tokens of one head, turned through registers."""
-    batch, head = tl.program_id(2), tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    to = start + token
-    to = (to & ~15) | ((to & 6) << 1) | ((to & 8) >> 2) | (to & 1)
+    """TOKENS columns of one head's packed values, turned in registers and written as whole rows."""
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # tiles begin at a multiple of 16 tokens, wherever the chunk does
+    base = start // 16 * 16 + tl.program_id(0).to(tl.int64) * TOKENS
+    token = base - start + tl.arange(0, TOKENS)
     columns = tl.arange(0, D)
-    inside = (token < tokens)[:, None] & (columns < D)[None, :]
+    inside = ((token >= 0) & (token < tokens))[:, None] & (columns < D)[None, :]
     source = v + batch * batch_v + head * head_v + token.to(tl.int64)[:, None] * token_v + columns[None, :]
-    x = tl.load(source, mask=inside)
-    target = out + batch * batch_o + head * head_o + columns.to(tl.int64)[None, :] * dim_o + to[:, None]
-    tl.store(target, x, mask=inside)
+    x = tl.load(source, mask=inside, other=0)
+    if SCALED:
+        x = x.to(tl.float32) / tl.load(scale + batch * heads + head)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(out.dtype.element_ty)
+    x = x.T.reshape(D, TOKENS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(D, TOKENS)
+    at = tl.arange(0, TOKENS)
+    target = out + batch * batch_o + head * head_o + columns.to(tl.int64)[:, None] * dim_o + (base + at)[None, :]
+    if (base >= start) & (base + TOKENS <= start + tokens):
+        tl.store(target, x)
+    else:
+        # which token stands in a column: the order of packing, backwards
+        mine = base - start + ((at & ~15) | ((at & 2) << 2) | ((at & 12) >> 1) | (at & 1))
+        tl.store(target, x, mask=((mine >= 0) & (mine < tokens))[None, :] & (columns < D)[:, None])
 
 
-def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0) -> Tensor:
+def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0, scale: Tensor | None = None) -> Tensor:
     """See `engine.ops.attention.pack_values`."""
     batch, tokens, heads, dim = v.shape
     if out is None:
-        out = v.new_zeros((batch, heads, dim, triton.cdiv(start + tokens, 16) * 16))
-    raw = (v.view(torch.uint8), out.view(torch.uint8)) if v.element_size() == 1 else (v, out)
+        dtype = v.dtype if scale is None else torch.float8_e4m3fn
+        size = triton.cdiv(start + tokens, 16) * 16
+        out = torch.zeros((batch, heads, dim, size), dtype=dtype, device=v.device)
+    # as integers, 8-bit floats are only moved
+    moved = scale is None and v.element_size() == 1
     size = 64
-    _pack[(triton.cdiv(tokens, size), heads, batch)](
-        *raw, v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), tokens, start,
-        D=dim, TOKENS=size, num_warps=4,
+    _pack[(triton.cdiv(start % 16 + tokens, size), heads, batch)](
+        v.view(torch.uint8) if moved else v, out.view(torch.uint8) if moved else out, scale,
+        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), heads, tokens, start,
+        D=dim, TOKENS=size, SCALED=scale is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, D)
     inside = (token < tokens)[:, None] & (columns < D)[None, :]

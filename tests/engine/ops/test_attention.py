@@ -84,6 +84,17 @@ def test_packed_values_come_back():
     kernels.pack_values(v[:, :24], ring)
     kernels.pack_values(v[:, 24:], ring, start=24)
     assert torch.equal(ring, packed)
+    kernels.pack_values(2 * v[:, 8:40], ring, start=8)
+    assert torch.equal(ring, reference.pack_values(2 * v[:, 8:40], packed.clone(), start=8))
+
+
+@pytest.mark.parametrize("start", [0, 8])
+def test_values_are_packed_and_quantised_at_once(start):
+    _, _, v = inputs(2, 16, 200, 2, 64, torch.float32)
+    scale = (v.abs().amax((1, 3)) / 448).contiguous()
+    packed, right = (f(v, None, start, scale) for f in (kernels.pack_values, reference.pack_values))
+    assert packed.dtype == FP8 and packed.shape == right.shape
+    assert relative(packed, right) < (1e-6 if GPU else 0.1)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -129,6 +140,63 @@ def test_block_sparse(eight, counted):
         assert relative(out, exact) < (EIGHT_BITS if eight else 2e-3)
         if counted:
             assert not out[:, 128:, 0].any()
+
+
+def hopper():
+    return GPU and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="for Hopper")
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("eight", [False, True])
+def test_specialized(eight, dim, persistent, turns):
+    """Odd lengths, two in a batch, views into a ring, short and empty lists, on the kernel with its own warps."""
+    config = Config(specialized=True, persistent=persistent, turns=turns, stages=2)
+    for queries, keys, heads in [(136, 328, 1), (4680, 9360, 3)]:
+        q, k, v = inputs(2, queries, keys, heads, dim, torch.float32 if eight else torch.bfloat16)
+        scales = {}
+        if eight:
+            q, k, v, scales = eight_bits(q, k, v)
+        limit = EIGHT_BITS if eight else 1e-2
+        out = kernels.dense(q, k, v, **scales, config=config)
+        assert relative(out, reference.dense(q, k, v, **scales)) < limit
+        assert torch.equal(out, kernels.dense(q, k, v, **scales, config=config))
+        blocks, tiles = (keys + 127) // 128, (queries + 127) // 128
+        index = torch.rand(2, heads, tiles, blocks, device=DEVICE).topk(2, -1).indices
+        index = index.sort(-1, descending=True).values.int().contiguous()
+        count = torch.randint(0, 3, index.shape[:3], dtype=torch.int32, device=DEVICE)
+        for counted in (None, count):
+            out = kernels.block_sparse(q, k, v, index, count=counted, **scales, config=config)
+            assert relative(out, reference.block_sparse(q, k, v, index, count=counted, **scales)) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="for Hopper")
+def test_in_a_graph():
+    """Every function can be captured once it has run; new inputs give new outputs."""
+    q, k, v = inputs(1, 4680, 9360, 2, 128, torch.bfloat16)
+    always = torch.zeros(74, dtype=torch.bool, device=DEVICE)
+    always[36:] = True
+
+    def attend():
+        index = kernels.choose_blocks(kernels.pool(q), kernels.pool(k), always, 7, 38)
+        scale = torch.full((1, 2), 0.01, device=DEVICE)
+        packed = kernels.pack_values(v, None, 0, scale)
+        eight = kernels.block_sparse(q.to(FP8), k.to(FP8), packed, index, v_scale=scale, packed=True)
+        return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = attend()
+    q.normal_()
+    graph.replay()
+    for out, right in zip(outs, attend(), strict=True):
+        assert torch.equal(out, right)
 
 
 def test_pool():
