@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -28,9 +27,8 @@ def serve() -> int:
     from engine.assemble import assemble, best_device, best_dtype, describe, warm
     from engine.checkpoints.store import StoreError
     from engine.offload.text import Place
-    from engine.ops.linear import Format
     from engine.stream.kv_cache import Precision
-    from engine.transforms.accelerate import fastest_exact
+    from engine.transforms.accelerate import add_arguments, from_arguments
     from engine.worker import Wire, Worker
 
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
@@ -53,17 +51,7 @@ def serve() -> int:
         default="resident",
         help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
     )
-    speed = parser.add_argument_group(
-        "speed", "What costs no exactness is done by itself, on a GPU. The rest is asked for here, on a GPU too."
-    )
-    speed.add_argument("--low-bit", choices=get_args(Format), help="the transformer's projections in 8 bits")
-    speed.add_argument("--float8-attention", action="store_true", help="keys, values and queries in float8")
-    speed.add_argument(
-        "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
-    )
-    speed.add_argument(
-        "--no-context-pass", action="store_true", help="keep what the last step wrote, a fifth less work of four steps"
-    )
+    add_arguments(parser)
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
@@ -74,19 +62,12 @@ def serve() -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
     dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)
-    asked = options.low_bit or options.float8_attention or options.keep != 1 or options.no_context_pass
     try:
-        chosen = replace(
-            fastest_exact(device),
-            low_bit=options.low_bit,
-            float8_attention=options.float8_attention,
-            keep=options.keep,
-            context_pass=not options.no_context_pass,
-        )
+        speed = from_arguments(options, device)
     except ValueError as error:
-        parser.error(f"{error}{'' if device.type == 'cuda' else ', and it is on a GPU'}")
-    if asked and options.kv_cache != "exact":
-        parser.error("--kv-cache is for the model as it is written: --float8-attention halves the cache too")
+        parser.error(str(error))
+    if speed.fused and options.kv_cache != "exact":
+        parser.error("--kv-cache needs --plain; --float8-attention halves the fused model's cache")
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:
@@ -98,7 +79,7 @@ def serve() -> int:
             kv_precision=options.kv_cache,
             decoder=options.decoder,
             text_encoder=options.text_encoder,
-            speed=chosen,
+            speed=speed,
             loras=options.loras is not None,
         )
     except StoreError as error:

@@ -120,9 +120,8 @@ def assemble(
     except ValueError as error:
         raise store.StoreError(str(error)) from None
     pictures = None if vae is None else PictureEncoding(vae, statistics)
-    speed = speed or fastest_exact(device)
-    if kv_precision != "exact" and speed.fused:
-        speed = Speed(context_pass=speed.context_pass)
+    if speed is None:
+        speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
     return Pipeline(preset, tokenizer, encoder, served, pictures)
 

@@ -27,11 +27,10 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
-from engine.ops.linear import Format
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
-from engine.transforms.accelerate import Speed, accelerate
+from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -200,12 +199,7 @@ def main() -> None:
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
     parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
-    parser.add_argument("--fused", action="store_true", help="the fused transformer; the options below need it")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, the light decoder compiled")
-    parser.add_argument("--low-bit", choices=get_args(Format), help="projections in 8 bits")
-    parser.add_argument("--float8-attention", action="store_true")
-    parser.add_argument("--keep", type=float, default=1.0, help="share of the past that is looked at")
-    parser.add_argument("--no-context-pass", action="store_true")
+    add_arguments(parser)
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
@@ -220,18 +214,11 @@ def main() -> None:
     if options.steps is not None:
         changes["steps"] = preset.steps[: options.steps]
     preset = replace(preset, **changes)
+    device = best_device()
     try:
-        speed = Speed(
-            fused=options.fused,
-            low_bit=options.low_bit,
-            float8_attention=options.float8_attention,
-            keep=options.keep,
-            graphs=options.graphs,
-            context_pass=not options.no_context_pass,
-        )
+        speed = from_arguments(options, device)
     except ValueError as error:
         parser.error(str(error))
-    device = best_device()
     dtype = best_dtype(device)
     steady = 2 * preset.window // preset.chunk  # from there on the window is full, and every shape has been met
     if options.chunks < steady + 4:

@@ -1,7 +1,9 @@
 """From a loaded model to one that serves fast: every transform, in the one order that is legal."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -44,13 +46,41 @@ class Speed:
             "graphs": self.graphs,
         }
         if not self.fused and (asked := [name for name, used in needs.items() if used]):
-            raise ValueError(f"{', '.join(asked)} can only be used together with fused")
+            raise ValueError(f"{', '.join(asked)} can only be used together with the fused model")
 
 
 def fastest_exact(device: torch.device) -> Speed:
     """What costs no exactness beyond rounding, for this device."""
     gpu = device.type == "cuda"
     return Speed(fused=gpu, graphs=gpu)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    group = parser.add_argument_group(
+        "speed", "What costs no exactness is done by itself on a GPU: kernels and graphs. The rest is asked for."
+    )
+    group.add_argument("--plain", action="store_true", help="the model as it is written")
+    group.add_argument("--low-bit", choices=get_args(Format), help="the transformer's projections in 8 bits")
+    group.add_argument("--float8-attention", action="store_true", help="keys, values and queries in float8")
+    group.add_argument(
+        "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
+    )
+    group.add_argument("--no-context-pass", action="store_true", help="keep what the last denoising step wrote instead")
+
+
+def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
+    """Raises ValueError where the options contradict each other or the device."""
+    exact = Speed() if options.plain else fastest_exact(device)
+    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1
+    return Speed(
+        fused=exact.fused or (coarse and not options.plain),
+        low_bit=options.low_bit,
+        float8_attention=options.float8_attention,
+        keep=options.keep,
+        graphs=exact.graphs,
+        context_pass=not options.no_context_pass,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -
 
 @pytest.mark.parametrize("options", [{"low_bit": "fp8"}, {"float8_attention": True}, {"keep": 0.5}, {"graphs": True}])
 def test_what_needs_the_fused_model_says_so(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))} can only be used together with fused"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} can only be used together with the fused model"):
         Speed(**options)  # type: ignore[arg-type]
 
 
