@@ -117,6 +117,22 @@ class Clock:
         return [{name: between(*pair) for name, pair in marks.items()} for marks in self.marks]
 
 
+def random_model(preset: Preset, decoding: str, device: torch.device, dtype: torch.dtype) -> tuple[CausalWan, Decoder]:
+    """A preset's transformer and the decoder named by `decoding`, `light` or `full`, with random weights."""
+    with torch.device("meta"):
+        wan = CausalWan(preset.dit)
+        network: LightDecoder | CausalVAE
+        network = LightDecoder(preset.light_vae) if decoding == "light" else CausalVAE(preset.vae)
+    for module in (wan, network):
+        random_weights(module, device, dtype)
+    channels = preset.dit.in_channels
+    statistics = LatentStatistics((0.0,) * channels, (1.0,) * channels)
+    if isinstance(network, CausalVAE):
+        return wan, FullDecoding(network, statistics)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return wan, LightDecoding(network, statistics)
+
+
 @torch.inference_mode()
 def roll(
     preset: Preset,
@@ -129,21 +145,8 @@ def roll(
 ) -> tuple[list[dict[str, float]], dict[str, float], float]:
     """Seconds of every stage of every chunk; memory in bytes; seconds to a new stream's first frames in the host."""
     before = allocated(device)
-    with torch.device("meta"):
-        dit = CausalWan(preset.dit)
-        network: LightDecoder | CausalVAE
-        network = LightDecoder(preset.light_vae) if decoding == "light" else CausalVAE(preset.vae)
-    for module in (dit, network):
-        random_weights(module, device, dtype)
-    channels = preset.dit.in_channels
-    statistics = LatentStatistics((0.0,) * channels, (1.0,) * channels)
-    decoder: Decoder
-    if isinstance(network, LightDecoder):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decoder = LightDecoding(network, statistics)
-    else:
-        decoder = FullDecoding(network, statistics)
-    served = accelerate(dit, decoder, preset, speed, kv_precision=precision)
+    wan, decoder = random_model(preset, decoding, device, dtype)
+    served = accelerate(wan, decoder, preset, speed, kv_precision=precision)
     weights = allocated(device) - before
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
