@@ -148,6 +148,9 @@ def roll(
     wan, decoder = random_model(preset, decoding, device, dtype)
     served = accelerate(wan, decoder, preset, speed, kv_precision=precision)
     weights = allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
     context = model.encode_text(text)
