@@ -121,6 +121,20 @@ def test_heads_go_to_their_slot(count: int, size: int, raw: bool) -> None:
     assert (found[1][:, :tokens] == 7).all() and (found[1][:, 2 * tokens :] == 7).all()
 
 
+def test_scales_have_room_for_later_chunks() -> None:
+    """Keys and values ten times those that set the scales are rounded as well as these."""
+    keys, values = random(2, 24, 3, 64) + 3, random(2, 24, 3, 64, seed=1)
+    scales = Scales(*(torch.zeros(2, 3, *more, device=DEVICE) for more in ((64,), (), ())))
+    scales.calibrate(keys, values)
+    for larger in (1, 10):
+        out = torch.empty(keys.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+        centred = larger * (keys - scales.key_mean[:, None])
+        fused.store(centred + scales.key_mean[:, None], out, scales.key, scales.key_mean)
+        assert (out.float() * scales.key[:, None, :, None] - centred).norm() / centred.norm() < 0.04
+        fused.store(larger * values, out, scales.value)
+        assert (out.float() * scales.value[:, None, :, None] - larger * values).norm() / (larger * values).norm() < 0.04
+
+
 @pytest.mark.gpu
 def test_heads_in_float8() -> None:
     batch, tokens, count, size = 2, 24, 3, 128
