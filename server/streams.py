@@ -484,6 +484,7 @@ class Streams:
             pts=chunk.pts,
             frames=count,
             gen_seconds=chunk.gen_seconds,
+            shown=playback.shown,
             paused=playback.paused,
             ts=ts,
         )

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from av.packet import Packet
 from server.errors import ApiError
 from server.media.codecs import Codec, Coded
 from server.media.viewer import Viewer
+
+# It tells of every pair of addresses that it tries, which are viewers'.
+logging.getLogger("aioice").setLevel(logging.WARNING)
 
 MAX_LINES = 1000
 """Of an offer; browsers send about 250 for video and audio."""
