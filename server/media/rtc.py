@@ -241,6 +241,6 @@ def _with_loopback(gather: Any) -> Any:
     """For a viewer on this machine, which may have no other address: aioice leaves loopback out."""
 
     async def gather_with_loopback(component: int, addresses: list[str], timeout: int = 5) -> Any:
-        return await gather(component, [*addresses, "127.0.0.1"], timeout)
+        return await gather(component, list(dict.fromkeys([*addresses, "127.0.0.1"])), timeout)
 
     return gather_with_loopback
