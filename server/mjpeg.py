@@ -1,7 +1,6 @@
 """The stream as pictures that replace each other, for an `<img>` and for programs that know nothing newer."""
 
 import asyncio
-import contextlib
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +11,7 @@ from server.http import Route, streams_of
 from server.media.packets import HEADER
 from server.media.viewer import Viewer
 from server.streams import Stream, Streams
+from server.websocket import ABORT
 
 BOUNDARY = "frame"
 SEND_SECONDS = 10.0
@@ -29,7 +29,7 @@ class Pictures(Response):
         self._streams, self._stream, self._viewer = streams, stream, viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = [asyncio.create_task(self._send(send)), asyncio.create_task(gone(receive))]
+        work = [asyncio.create_task(self._send(scope, send)), asyncio.create_task(gone(receive))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -40,9 +40,9 @@ class Pictures(Response):
             self._streams.detach(self._stream, self._viewer)
             await asyncio.gather(*work, return_exceptions=True)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        with contextlib.suppress(TimeoutError):
+        try:
             while (item := await self._viewer.next()) is not None:
                 assert isinstance(item, bytes)
                 picture = item[HEADER.size :]
@@ -54,8 +54,12 @@ class Pictures(Response):
                         {"type": "http.response.body", "body": head.encode() + picture + b"\r\n", "more_body": True}
                     )
             await send({"type": "http.response.body", "body": f"--{BOUNDARY}--\r\n".encode()})
-            return
-        self._streams.viewer_too_slow()
+        except TimeoutError:
+            self._streams.detach(self._stream, self._viewer)
+            self._streams.viewer_too_slow()
+            if abort := scope.get("extensions", {}).get(ABORT):
+                abort["call"]()
+            await asyncio.Event().wait()  # until it is known to be gone
 
 
 async def gone(receive: Receive) -> None:
