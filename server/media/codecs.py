@@ -117,5 +117,5 @@ def _vp8(fps: int, kbps: int) -> VideoCodecContext:
         },
     )
     context.bit_rate = 1000 * kbps
-    context.qmin, context.qmax = 6, 56  # below 6 nobody sees the difference that the bits make
+    context.qmin, context.qmax = 6, 63  # below 6 nobody sees the difference that the bits make
     return context
