@@ -9,6 +9,8 @@ import sys
 from types import FrameType
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
@@ -40,6 +42,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.abort()
         else:
             super().handle_ping()
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's, with the same way out of a response that its peer does not read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        app = self.app
+
+        async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
+            scope.setdefault("extensions", {})[ABORT] = {"call": transport.abort}
+            await app(scope, receive, send)
+
+        self.app = with_abort
 
 
 class Server(uvicorn.Server):
@@ -77,6 +93,7 @@ def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, St
     app = create_app(config, backend)
     settings = uvicorn.Config(
         app,
+        http=HttpProtocol,
         ws=WebSocketProtocol,
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http
+from server import http, mjpeg, whep
 from server.backends.base import Backend
 from server.config import Config
 from server.metrics import Metrics
@@ -22,14 +22,20 @@ DESCRIPTION = """Real-time text-to-video: a prompt becomes live video, and chang
 Open a stream with `POST /v1/streams` and connect to its `ws_url`. Text messages are JSON events, each with `type`,
 `seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `stall`, `engine.restarted`,
 `error`, `ended`. Binary messages are one frame each: a 16-byte header in network byte order (u8 version = 1,
-u8 format: 1 JPEG or 2 RGB24, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s), then the payload.
-`?format=` is `mjpeg` (the default) or `rgb24`."""
+u8 format: 1 JPEG, 2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s),
+then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as
+`video/mp4; codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first)
+or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`."""
+
+
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
 
 
 def create_app(config: Config, backend: Backend) -> FastAPI:
     """Put the gateway together. The backend starts and stops with the application's lifespan."""
     metrics = Metrics()
     streams = Streams(config, backend, metrics)
+    sessions = whep.Sessions(config, streams)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +44,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             yield
         finally:
             await streams.stop()
+            await sessions.stop()
 
     app = FastAPI(
         title="Livereel",
@@ -55,7 +62,10 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     )
     app.state.streams = streams
     app.state.metrics = metrics
-    for route in http.ROUTES:
+    app.state.sessions = sessions
+    app.state.config = config
+    app.state.routes = ROUTES
+    for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")
         errors: dict[int | str, dict[str, Any]] = dict.fromkeys(statuses, http.ERROR)

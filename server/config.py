@@ -2,10 +2,13 @@
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
+
+ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,15 @@ class Config:
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
+    bitrate_kbps: int = 2500
+    """Ceiling of an encoded stream, in kbit/s."""
+    public_address: str | None = None
+    """IP address at which viewers reach this machine's UDP ports, where it is not one of its own: behind NAT, in a
+    container."""
+    ice_servers: tuple[str, ...] = ()
+    """STUN and TURN servers for viewers behind NAT: `stun:HOST[:PORT]`, `turn:HOST[:PORT][?transport=udp|tcp]`."""
+    turn_secret: str = field(default="", repr=False)
+    """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
     insecure: bool = False
     """Serve a network without authentication."""
 
@@ -42,6 +54,17 @@ class Config:
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
+        if not 50 <= self.bitrate_kbps <= 100_000:
+            raise ValueError(f"bitrate {self.bitrate_kbps} is not between 50 and 100000 kbit/s")
+        if self.public_address is not None and not is_address(self.public_address):
+            raise ValueError(f"public-address {self.public_address} is not an IP address such as 203.0.113.7")
+        for url in self.ice_servers:
+            if not ICE_SERVER.fullmatch(url):
+                raise ValueError(f"ice-servers {url} is not stun:HOST, turn:HOST or turns:HOST, with :PORT if need be")
+        if not self.turn_secret and any(url.startswith("turn") for url in self.ice_servers):
+            raise ValueError(
+                "ice-servers has a TURN server, whose shared secret is missing: set LIVEREEL_TURN_SECRET to it"
+            )
         if not (self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"host {self.host} can be reached from the network, and this version has no authentication yet: "
@@ -101,6 +124,26 @@ class Config:
             default=default("queue-limit", cls.queue_limit),
             help="streams that may wait for a place in the engine (%(default)s)",
         )
+        add(
+            "--bitrate",
+            type=int,
+            metavar="KBPS",
+            default=default("bitrate", cls.bitrate_kbps),
+            help="ceiling of an encoded stream in kbit/s (%(default)s)",
+        )
+        add(
+            "--public-address",
+            metavar="IP",
+            default=default("public-address", None),
+            help="where viewers reach this machine's UDP ports, behind NAT or in a container (its own addresses)",
+        )
+        add(
+            "--ice-servers",
+            metavar="URLS",
+            default=default("ice-servers", ""),
+            help="STUN and TURN servers for WebRTC, with commas between; LIVEREEL_TURN_SECRET holds the latter's "
+            "shared secret (none)",
+        )
         add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
         ours, theirs = list(arguments), []
         if "--" in ours:
@@ -118,10 +161,23 @@ class Config:
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
+                bitrate_kbps=options.bitrate,
+                public_address=options.public_address,
+                ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
+                turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
                 insecure=options.insecure,
             )
         except ValueError as error:
             parser.error(str(error))
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -49,3 +49,8 @@ def stream_ended(reason: str | None) -> ApiError:
 
 def engine_unavailable() -> ApiError:
     return ApiError(503, "engine_unavailable", "The engine is not up: see /readyz, and try again when it is.")
+
+
+def too_many_viewers() -> ApiError:
+    message = "This stream has all the viewers that it can take."
+    return ApiError(503, "too_many_viewers", message, headers={"Retry-After": "5"})

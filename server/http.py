@@ -50,6 +50,8 @@ class Route:
     status: int = 200
     errors: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    accepts: str = "application/json"
+    """Media type of a request body."""
 
 
 def streams_of(connection: HTTPConnection) -> Streams:
@@ -143,7 +145,8 @@ async def delete_stream(request: Request, id: str) -> Response:
 
 def stream_object(connection: HTTPConnection, stream: Stream) -> dict[str, Any]:
     """The stream as the API shows it to this client."""
-    return {**stream.snapshot(), "ws_url": ws_url(connection, stream.session.id)}
+    whep_url = f"/v1/streams/{stream.session.id}/whep"
+    return {**stream.snapshot(), "ws_url": ws_url(connection, stream.session.id), "whep_url": whep_url}
 
 
 def ws_url(connection: HTTPConnection, id: str) -> str:
@@ -268,7 +271,7 @@ async def on_http_exception(request: Request, exception: Exception) -> Response:
         error = ApiError(404, "not_found", "There is nothing at this path: see /docs.")
     elif status == 405:
         # The framework knows the methods of one of our routes; a path has several.
-        headers["Allow"] = ", ".join(methods_at(request.url.path)) or headers.get("allow", "GET")
+        headers["Allow"] = ", ".join(route.method for route in routes_at(request.scope)) or headers.get("allow", "GET")
         headers.pop("allow", None)
         error = ApiError(405, "method_not_allowed", f"Use {headers['Allow']} here.", headers=headers)
     elif status == 400:
@@ -284,9 +287,10 @@ async def on_validation_error(request: Request, exception: Exception) -> Respons
     return error_response(schemas.explain(exception.errors()))
 
 
-def methods_at(path: str) -> Sequence[str]:
-    """The methods that `ROUTES` has for a path."""
-    return [route.method for route in ROUTES if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), path)]
+def routes_at(scope: Scope) -> Sequence[Route]:
+    """What the application has for the path of a request."""
+    routes: Sequence[Route] = scope["app"].state.routes
+    return [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), scope["path"])]
 
 
 # the envelope
@@ -364,15 +368,19 @@ def check_body(scope: Scope, headers: Headers) -> None:
     length, limit = headers.get("content-length", "0"), body_limit(scope)
     if length.isdecimal() and int(length[:20]) > limit:
         raise body_too_large(limit)
-    if methods_at(scope["path"]) and scope["method"] in methods_at(scope["path"]):
-        if media_type(headers) == "application/json":
+    if route := next((route for route in routes_at(scope) if route.method == scope["method"]), None):
+        if media_type(headers) == route.accepts:
             return
         # A type that a form can send would let any web page open streams on the visitor's own machine: such a request
         # must come from our own page, or from no browser at all.
         origin = headers.get("origin")
         ours = origin is None or re.sub(r"^https?://", "", origin) == headers.get("host")
         if not (is_form(headers) and limit == MAX_UPLOAD_BYTES and ours):
-            raise ApiError(415, "unsupported_media_type", "Send JSON, with `Content-Type: application/json`.")
+            what = "JSON" if route.accepts == "application/json" else "SDP"
+            message = f"Send {what}, with `Content-Type: {route.accepts}`."
+            raise ApiError(
+                415, "unsupported_media_type", message, headers={f"Accept-{scope['method'].title()}": route.accepts}
+            )
 
 
 def media_type(headers: Headers) -> str:

@@ -178,6 +178,7 @@ class StreamObject(BaseModel):
     fps: int | None
     duration_s: float | None
     ws_url: str = Field(description="WebSocket with events and frames; add `?format=rgb24` for raw frames.")
+    whep_url: str = Field(description="Where a WebRTC player posts its offer (WHEP).")
     created_at: float = Field(description="Unix time.")
     queue_position: int | None = Field(description="1 is next; null when not queued.")
     queue_wait_s: float | None = Field(description="Estimate; null when nobody knows.")

@@ -10,9 +10,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server.errors import ApiError
 from server.http import streams_of, ws_url
-from server.media.packets import FORMATS
-from server.media.viewer import Viewer
+from server.media.viewer import Viewer, Watching
 from server.streams import Streams
+
+FORMATS: dict[str, Watching] = {"mjpeg": "mjpeg", "rgb24": "rgb24", "fmp4": "fmp4", "events": "events"}
+"""`?format=`: the last is for who watches otherwise."""
 
 POLICY, TRY_LATER, NOT_FOUND = 1008, 1013, 4404
 
@@ -42,7 +44,8 @@ async def serve(websocket: WebSocket, streams: Streams) -> None:
         stream = streams.get(websocket.path_params["id"])
         if name not in FORMATS:
             raise ApiError(400, "invalid_value", f"`format` must be one of {', '.join(FORMATS)}.", param="format")
-        viewer = await streams.attach(stream, FORMATS[name][0], ws_url(websocket, stream.session.id))
+        viewer = Viewer(FORMATS[name])
+        await streams.attach(stream, viewer, ws_url(websocket, stream.session.id))
     except ApiError as error:
         await refuse(websocket, error)
         return
@@ -73,7 +76,7 @@ async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
             async with asyncio.timeout(SEND_SECONDS):
                 if isinstance(item, str):
                     await websocket.send_text(item)
-                else:
+                elif isinstance(item, bytes):
                     await websocket.send_bytes(item)
         except TimeoutError:
             return TRY_LATER, "too slow"
