@@ -2,10 +2,13 @@
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
+
+from server.keys import read_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,10 @@ class Config:
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
-    insecure: bool = False
-    """Serve a network without authentication."""
+    keys: Path | None = None
+    """File of API keys (see `server.keys`); without one only this machine is served."""
+    origins: tuple[str, ...] = ()
+    """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -42,10 +47,16 @@ class Config:
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
-        if not (self.insecure or is_loopback(self.host)):
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
+                raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        if self.keys is not None:
+            if not read_keys(self.keys):
+                raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
+        elif not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} can be reached from the network, and this version has no authentication yet: "
-                "anyone there could start and watch streams. Use 127.0.0.1, or add --insecure on a trusted network"
+                f"host {self.host} can be reached from the network, where anyone could start and watch streams: make "
+                "a key with `python -m server keys add NAME --keys FILE` and add --keys FILE, or use 127.0.0.1"
             )
 
     @classmethod
@@ -101,7 +112,19 @@ class Config:
             default=default("queue-limit", cls.queue_limit),
             help="streams that may wait for a place in the engine (%(default)s)",
         )
-        add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
+        add(
+            "--keys",
+            type=Path,
+            metavar="FILE",
+            default=default("keys", None),
+            help="file of API keys: needed for a host that the network can reach (python -m server keys add NAME)",
+        )
+        add(
+            "--origins",
+            metavar="URLS",
+            default=default("origins", ""),
+            help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -118,7 +141,8 @@ class Config:
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
-                insecure=options.insecure,
+                keys=options.keys,
+                origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
             )
         except ValueError as error:
             parser.error(str(error))

@@ -413,6 +413,7 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("get", "/v1/streams/{id}"),
             ("patch", "/v1/streams/{id}"),
             ("delete", "/v1/streams/{id}"),
+            ("post", "/v1/streams/{id}/tokens"),
             ("get", "/v1/models"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),
