@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from server.keys import read_keys
+
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
 
@@ -40,8 +42,10 @@ class Config:
     """STUN and TURN servers for viewers behind NAT: `stun:HOST[:PORT]`, `turn:HOST[:PORT][?transport=udp|tcp]`."""
     turn_secret: str = field(default="", repr=False)
     """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
-    insecure: bool = False
-    """Serve a network without authentication."""
+    keys: Path | None = None
+    """File of API keys (see `server.keys`); without one only this machine is served."""
+    origins: tuple[str, ...] = ()
+    """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -65,10 +69,16 @@ class Config:
             raise ValueError(
                 "ice-servers has a TURN server, whose shared secret is missing: set LIVEREEL_TURN_SECRET to it"
             )
-        if not (self.insecure or is_loopback(self.host)):
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
+                raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        if self.keys is not None:
+            if not read_keys(self.keys):
+                raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
+        elif not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} can be reached from the network, and this version has no authentication yet: "
-                "anyone there could start and watch streams. Use 127.0.0.1, or add --insecure on a trusted network"
+                f"host {self.host} can be reached from the network, where anyone could start and watch streams: make "
+                "a key with `python -m server keys add NAME --keys FILE` and add --keys FILE, or use 127.0.0.1"
             )
 
     @classmethod
@@ -144,7 +154,19 @@ class Config:
             help="STUN and TURN servers for WebRTC, with commas between; LIVEREEL_TURN_SECRET holds the latter's "
             "shared secret (none)",
         )
-        add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
+        add(
+            "--keys",
+            type=Path,
+            metavar="FILE",
+            default=default("keys", None),
+            help="file of API keys: needed for a host that the network can reach (python -m server keys add NAME)",
+        )
+        add(
+            "--origins",
+            metavar="URLS",
+            default=default("origins", ""),
+            help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -165,7 +187,8 @@ class Config:
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
-                insecure=options.insecure,
+                keys=options.keys,
+                origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
             )
         except ValueError as error:
             parser.error(str(error))

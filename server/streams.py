@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +88,8 @@ class Stream:
     player: asyncio.Task[None] | None = None
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
+    owner: str | None = None
+    """Whose it is; None where there are no keys."""
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -211,11 +213,23 @@ class Streams:
         return model
 
     def open(
-        self, prompt: str, model: str | None, seed: int | None, duration_s: float | None, picture: bytes = b""
+        self,
+        prompt: str,
+        model: str | None,
+        seed: int | None,
+        duration_s: float | None,
+        picture: bytes = b"",
+        *,
+        owner: str | None = None,
+        limit: int | None = None,
     ) -> Stream:
-        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s."""
+        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s.
+
+        `owner` shares the engine with others fairly, and may have `limit` streams at once.
+        """
         if self._draining:
-            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+            message = "The server is shutting down: try another one."
+            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
         model = self._named(model)
         if self._failed:
             raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
@@ -228,15 +242,15 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
-        if full := self._admission.request(session.id, model, now):
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
+        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
             self._metrics.refused.inc()
-            raise ApiError(
-                429,
-                "queue_full",
-                f"Every place is taken and the queue is full: try again in {full.retry_after} s.",
-                headers={"Retry-After": str(full.retry_after)},
-            )
+            headers = {"Retry-After": str(refusal.retry_after)}
+            if isinstance(refusal, admission.OverLimit):
+                message = f"This key may have {refusal.limit} streams at once: end one first."
+                raise ApiError(429, "stream_limit", message, headers=headers)
+            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
+            raise ApiError(429, "queue_full", message, headers=headers)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -252,6 +266,17 @@ class Streams:
             # Whoever waits in the queue may do so by asking now and then, without a socket.
             stream.unwatched_since = time.monotonic()
         return stream
+
+    def owner(self, id: str) -> str | None:
+        """Whose the stream is; None also when there is none."""
+        stream = self._streams.get(id)
+        return stream.owner if stream else None
+
+    def keep_owners(self, owners: Collection[str]) -> None:
+        """End the streams of everybody else: their keys were taken away."""
+        for stream in list(self._streams.values()):
+            if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
+                self._end(stream, "revoked")
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""

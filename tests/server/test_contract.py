@@ -417,6 +417,7 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("patch", "/v1/streams/{id}/whep/{session}"),
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
+            ("post", "/v1/streams/{id}/tokens"),
             ("get", "/v1/models"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),
