@@ -28,6 +28,12 @@ class Config:
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
+    engine_timeout_s: float = 20.0
+    """An engine that has work and has not moved for this long hangs, and is replaced."""
+    engine_start_timeout_s: float = 900.0
+    """The same while it loads and warms up: big weights, cold compilation."""
+    drain_timeout_s: float = 10.0
+    """How long streams may play on after SIGTERM."""
     insecure: bool = False
     """Serve a network without authentication."""
 
@@ -40,6 +46,11 @@ class Config:
             raise ValueError(f"loras {self.loras} is not a folder")
         if not 0 <= self.idle_timeout_s < float("inf"):
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        for name in ("engine-timeout", "engine-start-timeout"):
+            if not 0 < (seconds := getattr(self, name.replace("-", "_") + "_s")) < float("inf"):
+                raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
         if not (self.insecure or is_loopback(self.host)):
@@ -101,6 +112,27 @@ class Config:
             default=default("queue-limit", cls.queue_limit),
             help="streams that may wait for a place in the engine (%(default)s)",
         )
+        add(
+            "--engine-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-timeout", cls.engine_timeout_s),
+            help="replace an engine that has work and has not moved for this many seconds (%(default)s)",
+        )
+        add(
+            "--engine-start-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-start-timeout", cls.engine_start_timeout_s),
+            help="replace an engine that is not ready after this many seconds (%(default)s)",
+        )
+        add(
+            "--drain-timeout",
+            type=float,
+            metavar="S",
+            default=default("drain-timeout", cls.drain_timeout_s),
+            help="how long streams may play on after SIGTERM; a second signal ends them (%(default)s)",
+        )
         add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
         ours, theirs = list(arguments), []
         if "--" in ours:
@@ -118,6 +150,9 @@ class Config:
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
+                engine_timeout_s=options.engine_timeout,
+                engine_start_timeout_s=options.engine_start_timeout,
+                drain_timeout_s=options.drain_timeout,
                 insecure=options.insecure,
             )
         except ValueError as error:
