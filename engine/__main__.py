@@ -1,6 +1,7 @@
 """python -m engine MODEL --socket ADDRESS: the engine process. Or a command: models, check, convert."""
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ def serve() -> int:
     parser.add_argument(
         "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
     )
+    parser.add_argument(
+        "--frames-fd", type=int, required=True, metavar="FD", help="file descriptor of the memory that frames go into"
+    )
     parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
     parser.add_argument("--loras", type=Path, metavar="DIR", help="folder of LoRAs that may be applied while serving")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
@@ -68,6 +72,8 @@ def serve() -> int:
         parser.error(str(error))
     if speed.fused and options.kv_cache != "exact":
         parser.error("--kv-cache needs --plain; --float8-attention halves the fused model's cache")
+    if options.parent_pid is not None:
+        end_with(options.parent_pid)
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:
@@ -89,9 +95,26 @@ def serve() -> int:
         return 3
     warmth = warm(pipeline)
     link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
-    Worker(pipeline, link, options.loras).run()
+    status = 0
+    try:
+        Worker(pipeline, link, options.frames_fd, options.loras).run()
+    except torch.AcceleratorError as error:
+        print(f"engine: the device is lost: {error}", file=sys.stderr, flush=True)
+        status = 4
     link.finish()
-    return 0
+    return status
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even while it hangs or is stopped.
+
+    Linux can do that; elsewhere the wire thread sees it within a second, unless it is stopped too.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before that
 
 
 if __name__ == "__main__":

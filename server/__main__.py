@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -38,18 +39,31 @@ class RedactingFormatter(logging.Formatter):
 class Server(uvicorn.Server):
     """uvicorn, with streams that end before their sockets do, and with exit status 0 after a signal."""
 
-    def __init__(self, config: uvicorn.Config, streams: Streams) -> None:
+    def __init__(self, config: uvicorn.Config, streams: Streams, drain_seconds: float = 0.0) -> None:
+        """`drain_seconds` is how long streams may play on after SIGTERM."""
         super().__init__(config)
         self._streams = streams
+        self._drain_seconds = drain_seconds
+        self._patient = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks for an end, a second Ctrl-C insists. None is raised again afterwards."""
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        """SIGTERM lets streams play on for a while, Ctrl-C and a second signal do not; one more waits for nobody.
+
+        None is raised again afterwards.
+        """
+        self.force_exit = self.should_exit and not self._patient
+        self._patient = sig == signal.SIGTERM and not self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the viewers first."""
-        self._streams.drain()
+        seconds = self._drain_seconds if self._patient else 0.0
+        ends_at = time.monotonic() + seconds
+        self._streams.drain(seconds)
+        while self._streams.playing and self._patient and time.monotonic() < ends_at:
+            await asyncio.sleep(0.05)
+        self._patient = False
+        self._streams.end()
         await asyncio.sleep(0.1)  # their sockets' tasks send `ended` and close
         await super().shutdown(sockets)
 
@@ -91,7 +105,12 @@ async def serve(config: Config) -> int:
         backend = FakeBackend(model=config.model)
     else:
         backend = LocalBackend(
-            config.model, threads=config.engine_threads, loras=config.loras, arguments=config.engine_arguments
+            config.model,
+            threads=config.engine_threads,
+            loras=config.loras,
+            arguments=config.engine_arguments,
+            start_seconds=config.engine_start_timeout_s,
+            hung_seconds=config.engine_timeout_s,
         )
     try:
         listener = listen(config.host, config.port)
@@ -102,7 +121,7 @@ async def serve(config: Config) -> int:
     settings, streams = uvicorn_config(config, backend)
     assert isinstance(settings.app, FastAPI)
     access = settings.app.state.access
-    server = Server(settings, streams)
+    server = Server(settings, streams, config.drain_timeout_s)
     failed = False
 
     async def announce() -> None:

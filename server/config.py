@@ -33,6 +33,12 @@ class Config:
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
+    engine_timeout_s: float = 20.0
+    """An engine that has work and has not moved for this long hangs, and is replaced."""
+    engine_start_timeout_s: float = 900.0
+    """The same while it loads and warms up: big weights, cold compilation."""
+    drain_timeout_s: float = 10.0
+    """How long streams may play on after SIGTERM."""
     bitrate_kbps: int = 2500
     """Ceiling of an encoded stream, in kbit/s."""
     public_address: str | None = None
@@ -56,6 +62,11 @@ class Config:
             raise ValueError(f"loras {self.loras} is not a folder")
         if not 0 <= self.idle_timeout_s < float("inf"):
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        for name in ("engine-timeout", "engine-start-timeout"):
+            if not 0 < (seconds := getattr(self, name.replace("-", "_") + "_s")) < float("inf"):
+                raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
         if not 50 <= self.bitrate_kbps <= 100_000:
@@ -135,6 +146,27 @@ class Config:
             help="streams that may wait for a place in the engine (%(default)s)",
         )
         add(
+            "--engine-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-timeout", cls.engine_timeout_s),
+            help="replace an engine that has work and has not moved for this many seconds (%(default)s)",
+        )
+        add(
+            "--engine-start-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-start-timeout", cls.engine_start_timeout_s),
+            help="replace an engine that is not ready after this many seconds (%(default)s)",
+        )
+        add(
+            "--drain-timeout",
+            type=float,
+            metavar="S",
+            default=default("drain-timeout", cls.drain_timeout_s),
+            help="how long streams may play on after SIGTERM; a second signal ends them (%(default)s)",
+        )
+        add(
             "--bitrate",
             type=int,
             metavar="KBPS",
@@ -189,6 +221,9 @@ class Config:
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
                 keys=options.keys,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
+                engine_timeout_s=options.engine_timeout,
+                engine_start_timeout_s=options.engine_start_timeout,
+                drain_timeout_s=options.drain_timeout,
             )
         except ValueError as error:
             parser.error(str(error))

@@ -43,6 +43,8 @@ STEER_SECONDS = 15.0
 LORA_SECONDS = 60.0
 """How long the engine may take to read LoRAs and to apply them."""
 HOUSEKEEPING_SECONDS = 0.5
+SHUTTING_DOWN = "shutting_down"
+"""Why a stream ends with the gateway."""
 
 
 @dataclass(slots=True)
@@ -143,7 +145,7 @@ class Streams:
         self.decoding = asyncio.Semaphore(1)
         """Of uploaded pictures: one at a time, so that live streams keep their share of the processor."""
         self._draining = False
-        self._failed = False
+        self._failure = ""
         self._settled = asyncio.Event()
 
     async def start(self) -> None:
@@ -153,7 +155,8 @@ class Streams:
 
     async def stop(self) -> None:
         """End every stream, then the backend. Safe to call again."""
-        self.drain()
+        self.drain(0)
+        self.end()
         if self._housekeeper is None:
             return
         self._housekeeper.cancel()
@@ -167,15 +170,28 @@ class Streams:
     async def engine_came_up(self) -> bool:
         """Waits until the engine is up for the first time; False when it was given up before that."""
         await self._settled.wait()
-        return not self._failed
+        return not self._failure
 
-    def drain(self) -> None:
-        """Take no new stream, and end those there are: their viewers hear it before their sockets close."""
+    def drain(self, seconds: float) -> None:
+        """Take no new stream, end those that wait, and tell the others' viewers how long they may still play."""
         self._draining = True
+        for stream in list(self._streams.values()):
+            if stream.session.state is State.QUEUED:
+                self._end(stream, SHUTTING_DOWN)
+            elif not stream.session.state.over and seconds:
+                self._publish(stream, [stream.session.event("draining", time.time(), seconds=seconds)])
+
+    @property
+    def playing(self) -> bool:
+        """Whether a stream is not over yet."""
+        return any(not stream.session.state.over for stream in self._streams.values())
+
+    def end(self) -> None:
+        """End what `drain` let play: viewers hear it before their sockets close."""
         self._forget_loras()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
-                self._end(stream, "shutdown")
+                self._end(stream, SHUTTING_DOWN)
 
     # what clients ask for
 
@@ -231,8 +247,10 @@ class Streams:
             message = "The server is shutting down: try another one."
             raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
         model = self._named(model)
-        if self._failed:
-            raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
+        if self._failure:
+            raise ApiError(
+                503, "engine_failed", f"No stream can start: {self._failure}.", headers={"Retry-After": "60"}
+            )
         now = time.monotonic()
         session = Session(
             id=f"st_{secrets.token_hex(12)}",
@@ -430,6 +448,7 @@ class Streams:
             answer.set_exception(ApiError(status, fault.code, text, param="loras"))
 
     def _on_ready(self, ready: wire.Ready) -> None:
+        self._failure = ""
         self._models = {info.name: info for info in ready.models}
         self._admission.set_costs(
             {info.name: admission.cost(info.chunk_seconds, info.chunk_frames, info.fps) for info in ready.models}
@@ -462,13 +481,13 @@ class Streams:
         if lost.retrying:
             self._metrics.engine_restarts.inc()
         else:
-            self._failed = True
+            self._failure = lost.reason
             self._admission.set_costs({})
         for stream in list(self._streams.values()):
             if stream.session.state.over or (stream.playback and stream.playback.complete):
                 continue
             if not lost.retrying:
-                self._fail(stream, "engine_failed", "The engine failed and could not be restarted.")
+                self._fail(stream, "engine_failed", f"The stream cannot go on: {lost.reason}.")
             elif stream.opened:
                 stream.opened, stream.interrupted = False, True
                 message = "The engine failed and is being restarted; the stream goes on when it is back."

@@ -282,7 +282,7 @@ const ENDINGS = {
   finished: ["Finished", "The stream has played to its end."],
   deleted: ["Stopped", "Press Play to start another."],
   idle: ["Ended", "Nobody was watching any more."],
-  shutdown: ["The server is shutting down", "Start it again and press Play."],
+  shutting_down: ["The server is shutting down", "Start it again and press Play."],
   failed: ["The stream failed", "Press Play to start another."],
 };
 

@@ -375,7 +375,7 @@ async def test_shutting_down_ends_the_streams_first(run_gateway: Any) -> None:
         watching = asyncio.create_task(gateway.watch(stream))
         await gateway.until(lambda: len(stream_of(gateway, stream).viewers) == 1)
     seen = await watching
-    assert seen.of("ended")[0]["reason"] == "shutdown"
+    assert seen.of("ended")[0]["reason"] == "shutting_down"
     assert seen.close_code == 1000
 
 

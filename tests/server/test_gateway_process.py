@@ -46,7 +46,7 @@ def test_ready_line_and_orderly_end(sig: signal.Signals) -> None:
             viewer.recv()
             process.send_signal(sig)
             items = list(viewer)
-        assert '"reason":"shutdown"' in items[-1]
+        assert '"reason":"shutting_down"' in items[-1]
         output, log = process.communicate(timeout=10)
         assert process.returncode == 0
         assert output == ""  # nothing but the one line
