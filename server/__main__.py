@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from server import connections, keys
 from server.app import create_app, reload_keys
-from server.auth import TOKEN_PREFIX
+from server.auth import MAX_HEAD_BYTES, TOKEN_PREFIX
 from server.backends.base import Backend
 from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
@@ -86,7 +86,7 @@ def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, St
         app,
         http=connections.HttpProtocol,
         ws=connections.WebSocketProtocol,
-        h11_max_incomplete_event_size=connections.MAX_HEAD_BYTES,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
         log_config=None,

@@ -356,10 +356,15 @@ class Gate:
 
 
 MAX_HEADERS = 100
+MAX_HEAD_BYTES = 16 * 1024
+"""Of all headers together. The HTTP parser bounds only what it has to wait for, not what arrives at once."""
 
 
 def check_head(headers: Headers) -> None:
-    """Refuse a request with headers that no client of ours sends; h11 has bounded their size."""
+    """Refuse a request with headers that no client of ours sends."""
+    if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEAD_BYTES:
+        message = f"Send at most {MAX_HEAD_BYTES} bytes of headers."
+        raise ApiError(431, "headers_too_large", message, headers={"Connection": "close"})
     if len(headers.raw) > MAX_HEADERS:
         raise ApiError(431, "too_many_headers", f"Send at most {MAX_HEADERS} headers.", headers={"Connection": "close"})
     if "transfer-encoding" in headers and "content-length" in headers:

@@ -25,7 +25,6 @@ REQUEST_SECONDS = 60.0
 WRITE_SECONDS = 15.0
 """A peer that reads nothing for this long is let go."""
 
-MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADER_LINE = 8000
 """Of a WebSocket's handshake: the websockets library takes no longer ones."""
 

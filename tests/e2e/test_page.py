@@ -323,13 +323,12 @@ def test_chromium_decodes_both_codecs(page: Any, codec: str) -> None:
     assert width == 256
 
 
-def test_fragments_play_through_media_source(page: Any) -> None:
+def test_fragments_play_through_media_source(page: Any, browser: Any) -> None:
     play(page, "a red ball")
     state(page, "live")
-    # A page without our policy: ours lets no media in but by WebRTC.
-    page.route("**/blank", lambda route: route.fulfill(content_type="text/html", body="<!doctype html><video muted>"))
     [stream] = page.evaluate("fetch('/v1/streams').then(r => r.json()).then(r => r.data)")
-    player = page.context.new_page()
+    # A page without our policy: ours lets no media in but by WebRTC.
+    player = browser.new_page()
     player.route("**/blank", lambda route: route.fulfill(content_type="text/html", body="<!doctype html><video muted>"))
     player.goto(page.url + "blank")
     script = """async (url) => {
