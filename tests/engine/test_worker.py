@@ -80,8 +80,8 @@ def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path) -> Iterator[Gateway
     context.term()
 
 
-def opened(gateway: Gateway, name: str = "s", limit: int = 0, seed: int = 7, **options: int) -> None:
-    gateway.send(wire.Open(name, "toy", "a red ball", seed, **options))
+def opened(gateway: Gateway, name: str = "s", limit: int = 0, **options: int) -> None:
+    gateway.send(wire.Open(name, "toy", "a red ball", 7, **options))
     if limit:
         gateway.send(wire.Credit(name, limit, 0.5))
         gateway.expect(wire.Started)
@@ -187,16 +187,23 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
 
-@pytest.mark.parametrize("work", ["next_chunk", "commit"])
+@pytest.mark.parametrize(("work", "chunk"), [("next_chunk", 1), ("commit", 2)])
 def test_want_of_memory_ends_one_stream(
-    gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, work: str
+    gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, work: str, chunk: int
 ) -> None:
-    for name, seed in (("a", 7), ("b", 8)):  # b may still owe its context pass when the failing begins
-        opened(gateway, name, limit=1, seed=seed)
+    for name in ("a", "b"):
+        opened(gateway, name, limit=1)
         frames(gateway)
-    healthy = getattr(pipeline, work)
-    monkeypatch.setattr(pipeline, work, lambda state: out_of_memory() if state.seed == 7 else healthy(state))
+    healthy: Callable[..., object] = getattr(pipeline, work)
+    failing = [True]
+
+    def fails_once(state):  # type: ignore[no-untyped-def]
+        return out_of_memory() if state.chunk == chunk and failing and failing.pop() else healthy(state)
+
+    monkeypatch.setattr(pipeline, work, fails_once)
     gateway.send(wire.Credit("a", 2, 0.1))
+    if work == "commit":  # the context pass comes after the frames
+        frames(gateway)
     fault = gateway.expect(wire.Fault)
     assert isinstance(fault, wire.Fault)
     assert (fault.stream, fault.code) == ("a", "out_of_memory") and "GiB" not in fault.message
@@ -214,6 +221,26 @@ def test_a_steer_that_fails_is_refused(gateway: Gateway, pipeline: Pipeline, mon
         assert isinstance(fault, wire.Fault) and (fault.code, fault.event) == ("out_of_memory", 4)
     gateway.send(wire.Credit("s", 2, 0.1))
     assert frames(gateway)[0].applied is None
+
+
+def test_a_lost_device_ends_the_loop(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "next_chunk", lost)
+    link = Wire(f"ipc://{tmp_path}/nobody.sock", parent=None)
+    monkeypatch.setattr(link, "send", lambda _: None)
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))
+    for message in (
+        wire.Layout(SLOTS, SLOT_BYTES),
+        wire.Open("s", "toy", "a red ball", 7),
+        wire.Credit("s", limit=1, due_in=0.5),
+    ):
+        link.inbox.put(message)
+    with pytest.raises(torch.AcceleratorError):
+        Worker(pipeline, link, memory).run()
+    os.close(memory)
 
 
 def test_a_full_ring_holds_back_chunks_and_loses_none(gateway: Gateway) -> None:

@@ -21,6 +21,11 @@ def picture(frame: int) -> bytes:
     return bytes((frame + k) % 256 for k in range(FRAME_BYTES))
 
 
+def third_chunk(stream: tuple[wire.Open, int, int] | None) -> bool:
+    """Whether chunk 2 of a stream is next that no earlier process has begun."""
+    return stream is not None and stream[0].start_chunk == 0 and stream[1] == 2
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("behaviour")
@@ -118,6 +123,8 @@ def main() -> int:
                     context.term()  # what was said is heard
                     os._exit(9)
             case wire.Credit(stream=stream) if behaviour == "hangs":
+                hung_since = hung_since or time.monotonic()
+            case wire.Credit(stream=stream) if behaviour == "hangs later" and third_chunk(streams.get(stream)):
                 hung_since = hung_since or time.monotonic()
             case wire.Credit(stream=stream, limit=limit):
                 limits[stream] = limit
