@@ -108,8 +108,8 @@ class Pipeline:
         picture = picture[-count:]
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
         latents = self.pictures(frames)
-        self.decode(latents, state)
         for part in latents.split(preset.chunk, dim=2):
+            self.decode(part, state)
             self._write(state, part, state.context)
             self._remember(state, part)
 

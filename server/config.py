@@ -2,10 +2,15 @@
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
+
+from server.keys import read_keys
+
+ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,19 @@ class Config:
     """The same while it loads and warms up: big weights, cold compilation."""
     drain_timeout_s: float = 10.0
     """How long streams may play on after SIGTERM."""
-    insecure: bool = False
-    """Serve a network without authentication."""
+    bitrate_kbps: int = 2500
+    """Ceiling of an encoded stream, in kbit/s."""
+    public_address: str | None = None
+    """IP address at which viewers reach this machine's UDP ports, where it is not one of its own: behind NAT, in a
+    container."""
+    ice_servers: tuple[str, ...] = ()
+    """STUN and TURN servers for viewers behind NAT: `stun:HOST[:PORT]`, `turn:HOST[:PORT][?transport=udp|tcp]`."""
+    turn_secret: str = field(default="", repr=False)
+    """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
+    keys: Path | None = None
+    """File of API keys (see `server.keys`); without one only this machine is served."""
+    origins: tuple[str, ...] = ()
+    """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -53,10 +69,27 @@ class Config:
             raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
-        if not (self.insecure or is_loopback(self.host)):
+        if not 50 <= self.bitrate_kbps <= 100_000:
+            raise ValueError(f"bitrate {self.bitrate_kbps} is not between 50 and 100000 kbit/s")
+        if self.public_address is not None and not is_address(self.public_address):
+            raise ValueError(f"public-address {self.public_address} is not an IP address such as 203.0.113.7")
+        for url in self.ice_servers:
+            if not ICE_SERVER.fullmatch(url):
+                raise ValueError(f"ice-servers {url} is not stun:HOST, turn:HOST or turns:HOST, with :PORT if need be")
+        if not self.turn_secret and any(url.startswith("turn") for url in self.ice_servers):
             raise ValueError(
-                f"host {self.host} can be reached from the network, and this version has no authentication yet: "
-                "anyone there could start and watch streams. Use 127.0.0.1, or add --insecure on a trusted network"
+                "ice-servers has a TURN server, whose shared secret is missing: set LIVEREEL_TURN_SECRET to it"
+            )
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
+                raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        if self.keys is not None:
+            if not read_keys(self.keys):
+                raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
+        elif not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from the network, where anyone could start and watch streams: make "
+                "a key with `python -m server keys add NAME --keys FILE` and add --keys FILE, or use 127.0.0.1"
             )
 
     @classmethod
@@ -133,7 +166,39 @@ class Config:
             default=default("drain-timeout", cls.drain_timeout_s),
             help="how long streams may play on after SIGTERM; a second signal ends them (%(default)s)",
         )
-        add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
+        add(
+            "--bitrate",
+            type=int,
+            metavar="KBPS",
+            default=default("bitrate", cls.bitrate_kbps),
+            help="ceiling of an encoded stream in kbit/s (%(default)s)",
+        )
+        add(
+            "--public-address",
+            metavar="IP",
+            default=default("public-address", None),
+            help="where viewers reach this machine's UDP ports, behind NAT or in a container (its own addresses)",
+        )
+        add(
+            "--ice-servers",
+            metavar="URLS",
+            default=default("ice-servers", ""),
+            help="STUN and TURN servers for WebRTC, with commas between; LIVEREEL_TURN_SECRET holds the latter's "
+            "shared secret (none)",
+        )
+        add(
+            "--keys",
+            type=Path,
+            metavar="FILE",
+            default=default("keys", None),
+            help="file of API keys: needed for a host that the network can reach (python -m server keys add NAME)",
+        )
+        add(
+            "--origins",
+            metavar="URLS",
+            default=default("origins", ""),
+            help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -150,13 +215,27 @@ class Config:
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
                 queue_limit=options.queue_limit,
+                bitrate_kbps=options.bitrate,
+                public_address=options.public_address,
+                ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
+                turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
+                keys=options.keys,
+                origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,
                 engine_start_timeout_s=options.engine_start_timeout,
                 drain_timeout_s=options.drain_timeout,
-                insecure=options.insecure,
             )
         except ValueError as error:
             parser.error(str(error))
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -45,17 +45,28 @@ class Metrics:
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
             registry=registry,
         )
+        self.encode_seconds = Histogram(
+            "livereel_encode_seconds",
+            "Time to encode one frame, which all viewers of a codec share.",
+            ["codec"],
+            buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
+            registry=registry,
+        )
         self.stalls = Counter("livereel_stalls", "Times that a due frame was not there.", registry=registry)
         self.stalled_seconds = Counter("livereel_stalled_seconds", "Time without a due frame.", registry=registry)
         self.frames_shown = Counter("livereel_frames_shown", "Frames that were due and shown.", registry=registry)
         self.frames_dropped = Counter(
-            "livereel_frames_dropped", "Frames that a viewer did not get.", ["reason"], registry=registry
+            "livereel_frames_dropped",
+            "Frames that a viewer did not get, or that all those of a codec did not.",
+            ["reason"],
+            registry=registry,
         )
         self.viewers_dropped = Counter(
             "livereel_viewers_dropped", "Viewers disconnected for being too slow.", registry=registry
         )
         self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
-        self.frames_dropped.labels("slow_viewer")
+        for reason in ("slow_viewer", "slow_encoder"):
+            self.frames_dropped.labels(reason)
         self.count_streams({})
 
     def count_streams(self, by_state: dict[State, int]) -> None:

@@ -95,6 +95,8 @@ class Playback:
         self.paused = False
         self.complete = False
         """No further frame will arrive."""
+        self.held_seconds = 0.0
+        """By how much stalls and pauses have put the clock behind media time since the first frame."""
         self._period = 1.0 / fps
         self._chunk_frames = chunk_frames
         self._first_chunk_frames = first_chunk_frames
@@ -220,6 +222,8 @@ class Playback:
         return at + (frame - anchored) * self._period
 
     def _re_anchor(self, now: float) -> None:
+        if self._anchor is not None:
+            self.held_seconds += now - self._due(self.shown)
         self._anchor = (now, self.shown)
         self._due_moved = True
 

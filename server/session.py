@@ -94,12 +94,18 @@ class Session:
 
     # playing
 
-    def chunk(self, *, index: int, pts: int, frames: int, gen_seconds: float, paused: bool, ts: float) -> list[Event]:
-        """A chunk is there; with the first one the stream is live, or paused when that was asked for before."""
+    def chunk(
+        self, *, index: int, pts: int, frames: int, gen_seconds: float, shown: int, paused: bool, ts: float
+    ) -> list[Event]:
+        """A chunk is there; with the first one the stream is live, or paused when that was asked for before.
+
+        `shown` is how many frames have been: who watches by WebRTC sees no times.
+        """
         assert self.fps is not None
         self.frames_generated += frames
         self._recent.append((gen_seconds, frames / self.fps))
-        events = [self.event("chunk", ts, index=index, pts=pts, frames=frames, gen_ms=round(gen_seconds * 1e3, 3))]
+        gen_ms = round(gen_seconds * 1e3, 3)
+        events = [self.event("chunk", ts, index=index, pts=pts, frames=frames, gen_ms=gen_ms, shown=shown)]
         if self.state is State.STARTING:
             events += self._enter(State.PAUSED if paused else State.LIVE, ts)
         return events

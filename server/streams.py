@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,9 @@ from engine import wire
 from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
 from server.config import Config
-from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found
+from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.media.broadcast import Broadcast
+from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -71,10 +73,14 @@ class Stream:
     """The engine process that knew it has died, and no other has taken over yet."""
     last: Frame | None = None
     """The frame on screen."""
+    clock: int = 0
+    """When it was shown, in 1/90000 s of the playback clock: media time and the time spent in stalls and pauses."""
     hold: bool = False
     """Paused before there was a clock to pause."""
     buffer: deque[Frame] = field(default_factory=deque)
     viewers: set[Viewer] = field(default_factory=set)
+    broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
+    """What the viewers of each codec are served from."""
     steers: dict[int, _Steer] = field(default_factory=dict)
     """By event number: those that are not on screen yet."""
     next_event: int = 1
@@ -84,6 +90,8 @@ class Stream:
     player: asyncio.Task[None] | None = None
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
+    owner: str | None = None
+    """Whose it is; None where there are no keys."""
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -221,9 +229,20 @@ class Streams:
         return model
 
     def open(
-        self, prompt: str, model: str | None, seed: int | None, duration_s: float | None, picture: bytes = b""
+        self,
+        prompt: str,
+        model: str | None,
+        seed: int | None,
+        duration_s: float | None,
+        picture: bytes = b"",
+        *,
+        owner: str | None = None,
+        limit: int | None = None,
     ) -> Stream:
-        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s."""
+        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s.
+
+        `owner` shares the engine with others fairly, and may have `limit` streams at once.
+        """
         if self._draining:
             message = "The server is shutting down: try another one."
             raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
@@ -241,15 +260,15 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
-        if full := self._admission.request(session.id, model, now):
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
+        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
             self._metrics.refused.inc()
-            raise ApiError(
-                429,
-                "queue_full",
-                f"Every place is taken and the queue is full: try again in {full.retry_after} s.",
-                headers={"Retry-After": str(full.retry_after)},
-            )
+            headers = {"Retry-After": str(refusal.retry_after)}
+            if isinstance(refusal, admission.OverLimit):
+                message = f"This key may have {refusal.limit} streams at once: end one first."
+                raise ApiError(429, "stream_limit", message, headers=headers)
+            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
+            raise ApiError(429, "queue_full", message, headers=headers)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -265,6 +284,17 @@ class Streams:
             # Whoever waits in the queue may do so by asking now and then, without a socket.
             stream.unwatched_since = time.monotonic()
         return stream
+
+    def owner(self, id: str) -> str | None:
+        """Whose the stream is; None also when there is none."""
+        stream = self._streams.get(id)
+        return stream.owner if stream else None
+
+    def keep_owners(self, owners: Collection[str]) -> None:
+        """End the streams of everybody else: their keys were taken away."""
+        for stream in list(self._streams.values()):
+            if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
+                self._end(stream, "revoked")
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -305,13 +335,15 @@ class Streams:
 
     # viewers
 
-    async def attach(self, stream: Stream, format: Format, ws_url: str) -> Viewer:
-        """Add a viewer, who came by `ws_url`: a snapshot, the frame on screen, then everything as it happens."""
+    async def attach(self, stream: Stream, viewer: Viewer, ws_url: str | None = None) -> None:
+        """Add a viewer: the frame on screen first, or the next keyframe, then everything as it happens.
+
+        Who came by `ws_url` is told what the stream looks like before that. Raises `ApiError` when there are too many.
+        """
         if len(stream.viewers) >= MAX_VIEWERS:
-            raise ApiError(503, "too_many_viewers", "This stream has all the viewers that it can take.")
-        viewer = Viewer(format)
-        last = stream.last
-        packet = await self._encoder.packet(last, format) if last is not None else None
+            raise too_many_viewers()
+        last, format = stream.last, viewer.picture
+        packet = await self._encoder.packet(last, format) if last is not None and format is not None else None
         # From here on nothing is awaited, so that the viewer misses no event and gets none twice.
         session = stream.session
         fields = {"type": "stream.started", "seq": session.seq, "ts": time.time(), "stream_id": session.id}
@@ -324,15 +356,36 @@ class Streams:
         else:
             stream.viewers.add(viewer)
             self._metrics.viewers.inc()
+            self._tune_in(stream, viewer)
             stream.wake.set()
-        return viewer
 
     def detach(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer is gone. Safe to call again."""
-        if viewer in stream.viewers:
-            stream.viewers.remove(viewer)
-            self._metrics.viewers.dec()
-            stream.unwatched_since = time.monotonic()
+        if viewer not in stream.viewers:
+            return
+        stream.viewers.remove(viewer)
+        self._metrics.viewers.dec()
+        stream.unwatched_since = time.monotonic()
+        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+            broadcast.leave(viewer)
+            if not len(broadcast):
+                broadcast.close()
+                del stream.broadcasts[viewer.codec]
+
+    def request_key(self, stream: Stream, viewer: Viewer) -> None:
+        """The viewer can show nothing before the next keyframe."""
+        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+            broadcast.request_key()
+
+    def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
+        """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
+        codec, last, fps = viewer.codec, stream.last, stream.session.fps
+        if codec is None or last is None or fps is None:
+            return
+        if codec not in stream.broadcasts:
+            kbps = self._config.bitrate_kbps
+            stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
+        stream.broadcasts[codec].join(viewer)
 
     def viewer_too_slow(self) -> None:
         """Count a viewer that had to be disconnected."""
@@ -475,6 +528,7 @@ class Streams:
             pts=chunk.pts,
             frames=count,
             gen_seconds=chunk.gen_seconds,
+            shown=playback.shown,
             paused=playback.paused,
             ts=ts,
         )
@@ -652,9 +706,7 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = (
-                    playback.tick(time.monotonic(), watched=bool(stream.viewers)) if playback else pacing.Wait(None)
-                )
+                action = playback.tick(time.monotonic(), watched=_watched(stream)) if playback else pacing.Wait(None)
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -675,8 +727,15 @@ class Streams:
                 self._fail(stream, "internal_error", "The server failed to play the stream.")
 
     async def _show(self, stream: Stream, action: pacing.Show) -> None:
-        frame = stream.buffer.popleft()
-        stream.last = frame
+        frame, playback = stream.buffer.popleft(), stream.playback
+        assert playback is not None
+        first, stream.last = stream.last is None, frame
+        stream.clock = frame.pts + round(playback.held_seconds * wire.CLOCK_RATE)
+        if first:
+            for viewer in stream.viewers:
+                self._tune_in(stream, viewer)
+        for broadcast in stream.broadcasts.values():
+            broadcast.show(frame, stream.clock)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
         packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
@@ -685,7 +744,8 @@ class Streams:
         if mark := stream.marks.pop(frame.index, None):
             self._announce(stream, frame, *mark)
         for viewer in audience:
-            if viewer in stream.viewers and (dropped := viewer.frame(packets[viewer.format])):
+            format = viewer.picture
+            if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
         self._metrics.frames_shown.inc()
         self._metrics.frame_late_seconds.observe(action.late)
@@ -770,7 +830,12 @@ class Streams:
 
 
 def _formats(stream: Stream) -> set[Format]:
-    return {viewer.format for viewer in stream.viewers}
+    return {format for viewer in stream.viewers if (format := viewer.picture)}
+
+
+def _watched(stream: Stream) -> bool:
+    """Whether anybody would see a frame: who only listens to events has yet to connect for them."""
+    return any(viewer.format != "events" for viewer in stream.viewers)
 
 
 def _close_code(session: Session) -> int:

@@ -1,4 +1,5 @@
-// The live preview: one stream at a time, drawn from the WebSocket that carries its frames and events.
+// The live preview: one stream at a time. Its events come over a WebSocket and its frames over WebRTC, or over the
+// WebSocket too where WebRTC does not get through.
 // No build step and no other scripts. Everything that came from elsewhere is written with textContent.
 
 const EXAMPLES = [
@@ -14,6 +15,7 @@ const CHUNKS_SHOWN = 48;
 const CHUNKS_AVERAGED = 8;
 const DECODES_AHEAD = 4; // more undecoded frames than this and the browser is too slow: skip to newer ones
 const MAX_PROMPT_BYTES = 4096;
+const CONNECT_MS = 3000; // WebRTC that has shown nothing for this long is given up
 const BACKOFF_MS = [500, 1000, 2000, 4000, 8000];
 // Closed for good: ended, refused, failed, unknown. Any other code is a lost connection.
 const FINAL_CODES = new Set([1000, 1008, 1011, 4404]);
@@ -87,6 +89,11 @@ function newStream(prompt) {
     prompt, // the newest one asked for
     askedAt: performance.now(),
     socket: null,
+    format: canWatch ? "events" : "mjpeg", // what the socket carries
+    peer: null, // RTCPeerConnection, when frames come that way
+    session: null, // its address, to hang up
+    seenAt: 0, // when something was last heard of the peer's frames
+    shown: null, // { frames, at }: how far playback had come, and when
     attempts: 0,
     timer: 0,
     over: false,
@@ -108,7 +115,7 @@ function newStream(prompt) {
 
 function connect(current) {
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws`);
+  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws?format=${current.format}`);
   socket.binaryType = "arraybuffer";
   current.socket = socket;
   socket.onmessage = ({ data }) => {
@@ -126,6 +133,97 @@ function connect(current) {
     trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
     current.timer = setTimeout(() => connect(current), wait);
   };
+}
+
+// WebRTC
+
+const canWatch = "RTCPeerConnection" in window && "requestVideoFrameCallback" in HTMLVideoElement.prototype;
+
+/** Ask for the frames by WHEP; it is known a moment later whether they come. */
+async function watch(current) {
+  if (current.peer || current.format !== "events") return;
+  const peer = new RTCPeerConnection({ iceServers: [] });
+  current.peer = peer;
+  current.seenAt = performance.now();
+  peer.addTransceiver("video", { direction: "recvonly" });
+  peer.onconnectionstatechange = () => {
+    if (peer.connectionState === "failed") fallBack(current);
+  };
+  peer.ontrack = ({ track }) => drawTrack(current, track);
+  const path = `/v1/streams/${current.id}/whep`;
+  try {
+    const servers = iceServers(await fetch(path, { method: "OPTIONS" }));
+    if (servers.length) peer.setConfiguration({ iceServers: servers });
+    await peer.setLocalDescription();
+    // Our candidates need not follow: the server answers whoever knocks at one of its own, and names them all.
+    const headers = { "Content-Type": "application/sdp" };
+    const response = await fetch(path, { method: "POST", headers, body: peer.localDescription.sdp });
+    if (!response.ok) throw new ApiError(response.status);
+    const session = response.headers.get("Location");
+    if (current.peer !== peer) return void fetch(session, { method: "DELETE" }).catch(() => {});
+    current.session = session;
+    await peer.setRemoteDescription({ type: "answer", sdp: await response.text() });
+  } catch {
+    if (current.peer === peer) fallBack(current);
+  }
+}
+
+/** STUN and TURN servers from the `Link` headers of a response. */
+function iceServers(response) {
+  const links = (response.headers.get("Link") ?? "").matchAll(/<((?:stun|turns?):[^>]+)>([^<]*)/g);
+  return Array.from(links, ([, urls, rest]) => ({
+    urls,
+    username: /username="([^"]*)"/.exec(rest)?.[1],
+    credential: /credential="([^"]*)"/.exec(rest)?.[1],
+  }));
+}
+
+function drawTrack(current, track) {
+  const video = document.createElement("video");
+  video.muted = true;
+  video.srcObject = new MediaStream([track]);
+  video.play().catch(() => {});
+  const peer = current.peer;
+  const step = () => {
+    if (stream !== current || current.peer !== peer) return;
+    current.seenAt = performance.now();
+    if (!current.over && document.body.dataset.state !== "paused") {
+      document.body.dataset.transport = "webrtc";
+      draw(video, video.videoWidth, video.videoHeight);
+      onDrawn(current, playedUntil(current));
+    }
+    video.requestVideoFrameCallback(step);
+  };
+  video.requestVideoFrameCallback(step);
+}
+
+/** Time of the frame on screen, which WebRTC does not say: from the count of the last chunk's event, at 1:1. */
+function playedUntil(current) {
+  if (!current.shown) return 0;
+  const frames = current.shown.frames + ((performance.now() - current.shown.at) / 1000) * current.fps;
+  return Math.min(Math.max(0, frames - 1) * (CLOCK_RATE / current.fps), current.generatedUntil);
+}
+
+function hangUp(current) {
+  const { peer, session } = current;
+  current.peer = current.session = null;
+  // Where there is a connection, its end is heard without a word.
+  if (session && !current.over && peer.connectionState !== "connected") {
+    fetch(session, { method: "DELETE" }).catch(() => {});
+  }
+  peer?.close();
+}
+
+/** Have the frames over the WebSocket from now on. */
+function fallBack(current) {
+  hangUp(current);
+  if (stream !== current || current.over || current.format !== "events") return;
+  current.format = "mjpeg";
+  document.body.dataset.transport = "websocket";
+  clearTimeout(current.timer);
+  current.socket.onclose = current.socket.onmessage = null;
+  current.socket.close();
+  connect(current);
 }
 
 async function change(prompt) {
@@ -169,6 +267,7 @@ function stop() {
 function finish(current, state, title, detail) {
   current.over = true;
   clearTimeout(current.timer);
+  hangUp(current);
   current.socket?.close();
   for (const change of current.changes) setEntry(change.entry, "never reached the screen", "refused");
   current.changes = [];
@@ -214,6 +313,7 @@ function onEvent(current, event) {
       current.chunks.push({ index: event.index, ms: event.gen_ms, frames: event.frames, pts: event.pts });
       if (current.chunks.length > CHUNKS_SHOWN) current.chunks.shift();
       current.chunkFrames = Math.max(current.chunkFrames, event.frames);
+      current.shown = { frames: event.shown, at: performance.now() };
       current.generatedUntil = event.pts + (event.frames * CLOCK_RATE) / current.fps;
       drawTimeline(current);
       break;
@@ -271,7 +371,7 @@ async function onFrame(current, data) {
     current.decoding -= 1;
   }
   if (stream === current && !current.over && pts >= current.pts) {
-    draw(bitmap);
+    draw(bitmap, bitmap.width, bitmap.height);
     onDrawn(current, pts);
   }
   bitmap.close();
@@ -288,10 +388,10 @@ function onDrawn(current, pts) {
   current.drawn.push(now);
 }
 
-function draw(bitmap) {
-  setGeometry(bitmap.width, bitmap.height);
-  picture.drawImage(bitmap, 0, 0);
-  glow.drawImage(bitmap, 0, 0, 16, 16);
+function draw(image, width, height) {
+  setGeometry(width, height);
+  picture.drawImage(image, 0, 0);
+  glow.drawImage(image, 0, 0, 16, 16);
 }
 
 function setGeometry(width, height) {
@@ -317,6 +417,7 @@ function setState(current, state) {
   } else {
     show(state, "", "");
   }
+  if (["starting", "live", "paused"].includes(state)) watch(current);
 }
 
 function show(state, title, detail) {
@@ -388,6 +489,9 @@ function updateFigures() {
   const current = stream;
   if (!current) return;
   const now = performance.now();
+  // The server repeats a picture that stands still, so that silence means a lost line. Hidden pages are shown nothing.
+  if (document.hidden) current.seenAt = now;
+  if (current.peer && now - current.seenAt > CONNECT_MS) fallBack(current);
   while (current.drawn.length && current.drawn[0] < now - 2000) current.drawn.shift();
   const playing = current.pts >= 0 && !current.over;
   if (playing) {

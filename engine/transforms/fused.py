@@ -56,10 +56,13 @@ class FusedWan(nn.Module):
         for fused in self.blocks:
             for projection in fused.projections.values():
                 projection.release(keep_on_host=keep_on_host)
-        # shift, scale, gate, twice; "1 + scale" is what multiplies
-        one = torch.tensor([0.0, 1, 0, 0, 1, 0], device=wan.head.modulation.device)[:, None]
-        stack = torch.stack([block.modulation.detach()[0].float() + one for block in blocks])
-        self.register_buffer("modulation", stack[:, None], persistent=False)
+        self.register_buffer("modulation", self._modulation(), persistent=False)
+
+    def _modulation(self) -> Tensor:
+        """Every block's own part of shift, scale and gate, twice, and the one of "1 + scale": [blocks, 1, 6, dim]."""
+        one = torch.tensor([0.0, 1, 0, 0, 1, 0], device=self.wan.head.modulation.device)[:, None]
+        blocks = [cast(Block, block).modulation.detach() for block in self.wan.blocks]
+        return torch.stack([block.float() + one for block in blocks])
 
     @property
     def patch_embedding(self) -> nn.Conv3d:
@@ -70,6 +73,7 @@ class FusedWan(nn.Module):
 
     def refresh(self) -> None:
         """The model's weights have changed: take over what is held apart from them."""
+        self.modulation.copy_(self._modulation())
         for block in self.blocks:
             for projection in block.projections.values():
                 projection.refresh()

@@ -1,7 +1,8 @@
 """One video frame becomes one packet per format, encoded once however many viewers there are.
 
 A packet is a 16-byte header in network byte order (u8 version, u8 format, u16 width, u16 height, u16 flags, u64
-presentation time in 1/90000 s) and the payload: a JPEG, or height x width x 3 bytes of RGB24.
+presentation time in 1/90000 s) and the payload: a JPEG, height x width x 3 bytes of RGB24, or a piece of fragmented
+MP4.
 """
 
 import asyncio
@@ -14,13 +15,20 @@ from typing import Literal
 from PIL import Image
 
 Format = Literal["mjpeg", "rgb24"]
-FORMATS: dict[str, tuple[Format, int]] = {"mjpeg": ("mjpeg", 1), "rgb24": ("rgb24", 2)}
-"""Name in the URL -> name, number in the header."""
+NUMBERS: dict[Format, int] = {"mjpeg": 1, "rgb24": 2}
+"""Of the format, in the header."""
+
+FMP4 = 3
+"""Number in the header of fragmented MP4, which a frame alone does not make: see `server.media.broadcast`."""
 
 HEADER = struct.Struct("!BBHHHQ")
 VERSION = 1
 DISCONTINUITY = 1
 """Header flag: the scene starts afresh with this frame."""
+KEY = 2
+"""Header flag of fragmented MP4: can be shown without the fragments before it."""
+HEAD = 4
+"""Header flag of fragmented MP4: the init segment."""
 
 JPEG_QUALITY = 85
 
@@ -58,7 +66,7 @@ class Encoder:
 
 def encode(frame: Frame, format: Format) -> bytes:
     """Header and payload. Runs in any thread."""
-    number = FORMATS[format][1]
+    number = NUMBERS[format]
     header = HEADER.pack(VERSION, number, frame.width, frame.height, frame.flags, frame.pts)
     if format == "rgb24":
         return header + frame.rgb
@@ -66,3 +74,9 @@ def encode(frame: Frame, format: Format) -> bytes:
     # Full colour resolution: the page scales small pictures up, where halved chroma shows as coloured fringes.
     image.save(out := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
     return header + out.getbuffer()
+
+
+def fmp4_packet(frame: Frame, pts: int, body: bytes, *, key: bool = False, head: bool = False) -> bytes:
+    """Header and body of a piece of fragmented MP4; `pts` is in 1/90000 s."""
+    flags = HEAD if head else frame.flags | KEY * key
+    return HEADER.pack(VERSION, FMP4, frame.width, frame.height, flags, pts) + body

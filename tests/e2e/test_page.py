@@ -218,3 +218,145 @@ def test_a_picture_goes_along_as_a_form(page: Any) -> None:
     page.set_input_files("#image", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
     play(page, "a red ball")
     eventually(lambda: "image" in page.inner_text("#alert"))
+
+
+# how frames come
+
+
+def transport(page: Any) -> str:
+    return page.evaluate("document.body.dataset.transport ?? ''")
+
+
+def viewers(page: Any) -> int:
+    return page.evaluate("fetch('/v1/streams').then(r => r.json()).then(r => r.data[0].viewers)")
+
+
+def test_frames_come_over_webrtc(page: Any) -> None:
+    play(page, "a red ball")
+    eventually(lambda: transport(page) == "webrtc")
+    eventually(lambda: colours(page) > 2)
+    page.wait_for_timeout(2500)
+    assert number(page, "fps") == pytest.approx(16, abs=2)
+    assert 0 < number(page, "buffer") < 3
+    assert number(page, "chunk") > 1
+    assert viewers(page) == 2  # frames one way, events the other
+    # A picture that stands still is no lost line.
+    page.click("#pause")
+    state(page, "paused")
+    page.wait_for_timeout(4000)
+    page.click("#pause")
+    state(page, "live")
+    page.wait_for_timeout(500)
+    assert transport(page) == "webrtc"
+    page.click("#stop")
+    state(page, "ended")
+    assert page.complaints == []
+
+
+def test_a_refused_offer_falls_back_on_pictures(page: Any) -> None:
+    page.route("**/whep", lambda route: route.fulfill(status=503, body="{}"))
+    play(page, "a red ball")
+    eventually(lambda: transport(page) == "websocket")
+    eventually(lambda: colours(page) > 2)
+    page.wait_for_timeout(2500)
+    assert number(page, "fps") == pytest.approx(16, abs=2)
+    assert viewers(page) == 1
+
+
+def test_a_way_that_is_blocked_falls_back_on_pictures(page: Any) -> None:
+    """As by a firewall: the answer comes, but no packet."""
+
+    def block(route: Any) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        response = route.fetch()
+        answer = "".join(line for line in response.text().splitlines(True) if not line.startswith("a=candidate"))
+        # Nobody listens at the discard port.
+        lost = "a=candidate:1 1 udp 1 127.0.0.1 9 typ host\r\n"
+        body = re.sub(r"a=ice-ufrag:\S+", "a=ice-ufrag:none", answer.replace("a=ice-ufrag", lost + "a=ice-ufrag"))
+        route.fulfill(response=response, body=body)
+
+    page.route("**/whep", block)
+    play(page, "a red ball")
+    eventually(lambda: transport(page) == "websocket")
+    eventually(lambda: colours(page) > 2)
+    assert page.inner_text("#message-title") == ""
+
+
+@pytest.mark.parametrize("codec", ["VP8", "H264"])
+def test_chromium_decodes_both_codecs(page: Any, codec: str) -> None:
+    play(page, "a red ball")
+    state(page, "live")
+    script = """async (codec) => {
+        const [stream] = (await (await fetch("/v1/streams")).json()).data;
+        const peer = new RTCPeerConnection();
+        const {receiver} = Object.assign(peer.addTransceiver("video", {direction: "recvonly"}));
+        const codecs = RTCRtpReceiver.getCapabilities("video").codecs;
+        const wanted = codecs.filter((each) => each.mimeType === `video/${codec}`);
+        const rest = codecs.filter((each) => !wanted.includes(each));
+        peer.getTransceivers()[0].setCodecPreferences([...wanted, ...rest]);
+        await peer.setLocalDescription();
+        const response = await fetch(stream.whep_url, {
+            method: "POST", headers: {"Content-Type": "application/sdp"}, body: peer.localDescription.sdp,
+        });
+        await peer.setRemoteDescription({type: "answer", sdp: await response.text()});
+        const video = document.createElement("video");
+        video.muted = true;
+        video.srcObject = new MediaStream([receiver.track]);
+        video.play();
+        for (let tries = 0; tries < 100; tries += 1) {
+            await new Promise((done) => setTimeout(done, 100));
+            const stats = [...(await receiver.getStats()).values()];
+            const inbound = stats.find((each) => each.type === "inbound-rtp");
+            if (inbound?.framesDecoded > 20) {
+                const {mimeType} = stats.find((each) => each.id === inbound.codecId);
+                return [mimeType, inbound.framesDecoded, inbound.framesDropped, inbound.pliCount, video.videoWidth];
+            }
+        }
+        return [];
+    }"""
+    mime, decoded, dropped, asked, width = page.evaluate(script, codec)
+    assert mime == f"video/{codec}"
+    assert decoded > 20
+    assert dropped + asked <= 1
+    assert width == 256
+
+
+def test_fragments_play_through_media_source(page: Any, browser: Any) -> None:
+    play(page, "a red ball")
+    state(page, "live")
+    [stream] = page.evaluate("fetch('/v1/streams').then(r => r.json()).then(r => r.data)")
+    # A page without our policy: ours lets no media in but by WebRTC.
+    player = browser.new_page()
+    player.route("**/blank", lambda route: route.fulfill(content_type="text/html", body="<!doctype html><video muted>"))
+    player.goto(page.url + "blank")
+    script = """async (url) => {
+        const video = document.querySelector("video");
+        const source = new MediaSource();
+        video.src = URL.createObjectURL(source);
+        await new Promise((open) => source.onsourceopen = open);
+        const buffer = source.addSourceBuffer('video/mp4; codecs="avc1.42c01f"');
+        const socket = new WebSocket(url);
+        socket.binaryType = "arraybuffer";
+        const waiting = [];
+        const append = () => { if (!buffer.updating && waiting.length) buffer.appendBuffer(waiting.shift()); };
+        buffer.onupdateend = append;
+        socket.onmessage = ({data}) => {
+            if (typeof data !== "string") { waiting.push(data.slice(16)); append(); }
+        };
+        for (let tries = 0; tries < 100 && !video.error; tries += 1) {
+            await new Promise((done) => setTimeout(done, 100));
+            if (!video.buffered.length) continue;
+            if (video.paused) { video.currentTime = video.buffered.start(0); video.play(); }
+            if (video.getVideoPlaybackQuality().totalVideoFrames > 20) break;
+        }
+        const seen = video.getVideoPlaybackQuality().totalVideoFrames;
+        return [video.error?.message ?? "", seen, video.buffered.length, video.videoWidth];
+    }"""
+    error, frames, ranges, width = player.evaluate(script, stream["ws_url"] + "?format=fmp4")
+    assert error == ""
+    assert frames > 20
+    assert ranges == 1
+    assert width == 256
+    player.close()

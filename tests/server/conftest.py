@@ -6,11 +6,14 @@ import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
+import aioice.ice
 import httpx
 import pytest
 import websockets
+from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessionDescription
+from aiortc.rtp import RtcpPsfbPacket
 
 from server.__main__ import Server, listen, uvicorn_config
 from server.backends.fake import FakeBackend
@@ -127,3 +130,61 @@ async def gateway(backend: FakeBackend | None = None, *, ready: bool = True, **s
 def run_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[Gateway]]:
     """Start a gateway: `async with run_gateway(backend, idle_timeout_s=1) as gateway`."""
     return gateway
+
+
+SDP = {"content-type": "application/sdp"}
+
+
+class RtcViewer:
+    """aiortc in the part of a browser: `async with RtcViewer(gateway, stream, "VP8") as viewer`."""
+
+    def __init__(self, gateway: Gateway, stream: dict[str, Any], *codecs: str, audio: bool = False) -> None:
+        self.http = gateway.http
+        self.url: str = stream["whep_url"]
+        self.peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        if audio:
+            self.peer.addTransceiver("audio", "recvonly")
+        video = self.peer.addTransceiver("video", "recvonly")
+        known = RTCRtpReceiver.getCapabilities("video").codecs
+        wanted = [codec for name in codecs for codec in known if codec.name == name]
+        video.setCodecPreferences([*wanted, *[codec for codec in known if codec.name == "rtx"]])
+        self.receiver = video.receiver
+        self.answer = ""
+        self.session = ""
+        self._track: asyncio.Future[MediaStreamTrack] = asyncio.get_running_loop().create_future()
+        self.peer.on("track", lambda track: track.kind == "video" and self._track.set_result(track))
+
+    async def offer(self) -> str:
+        await self.peer.setLocalDescription(await self.peer.createOffer())
+        return self.peer.localDescription.sdp
+
+    async def connect(self, offer: str) -> None:
+        response = await self.http.post(self.url, content=offer, headers=SDP)
+        assert response.status_code == 201, response.text
+        self.answer, self.session = response.text, response.headers["location"]
+        await self.peer.setRemoteDescription(RTCSessionDescription(self.answer, "answer"))
+
+    async def __aenter__(self) -> Self:
+        await self.connect(await self.offer())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.peer.close()
+
+    async def frames(self, count: int) -> list[Any]:
+        """The next pictures, decoded."""
+        track = await self._track
+        return [await asyncio.wait_for(track.recv(), 10) for _ in range(count)]
+
+    async def cannot_go_on(self, kind: int) -> None:
+        """Say so, as PLI or FIR."""
+        [source] = {stats.ssrc for stats in (await self.receiver.getStats()).values() if stats.type == "inbound-rtp"}
+        packet = RtcpPsfbPacket(fmt=kind, ssrc=1, media_ssrc=source)
+        await self.receiver.transport._send_rtp(bytes(packet))
+
+
+@pytest.fixture
+def rtc_viewer(monkeypatch: pytest.MonkeyPatch) -> type[RtcViewer]:
+    """A viewer over WebRTC, which is on this machine and may have no other address."""
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    return RtcViewer

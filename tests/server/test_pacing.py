@@ -230,3 +230,24 @@ def test_memory_is_constant() -> None:
         for frame in range(12 * chunk, 12 * chunk + 12):
             run(clock, frame * PERIOD)
     assert len(clock._chunks) <= 2
+
+
+def test_what_stalls_and_pauses_took_is_known() -> None:
+    """Frame k is shown at its media time and `held_seconds`, whatever happened on the way."""
+    clock = started(frames=4)
+    for frame in range(1, 4):
+        assert clock.tick(frame * PERIOD + 0.01, watched=True) == Show(frame, pytest.approx(0.01))
+    assert clock.held_seconds == 0.0
+    now = 4 * PERIOD
+    assert clock.tick(now + PERIOD, watched=True) == StallBegan(4)
+    clock.arrive(12, 0.25, now + 3.0)
+    assert run(clock, now + 3.0)[:2] == [StallEnded(3.0), Show(4, 0.0)]
+    assert clock.held_seconds == 3.0
+    clock.pause(now + 3.0)
+    clock.resume(now + 5.0)
+    assert clock.tick(now + 5.0, watched=True) == Show(5, 0.0)
+    assert clock.held_seconds == 5.0 - PERIOD
+    assert now + 5.0 == 5 * PERIOD + clock.held_seconds
+    # A caller who is late moves the clock too, once and by as much.
+    assert run(clock, now + 6.0)[0] == Show(6, pytest.approx(1.0 - PERIOD))
+    assert clock.held_seconds == pytest.approx(now + 6.0 - 6 * PERIOD)

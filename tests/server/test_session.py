@@ -15,7 +15,7 @@ def session() -> Session:
 
 
 def chunk(made: Session, index: int = 0, *, gen_seconds: float = 0.3, paused: bool = False) -> list[Event]:
-    return made.chunk(index=index, pts=0, frames=12, gen_seconds=gen_seconds, paused=paused, ts=101.0)
+    return made.chunk(index=index, pts=0, frames=12, gen_seconds=gen_seconds, shown=5, paused=paused, ts=101.0)
 
 
 def types(events: list[Event]) -> list[str]:

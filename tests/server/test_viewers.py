@@ -19,17 +19,35 @@ pytestmark = pytest.mark.anyio
 
 def never_reading(gateway: Any, stream: dict[str, Any], query: str) -> socket.socket:
     """A WebSocket client that shakes hands and then never reads."""
+    key = base64.b64encode(os.urandom(16)).decode()
+    return asking(
+        gateway,
+        f"GET /v1/streams/{stream['id']}/ws{query} HTTP/1.1\r\nHost: {gateway.address}\r\nUpgrade: websocket\r\n"
+        f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n",
+    )
+
+
+def asking(gateway: Any, request: str) -> socket.socket:
+    """A client that sends this and never reads."""
     host, port = gateway.address.split(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    key = base64.b64encode(os.urandom(16)).decode()
-    client.sendall(
-        f"GET /v1/streams/{stream['id']}/ws{query} HTTP/1.1\r\nHost: {gateway.address}\r\nUpgrade: websocket\r\n"
-        f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-    )
+    client.sendall(request.encode())
     client.setblocking(False)
     return client
+
+
+def reset(client: socket.socket) -> bool:
+    """Whether the connection itself is gone."""
+    try:
+        while client.recv(1 << 20):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
 
 
 async def test_a_client_that_never_reads(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,18 +80,28 @@ async def test_a_client_that_never_reads(run_gateway: Any, monkeypatch: pytest.M
             assert seen.pts == list(range(0, 32 * 5625, 5625))
             assert seen.frames[-1][0] - seen.frames[0][0] == pytest.approx(31 / 16, abs=0.2)
             assert (await gateway.get(stream))["stalls"] == 0
+            await gateway.until(lambda: reset(client))
+        finally:
+            client.close()
 
-            def reset() -> bool:
-                try:
-                    while client.recv(1 << 20):
-                        pass
-                except BlockingIOError:
-                    return False
-                except ConnectionError:
-                    pass
-                return True
 
-            await gateway.until(reset)  # the connection itself is gone too
+async def test_a_client_that_never_reads_its_pictures(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.mjpeg.SEND_SECONDS", 0.5)
+    async with run_gateway(FakeBackend(width=1664, height=960, fps=16, chunk_seconds=0.01)) as gateway:
+        stream = await gateway.open()
+        live = gateway.streams.get(stream["id"])
+        watching = asyncio.create_task(gateway.watch(stream, "?format=fmp4", until=lambda seen: len(seen.frames) > 40))
+        path = f"/v1/streams/{stream['id']}/mjpeg"
+        client = asking(gateway, f"GET {path} HTTP/1.1\r\nHost: {gateway.address}\r\n\r\n")
+        try:
+            await gateway.until(lambda: len(live.viewers) == 2)
+            slow = next(viewer for viewer in live.viewers if viewer.format == "mjpeg")
+            await gateway.until(lambda: slow not in live.viewers, 20)
+            assert len(slow) <= MAX_FRAMES
+            assert "livereel_viewers_dropped_total 1.0" in (await gateway.http.get("/metrics")).text
+            await gateway.until(lambda: reset(client))
+            seen = await watching
+            assert seen.pts[1:] == list(range(0, 40 * 5625, 5625))
         finally:
             client.close()
 
@@ -166,7 +194,7 @@ async def test_viewers_are_limited(run_gateway: Any, monkeypatch: pytest.MonkeyP
 
 
 async def test_a_peer_that_only_pings_is_dropped(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.__main__.MAX_PONG_BYTES", 20_000)
+    monkeypatch.setattr("server.connections.MAX_PONG_BYTES", 20_000)
     async with run_gateway() as gateway:
         stream = await gateway.open()
         client = never_reading(gateway, stream, "")

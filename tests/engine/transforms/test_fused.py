@@ -65,6 +65,16 @@ def test_weights_are_held_once_and_follow_the_model() -> None:
     assert error(before, expected) > 1e-3
 
 
+def test_changed_modulation_arrives_by_refresh() -> None:
+    model = wan()
+    fused = FusedWan(model)
+    with torch.no_grad():
+        model.blocks[0].modulation += 0.5
+    fused.refresh()
+    expected, found = roll(model, exact_cache(), 1)[0], roll(fused, FusedCache(CONFIG, DIT), 1)[0]
+    assert error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize(("form", "limit"), [("fp8", 0.06), ("int8", 0.03)])
 def test_projections_in_8_bits(form: str, limit: float) -> None:
     expected = roll(wan(), exact_cache())

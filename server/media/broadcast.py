@@ -1,0 +1,145 @@
+"""One stream in one codec: every frame is encoded once, in a thread of its own, and handed to every viewer.
+
+It starts with the first viewer who needs the codec and is closed after the last. Whoever joins, or has lost what the
+frames build on, asks for a keyframe; one keyframe answers all who asked meanwhile.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from engine.wire import CLOCK_RATE
+from server.media import fmp4
+from server.media.codecs import Codec, Coded, VideoEncoder
+from server.media.packets import Frame, fmp4_packet
+from server.media.viewer import Viewer
+from server.metrics import Metrics
+
+logger = logging.getLogger("livereel.media")
+
+KEY_SECONDS = 1.0
+"""Keyframes on demand are at least this far apart, however many viewers ask: each costs everybody bandwidth."""
+HOLD_SECONDS = 1.0
+"""While playback stands still, the picture is sent again this often: to a receiver, silence would be a lost line."""
+KEY_WAIT_SECONDS = 0.2
+"""How long who asked for a keyframe waits for the next frame, before the picture on screen becomes one."""
+MAX_PENDING = 2
+"""Frames waiting for the encoder. One that cannot keep up skips frames, and delays none."""
+
+
+class Broadcast:
+    """The encoder of one stream and codec, and its viewers. `last` is the frame on screen, shown at `clock`."""
+
+    def __init__(self, codec: Codec, fps: int, kbps: int, last: Frame, clock: int, metrics: Metrics) -> None:
+        self._codec: Codec = codec
+        self._fps = fps
+        self._metrics = metrics
+        self._viewers: set[Viewer] = set()
+        self._last, self._clock, self._media = last, clock - 1, -1
+        self._shown_at = time.monotonic()
+        self._pending: deque[tuple[Frame, int]] = deque()
+        self._wake = asyncio.Event()
+        self._key_wanted = True
+        self._key_at = -KEY_SECONDS
+        self._head = b""
+        self._fragments = 0
+        self._encoder = VideoEncoder(codec, last.width, last.height, fps, kbps)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{codec} encoder")
+        self._task = asyncio.create_task(self._run(), name=f"broadcast {codec}")
+
+    def __len__(self) -> int:
+        return len(self._viewers)
+
+    def join(self, viewer: Viewer) -> None:
+        """A viewer more, who starts with a keyframe."""
+        self._viewers.add(viewer)
+        self.request_key()
+
+    def leave(self, viewer: Viewer) -> None:
+        """A viewer less. Safe to call again."""
+        self._viewers.discard(viewer)
+
+    def request_key(self) -> None:
+        """Somebody can show nothing before the next keyframe."""
+        self._key_wanted = True
+        self._wake.set()
+
+    def show(self, frame: Frame, clock: int) -> None:
+        """The frame is due, at `clock` on the playback clock in 1/90000 s. Returns at once."""
+        if len(self._pending) == MAX_PENDING:
+            self._pending.popleft()
+            self._metrics.frames_dropped.labels("slow_encoder").inc()
+        self._pending.append((frame, clock))
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop encoding. Safe to call again."""
+        self._task.cancel()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                frame, clock = await self._next()
+                key = self._key_wanted and time.monotonic() - self._key_at >= KEY_SECONDS
+                if key:
+                    self._key_wanted = False
+                # The picture on screen, sent again, is later than itself.
+                self._last, self._clock, self._shown_at = frame, max(clock, self._clock + 1), time.monotonic()
+                self._media = max(frame.pts, self._media + 1)
+                work = partial(self._encoder.encode, frame.rgb, self._clock, key=key)
+                coded = await loop.run_in_executor(self._executor, work)
+                self._metrics.encode_seconds.labels(self._codec).observe(time.monotonic() - self._shown_at)
+                if coded is not None:
+                    self._deliver(frame, coded)
+        except Exception:
+            logger.exception("the %s encoder failed", self._codec)
+            for viewer in self._viewers:
+                viewer.finish(1011)
+
+    async def _next(self) -> tuple[Frame, int]:
+        """The next frame that is due, or the one on screen once more when there has been none for a while."""
+        while not self._pending:
+            self._wake.clear()
+            again = self._shown_at + HOLD_SECONDS
+            if self._key_wanted:
+                again = max(self._shown_at + KEY_WAIT_SECONDS, self._key_at + KEY_SECONDS)
+            now = time.monotonic()
+            if now >= again:
+                return self._last, self._clock + round((now - self._shown_at) * CLOCK_RATE)
+            try:
+                await asyncio.wait_for(self._wake.wait(), again - now)
+            except TimeoutError:
+                continue
+        return self._pending.popleft()
+
+    def _deliver(self, frame: Frame, coded: Coded) -> None:
+        if coded.key:
+            self._key_at = time.monotonic()
+        fragment = b""
+        for viewer in self._viewers:
+            if viewer.format != "fmp4":
+                dropped = viewer.frame(coded, key=coded.key)
+            else:
+                fragment = fragment or self._fragment(frame, coded)
+                if coded.key and not viewer.started:
+                    viewer.head(self._head)
+                dropped = viewer.frame(fragment, key=coded.key)
+            if dropped:
+                self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
+            if viewer.awaits_key:
+                self.request_key()
+
+    def _fragment(self, frame: Frame, coded: Coded) -> bytes:
+        units = fmp4.nal_units(bytes(coded.packet))
+        if coded.key:
+            parameters = {unit[0] & 31: unit for unit in units}
+            head = fmp4.init_segment(parameters[fmp4.SPS], parameters[fmp4.PPS], frame.width, frame.height)
+            self._head = fmp4_packet(frame, frame.pts, head, head=True)
+        self._fragments += 1
+        body = fmp4.fragment(self._fragments, units, self._media, CLOCK_RATE // self._fps, key=coded.key)
+        return fmp4_packet(frame, self._media, body, key=coded.key)

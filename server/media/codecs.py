@@ -1,0 +1,121 @@
+"""One stream as H.264 or VP8, encoded for real time: no frame waits for a later one, and keyframes come when asked for.
+
+The bitrate is a ceiling. A keyframe may take three frames' share of it, so that it neither floods a viewer's line nor
+falls out of what can be sent again.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import av
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import PictureType
+from av.video.stream import VideoStream
+
+from engine.wire import CLOCK_RATE
+
+Codec = Literal["h264", "vp8"]
+
+TIME_BASE = Fraction(1, CLOCK_RATE)
+KEY_FRAMES_SECONDS = 10
+"""A keyframe comes this often at least, whoever asks."""
+KEY_SHARE = 3
+"""Frames' worth of bits that a keyframe may take."""
+BT601 = 6
+"""SMPTE 170M, in the numbers of H.273: what VP8 always means, and what a picture without a label is taken for."""
+LIMITED_RANGE = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """One frame as the encoder gave it: an access unit in Annex B, keyframes with parameter sets, or a VP8 frame."""
+
+    packet: "Packet[VideoStream]"
+    """`pts` is on the playback clock, which stands still in no stall, in 1/90000 s."""
+    key: bool
+
+
+class VideoEncoder:
+    """RGB24 in, packets out. `kbps` is in kbit/s. To be used by one thread at a time."""
+
+    def __init__(self, codec: Codec, width: int, height: int, fps: int, kbps: int) -> None:
+        self._context = _h264(fps, kbps) if codec == "h264" else _vp8(fps, kbps)
+        self._context.width, self._context.height = width, height
+
+    def encode(self, rgb: memoryview, clock: int, *, key: bool) -> Coded | None:
+        """Encode the next frame, height x width x 3 bytes; None when the encoder chose to skip it.
+
+        `clock` is its time in 1/90000 s, later than that of the frame before.
+        """
+        width, height = self._context.width, self._context.height
+        frame = av.VideoFrame(width, height, "rgb24")
+        plane = frame.planes[0]
+        if padding := plane.line_size - 3 * width:
+            rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
+            plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
+        else:
+            plane.update(bytes(rgb))
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+        frame.pts, frame.time_base = clock, TIME_BASE
+        frame.pict_type = PictureType.I if key else PictureType.NONE
+        packets = self._context.encode(frame)
+        return Coded(packets[0], packets[0].is_keyframe) if packets else None
+
+
+def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
+    context = av.CodecContext.create(name, "w")
+    assert isinstance(context, VideoCodecContext)
+    context.pix_fmt = "yuv420p"
+    context.framerate = Fraction(fps)
+    context.time_base = TIME_BASE
+    context.gop_size = KEY_FRAMES_SECONDS * fps
+    context.thread_count = 1  # a second thread would take another stream's core, or delay a frame
+    context.options = options
+    return context
+
+
+def _h264(fps: int, kbps: int) -> VideoCodecContext:
+    context = _context(
+        "libx264",
+        fps,
+        {
+            "preset": "superfast",
+            "tune": "zerolatency",
+            "crf": "20",
+            "maxrate": f"{kbps}k",
+            "bufsize": f"{KEY_SHARE * kbps // fps}k",
+            "forced-idr": "1",
+            "x264-params": "scenecut=0",
+        },
+    )
+    # What every browser decodes and WebRTC offers: no B-frames, no CABAC.
+    context.profile = "Baseline"
+    context.max_b_frames = 0
+    context.colorspace = context.color_primaries = context.color_trc = BT601
+    context.color_range = LIMITED_RANGE
+    return context
+
+
+def _vp8(fps: int, kbps: int) -> VideoCodecContext:
+    context = _context(
+        "libvpx",
+        fps,
+        {
+            "deadline": "realtime",
+            "cpu-used": "-6",
+            "lag-in-frames": "0",
+            "auto-alt-ref": "0",
+            "minrate": f"{kbps}k",
+            "maxrate": f"{kbps}k",
+            "bufsize": f"{kbps}k",
+            "undershoot-pct": "100",
+            "overshoot-pct": "15",
+            "static-thresh": "1",
+            "max-intra-rate": str(100 * KEY_SHARE),
+        },
+    )
+    context.bit_rate = 1000 * kbps
+    context.qmin, context.qmax = 6, 63  # below 6 nobody sees the difference that the bits make
+    return context

@@ -1,0 +1,87 @@
+"""Fragmented MP4 of one H.264 track: an init segment, then one fragment per frame, each a function of its arguments.
+
+ISO/IEC 14496-12 for the boxes, 14496-15 for `avcC`, the byte stream format of Media Source Extensions for what a
+browser wants of both. Times are in 1/90000 s.
+"""
+
+import struct
+
+from engine.wire import CLOCK_RATE
+
+TRACK = 1
+SPS, PPS, AUD, SEI = 7, 8, 9, 6
+"""Types of NAL units."""
+UNITY = struct.pack("!9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+KEY_FLAGS, OTHER_FLAGS = 0x02000000, 0x01010000
+"""Sample flags: depends on no other; depends on others and is no random access point."""
+
+
+def nal_units(access_unit: bytes) -> list[bytes]:
+    """The NAL units of an access unit in Annex B, without start codes."""
+    # Emulation prevention keeps 00 00 01 out of a unit, and the last byte of a unit is never zero.
+    return [unit.rstrip(b"\0") for unit in access_unit.split(b"\0\0\1")[1:]]
+
+
+def init_segment(sps: bytes, pps: bytes, width: int, height: int) -> bytes:
+    """`ftyp` and `moov` for these parameter sets (NAL units without start codes)."""
+    avcc = struct.pack("!5BBH", 1, sps[1], sps[2], sps[3], 0xFF, 0xE1, len(sps)) + sps
+    avcc += struct.pack("!BH", 1, len(pps)) + pps
+    avc1 = struct.pack("!6xH16xHHIII H32xHh", 1, width, height, 0x480000, 0x480000, 0, 1, 24, -1)
+    stsd = _full("stsd", 0, 0, struct.pack("!I", 1), _box("avc1", avc1, _box("avcC", avcc)))
+    empty = struct.pack("!I", 0)
+    stbl = _box(
+        "stbl",
+        stsd,
+        _full("stts", 0, 0, empty),
+        _full("stsc", 0, 0, empty),
+        _full("stsz", 0, 0, empty, empty),
+        _full("stco", 0, 0, empty),
+    )
+    dinf = _box("dinf", _full("dref", 0, 0, struct.pack("!I", 1), _full("url ", 0, 1)))
+    minf = _box("minf", _full("vmhd", 0, 1, bytes(8)), dinf, stbl)
+    mdhd = _full("mdhd", 0, 0, struct.pack("!4IHH", 0, 0, CLOCK_RATE, 0, 0x55C4, 0))  # language "und"
+    hdlr = _full("hdlr", 0, 0, struct.pack("!I4s12x", 0, b"vide"), b"video\0")
+    tkhd = _full(
+        "tkhd",
+        0,
+        3,
+        struct.pack("!5I8x4H", 0, 0, TRACK, 0, 0, 0, 0, 0, 0),
+        UNITY,
+        struct.pack("!2I", width << 16, height << 16),
+    )
+    trak = _box("trak", tkhd, _box("mdia", mdhd, hdlr, minf))
+    mvhd = _full(
+        "mvhd",
+        0,
+        0,
+        struct.pack("!4IIH10x", 0, 0, CLOCK_RATE, 0, 0x10000, 0x100),
+        UNITY,
+        bytes(24),
+        struct.pack("!I", TRACK + 1),
+    )
+    mvex = _box("mvex", _full("trex", 0, 0, struct.pack("!5I", TRACK, 1, 0, 0, 0)))
+    return _box("ftyp", b"isom", struct.pack("!I", 0x200), b"isomiso5avc1mp41") + _box("moov", mvhd, trak, mvex)
+
+
+def fragment(number: int, units: list[bytes], time: int, duration: int, *, key: bool) -> bytes:
+    """`moof` and `mdat` with one frame, its parameter sets left out. `number` counts from 1."""
+    sample = b"".join(struct.pack("!I", len(unit)) + unit for unit in units if unit[0] & 31 not in (SPS, PPS, AUD, SEI))
+    tfhd = _full("tfhd", 0, 0x020000, struct.pack("!I", TRACK))  # offsets count from the start of the moof
+    tfdt = _full("tfdt", 1, 0, struct.pack("!Q", time))
+    # data offset, first-sample... present: data offset, duration, size and flags of each sample
+    fields = 0x000001 | 0x000100 | 0x000200 | 0x000400
+    size_of_trun = 8 + 4 + 4 + 4 + 12
+    size_of_moof = 8 + 16 + 8 + len(tfhd) + len(tfdt) + size_of_trun
+    flags = KEY_FLAGS if key else OTHER_FLAGS
+    trun = _full("trun", 0, fields, struct.pack("!IiIII", 1, size_of_moof + 8, duration, len(sample), flags))
+    moof = _box("moof", _full("mfhd", 0, 0, struct.pack("!I", number)), _box("traf", tfhd, tfdt, trun))
+    return moof + _box("mdat", sample)
+
+
+def _box(name: str, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack("!I4s", 8 + len(body), name.encode()) + body
+
+
+def _full(name: str, version: int, flags: int, *parts: bytes) -> bytes:
+    return _box(name, struct.pack("!I", version << 24 | flags), *parts)

@@ -1,0 +1,246 @@
+"""One viewer over WebRTC: an offer becomes an answer, and packets that are encoded already become RTP.
+
+This is the only file that knows aiortc from inside. What it takes from there that is no public interface is pinned by
+`tests/server/test_rtc.py`: the role in DTLS follows the offer, `RTCRtpSender._send_keyframe` is called for PLI and FIR,
+a connection's certificates, and `aioice.Connection.get_component_candidates`.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiortc import RTCCertificate, RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
+from aiortc.sdp import SessionDescription, candidate_from_sdp
+from av.packet import Packet
+
+from server.errors import ApiError
+from server.media.codecs import Codec, Coded
+from server.media.viewer import Viewer
+
+# It tells of every pair of addresses that it tries, which are viewers'.
+logging.getLogger("aioice").setLevel(logging.WARNING)
+
+MAX_LINES = 1000
+"""Of an offer; browsers send about 250 for video and audio."""
+MAX_CANDIDATES = 32
+"""Of one viewer: more would make us knock at as many doors for whoever asks."""
+NEGOTIATION_SECONDS = 10.0
+CREDENTIAL_SECONDS = 3600
+"""How long TURN credentials are good for: long enough to connect, not to live on."""
+CIPHERS = (
+    b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-ECDSA-AES128-SHA:ECDHE-ECDSA-AES256-SHA:"
+    b"ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-CHACHA20-POLY1305:ECDHE-RSA-AES128-SHA:ECDHE-RSA-AES256-SHA"
+)
+"""aiortc's, which leave out peers whose certificate is RSA (GStreamer's are), and theirs."""
+
+MIME_CODECS: dict[str, Codec] = {"video/h264": "h264", "video/vp8": "vp8"}
+
+
+@dataclass(frozen=True, slots=True)
+class IceServer:
+    """A STUN or TURN server as a client is told about it; STUN has no credentials."""
+
+    url: str
+    username: str = ""
+    credential: str = ""
+
+
+def ice_servers(urls: Sequence[str], secret: str, user: str, now: float) -> list[IceServer]:
+    """The servers with credentials for `user` that expire (coturn's `use-auth-secret`). `now` is unix time."""
+    username = f"{int(now) + CREDENTIAL_SECONDS}:{user}"
+    digest = hmac.new(secret.encode(), username.encode(), hashlib.sha1).digest()
+    credential = base64.b64encode(digest).decode()
+    return [IceServer(url, username, credential) if url.startswith("turn") else IceServer(url) for url in urls]
+
+
+class Certificate(RTCCertificate):
+    """A certificate whose connections also take peers with RSA."""
+
+    def _create_ssl_context(self, srtp_profiles: list[Any]) -> Any:
+        context = super()._create_ssl_context(srtp_profiles)
+        context.set_cipher_list(CIPHERS)
+        return context
+
+
+class EncodedTrack(MediaStreamTrack):
+    """What a viewer still has to be sent, as aiortc takes it: it only cuts these packets to RTP's size."""
+
+    kind = "video"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.viewer: asyncio.Future[Viewer] = asyncio.get_running_loop().create_future()
+        self.exhausted = asyncio.Event()
+        """The stream is over."""
+
+    async def recv(self) -> "Packet[Any]":
+        """The next packet, as soon as it is there; raises `MediaStreamError` after the last."""
+        viewer = await asyncio.shield(self.viewer)
+        item = await viewer.next()
+        if not isinstance(item, Coded):
+            self.exhausted.set()
+            raise MediaStreamError
+        return item.packet
+
+
+class Peer:
+    """One connection to a viewer. Make it with `negotiate`, and `close` it in any case."""
+
+    def __init__(self, servers: Sequence[IceServer], public_address: str | None, *, local: bool) -> None:
+        # Without a list aiortc would ask a server of Google's. Who says where we can be reached needs none at all.
+        ours = [] if public_address else [RTCIceServer(each.url, each.username, each.credential) for each in servers]
+        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ours))
+        # Read when the first transceiver is made.
+        self._connection._RTCPeerConnection__certificates = [Certificate.generateCertificate()]  # type: ignore[attr-defined]
+        self._public_address = public_address
+        self._track = EncodedTrack()
+        self._sender = self._connection.addTransceiver(self._track, "sendonly").sender
+        self._candidates = 0
+        self._first_mid = ""
+        self._user_fragment = ""
+        self.answer = ""
+        """SDP, once negotiated."""
+        self.viewer = Viewer("vp8", events=False)
+        """What it is to be sent; its format is the codec that was agreed upon."""
+        self.connected = asyncio.Event()
+        self.over = self._track.exhausted
+        """The line is lost or closed, or the stream has ended."""
+        self._connection.on("connectionstatechange", self._on_state)
+        if local:
+            ice = self._sender.transport.transport.iceGatherer._connection
+            ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
+
+    async def negotiate(self, offer: str) -> None:
+        """Answer the offer: sets `answer` and `viewer`. Raises `ApiError` when it cannot be answered."""
+        offer = self._vet(offer)
+        try:
+            async with asyncio.timeout(NEGOTIATION_SECONDS):
+                await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+                await self._connection.setLocalDescription()
+        except TimeoutError:
+            message = "The server could not gather its addresses in time: try again."
+            raise ApiError(503, "gathering_timeout", message, headers={"Retry-After": "5"}) from None
+        except Exception as error:  # its parser and its checks raise nearly anything
+            if "send parameters" in str(error):
+                message = "The offer has no codec that the server sends: offer VP8 or H.264 with packetization-mode=1."
+                raise ApiError(400, "no_common_codec", message) from None
+            raise invalid_sdp("WebRTC cannot be set up from it") from None
+        answer = self._connection.localDescription.sdp
+        video = next(media for media in SessionDescription.parse(answer).media if media.kind == "video")
+        if video.direction != "sendonly":
+            raise invalid_sdp("its video must be recvonly")
+        if not video.ice_candidates:
+            raise ApiError(503, "no_address", "The server has no address that it could offer for WebRTC.")
+        self.answer = with_public_address(answer, self._public_address) if self._public_address else answer
+        self.viewer = Viewer(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()], events=False)
+        self._track.viewer.set_result(self.viewer)
+
+    def on_keyframe_request(self, request: Callable[[], None]) -> None:
+        """Have `request` called whenever the viewer reports that it can show nothing (PLI, FIR)."""
+        self._sender._send_keyframe = request  # type: ignore[method-assign]
+
+    async def trickle(self, fragment: str) -> None:
+        """Take further candidates of the viewer (RFC 8840). Raises `ApiError` for anything else."""
+        lines = fragment.splitlines()
+        if len(lines) > MAX_LINES or any(not re.match(r"[a-z]=", line) for line in lines if line):
+            raise invalid_sdp("it is no SDP fragment", "invalid_sdpfrag")
+        for line in lines:
+            if line.startswith("a=ice-ufrag:") and line.removeprefix("a=ice-ufrag:").strip() != self._user_fragment:
+                message = "The server does not restart ICE: open a new session instead."
+                raise ApiError(422, "ice_restart_unsupported", message)
+        for line in lines:
+            if line.startswith("a=candidate:") and self._wanted(line):
+                candidate = candidate_from_sdp(line.removeprefix("a=candidate:"))
+                candidate.sdpMid = self._first_mid
+                with contextlib.suppress(ValueError):  # of a kind that our ICE does not know
+                    await self._connection.addIceCandidate(candidate)
+
+    async def close(self) -> None:
+        """Hang up. Safe to call again."""
+        self.over.set()
+        self._track.viewer.cancel()
+        await self._connection.close()
+
+    def _on_state(self) -> None:
+        match self._connection.connectionState:
+            case "connected":
+                self.connected.set()
+            case "failed" | "closed":
+                self.over.set()
+
+    def _vet(self, offer: str) -> str:
+        """The offer as aiortc is to see it. Raises `ApiError` when it is none that a viewer would send."""
+        lines = offer.splitlines()
+        if len(lines) > MAX_LINES:
+            raise invalid_sdp(f"it has more than {MAX_LINES} lines")
+        if not offer.startswith("v=0") or "\0" in offer:
+            raise invalid_sdp("it does not start with `v=0`, or has a NUL")
+        try:
+            media = SessionDescription.parse(offer).media
+        except Exception:  # the parser raises nearly anything
+            raise invalid_sdp("it cannot be parsed") from None
+        kinds = sorted(each.kind for each in media)
+        if kinds not in (["video"], ["audio", "video"]):
+            raise invalid_sdp("it must have one video section, and at most one for audio beside it")
+        if not all(each.ice and each.ice.usernameFragment and each.dtls and each.dtls.fingerprints for each in media):
+            raise invalid_sdp("`ice-ufrag`, `fingerprint` or `setup` is missing")
+        if next(each for each in media if each.kind == "video").direction not in (None, "recvonly", "sendrecv"):
+            raise invalid_sdp("its video must be recvonly")
+        self._first_mid = media[0].rtp.muxId
+        self._user_fragment = (media[0].ice and media[0].ice.usernameFragment) or ""
+        kept = [line for line in lines if not line.startswith("a=candidate:") or self._wanted(line)]
+        # More may be trickled. And who could take either role leaves DTLS's passive one to us: as a client, aiortc
+        # would offer cipher suites that peers with an RSA certificate cannot use, were it not for `CIPHERS`.
+        kept = [line for line in kept if line != "a=end-of-candidates"]
+        return "\r\n".join("a=setup:active" if line == "a=setup:actpass" else line for line in kept) + "\r\n"
+
+    def _wanted(self, line: str) -> bool:
+        """Whether to try this candidate. Who is left out can still reach us, where we can be reached."""
+        match = re.fullmatch(
+            r"a=candidate:\S{1,64} 1 udp \d{1,10} (\S{1,64}) (\d{1,5}) typ (host|srflx|relay)( .*)?", line, re.I
+        )
+        if match is None or not 1024 <= int(match[2]) <= 65535:
+            return False
+        try:
+            address = ipaddress.ip_address(match[1])
+        except ValueError:
+            return False  # an mDNS name, say: it would be asked for on our network
+        if address.is_link_local or address.is_multicast or address.is_unspecified or address.is_loopback:
+            return False
+        self._candidates += 1
+        return self._candidates <= MAX_CANDIDATES
+
+
+def with_public_address(sdp: str, address: str) -> str:
+    """The answer with `address` in place of this machine's own, ports as they are; addresses of relays stay."""
+    version = ipaddress.ip_address(address).version
+
+    def rewrite(match: re.Match[str]) -> str:
+        host = ipaddress.ip_address(match[2])
+        return match[0] if host.version != version or host.is_loopback else f"{match[1]}{address}{match[3]}"
+
+    sdp = re.sub(r"(?m)^(a=candidate:\S+ \d+ udp \d+ )(\S+)( \d+ typ host)", rewrite, sdp)
+    return re.sub(r"(?m)^c=IN IP[46] [^\s]+", f"c=IN IP{version} {address}", sdp)
+
+
+def invalid_sdp(what: str, code: str = "invalid_sdp") -> ApiError:
+    """A body that cannot be used."""
+    return ApiError(400, code, f"The body is not an SDP offer that can be answered: {what}.")
+
+
+def _with_loopback(gather: Any) -> Any:
+    """For a viewer on this machine, which may have no other address: aioice leaves loopback out."""
+
+    async def gather_with_loopback(component: int, addresses: list[str], timeout: int = 5) -> Any:
+        return await gather(component, list(dict.fromkeys([*addresses, "127.0.0.1"])), timeout)
+
+    return gather_with_loopback
