@@ -195,19 +195,18 @@ def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
     return figures | {"chunk": 1e3 * median(whole), "p95": 1e3 * whole[round(0.95 * last)], "max": 1e3 * whole[last]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """A preset and what may be changed about it: shared by what runs models at full size."""
     parser.add_argument("preset", choices=sorted(PRESETS))
-    parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--window", type=int, help="latent frames seen (default: the preset's)")
     parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
-    parser.add_argument("--decoder", choices=("light", "full"), default="light")
-    parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
     parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
     add_arguments(parser)
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    options = parser.parse_args()
+
+
+def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> tuple[Preset, Speed]:
+    """The changed preset, and what is done for speed on this device; leaves with an error where they cannot be."""
     preset = PRESETS[options.preset]
     changes: dict[str, Any] = {
         name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None
@@ -220,11 +219,24 @@ def main() -> None:
     if options.steps is not None:
         changes["steps"] = preset.steps[: options.steps]
     preset = replace(preset, **changes)
-    device = best_device()
     try:
-        speed = from_arguments(options, device)
+        preset.cache()
+        preset.rollout()
+        return preset, from_arguments(options, device)
     except ValueError as error:
         parser.error(str(error))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_preset(parser)
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--decoder", choices=("light", "full"), default="light")
+    parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    options = parser.parse_args()
+    device = best_device()
+    preset, speed = chosen(parser, options, device)
     dtype = best_dtype(device)
     steady = 2 * preset.window // preset.chunk  # from there on the window is full, and every shape has been met
     if options.chunks < steady + 4:

@@ -11,18 +11,18 @@ anew, as a stalled viewer's does.
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype, warm
-from engine.bench.rollout import random_model
-from engine.config import PRESETS, Preset
+from engine.bench.rollout import add_preset, chosen, random_model
+from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.scheduler import Claim, pick
-from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.accelerate import Speed, accelerate
 
 
 class NoWords:
@@ -89,24 +89,12 @@ def build(preset: Preset, speed: Speed, device: torch.device, dtype: torch.dtype
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=sorted(PRESETS))
+    add_preset(parser)
     parser.add_argument("--streams", type=int, nargs="+", required=True, help="one or more numbers to try")
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--window", type=int, help="latent frames seen (default: the preset's)")
-    parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
-    parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
-    add_arguments(parser)
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
-    changes = {name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None}
-    if options.steps is not None:
-        changes["steps"] = preset.steps[: options.steps]
-    preset = replace(preset, **changes)
     device = best_device()
-    try:
-        speed = from_arguments(options, device)
-    except ValueError as error:
-        parser.error(str(error))
+    preset, speed = chosen(parser, options, device)
     pipeline = build(preset, speed, device, best_dtype(device))
     warmth = warm(pipeline)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
