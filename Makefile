@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-browser test-gpu bench-gpu bench-serve evaluate clean
+.PHONY: setup serve test lint test-browser test-gpu bench-gpu bench-serve bench-fanout evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -47,6 +47,9 @@ bench-gpu: setup
 
 bench-serve: setup
 	$(BIN)/python -m engine.bench.serve $(ARGS)
+
+bench-fanout: setup
+	$(BIN)/python -m server.bench.fanout $(ARGS)
 
 evaluate: setup
 	$(BIN)/python -m engine.recipes.evaluate --served $(ARGS)

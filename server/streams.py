@@ -93,6 +93,11 @@ class Stream:
     owner: str | None = None
     """Whose it is; None where there are no keys."""
 
+    @property
+    def watching(self) -> int:
+        """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
+        return sum(viewer.format != "events" for viewer in self.viewers)
+
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
         session, playback = self.session, self.playback
@@ -118,7 +123,7 @@ class Stream:
             "stalls": playback.stalls if playback else 0,
             "stalled_s": playback.stalled_seconds(time.monotonic()) if playback else 0.0,
             "buffer_s": playback.buffered_seconds if playback else 0.0,
-            "viewers": len(self.viewers),
+            "viewers": self.watching,
             "error": session.error,
             "ended_reason": session.ended_reason,
         }
@@ -355,7 +360,7 @@ class Streams:
             viewer.finish(_close_code(session))
         else:
             stream.viewers.add(viewer)
-            self._metrics.viewers.inc()
+            self._metrics.viewers.inc(viewer.format != "events")
             self._tune_in(stream, viewer)
             stream.wake.set()
 
@@ -364,7 +369,7 @@ class Streams:
         if viewer not in stream.viewers:
             return
         stream.viewers.remove(viewer)
-        self._metrics.viewers.dec()
+        self._metrics.viewers.dec(viewer.format != "events")
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
             broadcast.leave(viewer)
@@ -706,7 +711,7 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = playback.tick(time.monotonic(), watched=_watched(stream)) if playback else pacing.Wait(None)
+                action = playback.tick(time.monotonic(), watched=stream.watching > 0) if playback else pacing.Wait(None)
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -831,11 +836,6 @@ class Streams:
 
 def _formats(stream: Stream) -> set[Format]:
     return {format for viewer in stream.viewers if (format := viewer.picture)}
-
-
-def _watched(stream: Stream) -> bool:
-    """Whether anybody would see a frame: who only listens to events has yet to connect for them."""
-    return any(viewer.format != "events" for viewer in stream.viewers)
 
 
 def _close_code(session: Session) -> int:

@@ -5,6 +5,7 @@ frames build on, asks for a keyframe; one keyframe answers all who asked meanwhi
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -111,10 +112,10 @@ class Broadcast:
             now = time.monotonic()
             if now >= again:
                 return self._last, self._clock + round((now - self._shown_at) * CLOCK_RATE)
-            try:
-                await asyncio.wait_for(self._wake.wait(), again - now)
-            except TimeoutError:
-                continue
+            # Unlike `wait_for`, this never takes a cancellation for an answer.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(again - now):
+                    await self._wake.wait()
         return self._pending.popleft()
 
     def _deliver(self, frame: Frame, coded: Coded) -> None:

@@ -29,7 +29,7 @@ from server.media.viewer import Viewer
 # It tells of every pair of addresses that it tries, which are viewers'.
 logging.getLogger("aioice").setLevel(logging.WARNING)
 
-MAX_LINES = 1000
+MAX_LINES = 600
 """Of an offer; browsers send about 250 for video and audio."""
 MAX_CANDIDATES = 32
 """Of one viewer: more would make us knock at as many doors for whoever asks."""

@@ -259,3 +259,17 @@ async def test_an_encoder_that_fails_lets_its_viewers_go(monkeypatch: pytest.Mon
         sender.show(frame(1, 64, 64), 5625)  # of another size
         assert await asyncio.wait_for(viewer.next(), 5) is None
         assert viewer.close_code == 1011
+
+
+async def test_closing_just_as_a_frame_comes(caplog: pytest.LogCaptureFixture) -> None:
+    async with broadcasting("vp8", frame(0, 128, 96)) as (sender, _):
+        viewer = Viewer("vp8", events=False)
+        sender.join(viewer)
+        sender.show(frame(1, 128, 96), 5625)
+        await taken(viewer, 1)
+        await asyncio.sleep(0)  # it waits for the next frame again
+        sender.show(frame(2, 128, 96), 11250)
+        await asyncio.sleep(0)
+    await asyncio.wait([sender._task])
+    assert sender._task.cancelled()
+    assert caplog.records == []
