@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-browser test-gpu bench-serve bench-fanout evaluate clean
+.PHONY: setup serve test lint test-browser test-gpu bench-gpu bench-serve bench-fanout evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -40,6 +40,10 @@ test-browser: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests
+
+bench-gpu: setup
+	$(BIN)/python -m engine.bench.attention
+	$(BIN)/python -m engine.bench.rollout self-forcing-1.3b --window 12 --sink 3 $(ARGS)
 
 bench-serve: setup
 	$(BIN)/python -m engine.bench.serve $(ARGS)

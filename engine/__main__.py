@@ -1,6 +1,7 @@
 """python -m engine MODEL --socket ADDRESS: the engine process. Or a command: models, check, convert."""
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
@@ -28,12 +29,16 @@ def serve() -> int:
     from engine.checkpoints.store import StoreError
     from engine.offload.text import Place
     from engine.stream.kv_cache import Precision
+    from engine.transforms.accelerate import add_arguments, from_arguments
     from engine.worker import Wire, Worker
 
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
     parser.add_argument(
         "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
+    )
+    parser.add_argument(
+        "--frames-fd", type=int, required=True, metavar="FD", help="file descriptor of the memory that frames go into"
     )
     parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
     parser.add_argument("--loras", type=Path, metavar="DIR", help="folder of LoRAs that may be applied while serving")
@@ -50,6 +55,7 @@ def serve() -> int:
         default="resident",
         help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
     )
+    add_arguments(parser)
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
     if options.threads < 1:
@@ -60,6 +66,14 @@ def serve() -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device) if options.device else best_device()
     dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)
+    try:
+        speed = from_arguments(options, device)
+    except ValueError as error:
+        parser.error(str(error))
+    if speed.fused and options.kv_cache != "exact":
+        parser.error("--kv-cache needs --plain; --float8-attention halves the fused model's cache")
+    if options.parent_pid is not None:
+        end_with(options.parent_pid)
     link = Wire(options.socket, options.parent_pid)
     link.start()
     try:
@@ -71,6 +85,8 @@ def serve() -> int:
             kv_precision=options.kv_cache,
             decoder=options.decoder,
             text_encoder=options.text_encoder,
+            speed=speed,
+            loras=options.loras is not None,
         )
     except StoreError as error:
         link.send(wire.Fault("weights", str(error)))
@@ -79,9 +95,26 @@ def serve() -> int:
         return 3
     warmth = warm(pipeline)
     link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
-    Worker(pipeline, link, options.loras).run()
+    status = 0
+    try:
+        Worker(pipeline, link, options.frames_fd, options.loras).run()
+    except torch.AcceleratorError as error:
+        print(f"engine: the device is lost: {error}", file=sys.stderr, flush=True)
+        status = 4
     link.finish()
-    return 0
+    return status
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even while it hangs or is stopped.
+
+    Linux can do that; elsewhere the wire thread sees it within a second, unless it is stopped too.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before that
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from engine.offload.text import Place, place_text_encoder
 from engine.pipeline import Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
+from engine.stream.state import StreamState
+from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+from engine.transforms.cuda_graphs import GraphedWan
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -56,11 +59,15 @@ def assemble(
     kv_precision: Precision = "exact",
     decoder: Literal["light", "full"] = "light",
     text_encoder: Place = "resident",
+    speed: Speed | None = None,
+    loras: bool = False,
 ) -> Pipeline:
     """Load a preset.
 
     `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
-    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`.
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`;
+    `speed` is by default whatever costs no exactness on this device; `loras` says that weights may change while it
+    serves.
 
     Raises:
         KeyError: no preset has this name.
@@ -113,7 +120,10 @@ def assemble(
     except ValueError as error:
         raise store.StoreError(str(error)) from None
     pictures = None if vae is None else PictureEncoding(vae, statistics)
-    return Pipeline(preset, tokenizer, encoder, dit, decoding, pictures, kv_precision=kv_precision)
+    if speed is None:
+        speed = fastest_exact(device) if kv_precision == "exact" else Speed()
+    served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
+    return Pipeline(preset, tokenizer, encoder, served, pictures)
 
 
 @dataclass(frozen=True)
@@ -123,25 +133,45 @@ class Warmth:
     chunk_seconds: float
 
 
+MOST_STREAMS = 8
+"""For more than so many at once nothing is prepared ahead."""
+
+
 def warm(pipeline: Pipeline) -> Warmth:
-    """Run every shape that will be served once, then time chunks at full window (median of three)."""
+    """Run every shape that will be served once, then time chunks at full window (median of three).
+
+    Where forwards are recorded for the cache they run on, that is done ahead for as many streams as the device can keep
+    at playback's pace, so that opening one takes no longer than its first chunk.
+    """
+    preset = pipeline.preset
     state = pipeline.open("warm-up", seed=0)
-    slots = pipeline.preset.window // pipeline.preset.chunk
-    times = []
-    for index in range(slots + 3):
-        started = time.perf_counter()
-        pipeline.next_chunk(state)
-        pipeline.commit(state)
-        if pipeline.device.type == "cuda":
-            torch.cuda.synchronize(pipeline.device)
-        if index >= slots:
-            times.append(time.perf_counter() - started)
-    return Warmth(sorted(times)[len(times) // 2])
+    shapes = len(state.cache.shapes())
+    times = [_chunk_seconds(pipeline, state) for _ in range(shapes + 3)][shapes:]
+    warmth = Warmth(sorted(times)[1])
+    opened = [state]
+    if isinstance(pipeline.dit, GraphedWan):
+        streams = min(MOST_STREAMS, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
+        while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
+            opened.append(pipeline.open("warm-up", seed=0))
+            for _ in range(shapes):
+                _chunk_seconds(pipeline, opened[-1])
+    for state in opened:
+        pipeline.close(state)
+    return warmth
+
+
+def _chunk_seconds(pipeline: Pipeline, state: StreamState) -> float:
+    started = time.perf_counter()
+    pipeline.next_chunk(state)
+    pipeline.commit(state)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    return time.perf_counter() - started
 
 
 def describe(pipeline: Pipeline, warmth: Warmth) -> ModelInfo:
     preset = pipeline.preset
-    modules = (pipeline.text_encoder, pipeline.dit, pipeline.decoder.network)
+    modules = (pipeline.text_encoder, pipeline.served.wan, pipeline.decoder.network)
     return ModelInfo(
         name=preset.name,
         width=preset.width,

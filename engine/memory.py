@@ -38,7 +38,7 @@ class Setting:
     window: int
     text_on_device: bool = True
     exact_cache: bool = True
-    """False keeps past chunks in 8 bits, with a float32 scale for each vector of a head."""
+    """False keeps keys and values in float8."""
     light_vae: bool = False
 
 
@@ -58,7 +58,7 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     frames = 1 if setting.light_vae else 2
     widest, span = (LIGHT_WIDEST if setting.light_vae else WIDEST)[preset.family]
     vectors = dit.num_layers * dit.num_heads * tokens
-    vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim + 4
+    vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim
     return {
         "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
         "text encoder": BYTES * sum(map(prod, sizes["text_encoder"].values())) if setting.text_on_device else 0,
@@ -102,7 +102,7 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
     """
     options = {
         "--text-encoder cpu": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
-        "--kv-cache fp8": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
+        "--float8-attention": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
         "--decoder light": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
         "shorter window": lambda s: _windows(preset, s),
         "smaller resolution": lambda s: _resolutions(preset, s),

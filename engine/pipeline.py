@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Preset
-from engine.models.dit import CausalWan, TextContext
+from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
-from engine.stream.decoding import Decoder, PictureEncoding
-from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.decoding import PictureEncoding, to_host
+from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
+from engine.transforms.accelerate import Served
+from engine.transforms.cuda_graphs import GraphedWan
+from engine.transforms.fused import FusedWan
 from engine.wire import Transition
 
 
@@ -41,23 +44,21 @@ class Pipeline:
         preset: Preset,
         tokenizer: PromptTokenizer,
         text_encoder: nn.Module,
-        dit: CausalWan,
-        decoder: Decoder,
+        served: Served,
         pictures: PictureEncoding | None = None,
-        *,
-        kv_precision: Precision = "exact",
     ) -> None:
         """`text_encoder` is a `TextEncoder`, or what `place_text_encoder` made of one."""
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self.dit = dit
-        self.decoder = decoder
+        self.served = served
+        self.dit = served.dit
+        self.decoder = served.decoder
         self.pictures = pictures
-        self.kv_precision = kv_precision
-        self.device: torch.device = dit.patch_embedding.weight.device
-        self.dtype: torch.dtype = dit.patch_embedding.weight.dtype
+        self._caches: list[KVCache] = []
+        self.device: torch.device = served.wan.patch_embedding.weight.device
+        self.dtype: torch.dtype = served.wan.patch_embedding.weight.dtype
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -77,22 +78,17 @@ class Pipeline:
         Raises:
             PictureError: the picture has another size than the model, or the model cannot start from one.
         """
-        dit = self.preset.dit
-        cache = KVCache(
-            self.preset.cache(),
-            layers=dit.num_layers,
-            heads=dit.num_heads,
-            head_dim=dit.head_dim,
-            device=self.device,
-            dtype=self.dtype,
-            precision=self.kv_precision,
-        )
+        cache = self._caches.pop() if self._caches else self.served.new_cache()
         cache.reset(chunk * self.preset.chunk)
         text = self.encode_prompt(prompt)
         state = StreamState(seed, cache, text, self.dit.encode_text(text), chunk=chunk, frame=frame)
         if picture is not None:
             self._see(state, picture)
         return state
+
+    def close(self, state: StreamState) -> None:
+        """The stream is over: its cache, and what was recorded for it, serves the next one. Do not use it again."""
+        self._caches.append(state.cache)
 
     def _see(self, state: StreamState, picture: Tensor) -> None:
         """Let the stream have seen a picture: as many of its newest frames as the window's past holds.
@@ -112,8 +108,8 @@ class Pipeline:
         picture = picture[-count:]
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
         latents = self.pictures(frames)
-        self.decode(latents, state)
         for part in latents.split(preset.chunk, dim=2):
+            self.decode(part, state)
             self._write(state, part, state.context)
             self._remember(state, part)
 
@@ -124,6 +120,11 @@ class Pipeline:
         """
         state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
         return state.chunk
+
+    def changed(self) -> None:
+        """The transformer's weights changed: take over what is held apart from them. Streams need `refresh`, too."""
+        if isinstance(self.dit, FusedWan | GraphedWan):
+            self.dit.refresh()
 
     @torch.inference_mode()
     def refresh(self, state: StreamState) -> None:
@@ -140,21 +141,29 @@ class Pipeline:
         """
         self._cross_boundary(state)
         fresh = state.memories is None
-        latents = denoise_chunk(self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk)
+        latents = denoise_chunk(
+            self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk, steps=state.steps
+        )
         finite = torch.isfinite(latents).all()
-        frames = self.decode(latents, state).cpu()  # the one place where the host waits for the GPU
-        if not finite:
-            raise NotFiniteError(f"chunk {state.chunk} has values that are not finite")
+        frames, finite = to_host(self.decode(latents, state)), to_host(finite)
         chunk = Chunk(state.chunk, state.frame, frames, fresh)
         state.uncommitted = latents
         state.chunk += 1
         state.frame += len(frames)
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+            if state.pending is None:
+                self.commit(state)  # queued behind the frames, so that the GPU goes on while they are sent
+            arrived.synchronize()  # the one place where the host waits for the GPU
+        if not finite:
+            raise NotFiniteError(f"chunk {chunk.index} has values that are not finite")
         return chunk
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Latents [1, C, F, h, w] to uint8 [T, height, width, 3]; the decoder's memories move on in the state."""
         frames, state.memories = self.decoder(latents, state.memories)
-        return (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return frames[0]
 
     @torch.inference_mode()
     def commit(self, state: StreamState) -> None:
@@ -162,12 +171,14 @@ class Pipeline:
         if state.uncommitted is None:
             return
         latents, state.uncommitted = state.uncommitted, None
-        self._write(state, latents, state.context)
+        self._write(state, latents, state.context, context_pass=self.served.context_pass)
         self._remember(state, latents)
 
-    def _write(self, state: StreamState, latents: Tensor, context: TextContext) -> None:
+    def _write(self, state: StreamState, latents: Tensor, context: TextContext, *, context_pass: bool = True) -> None:
         chunk = state.cache.start_frame // self.preset.chunk
-        commit_chunk(self.dit, self.rollout, state.cache, context, latents, [state.seed], chunk)
+        commit_chunk(
+            self.dit, self.rollout, state.cache, context, latents, [state.seed], chunk, context_pass=context_pass
+        )
 
     def _remember(self, state: StreamState, latents: Tensor) -> None:
         past = self.preset.window // self.preset.chunk - 1

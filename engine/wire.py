@@ -1,18 +1,19 @@
 """The contract between the gateway and the engine: every message that crosses the process boundary.
 
 Each message is a msgspec struct encoded as MessagePack with a type tag; a message of an unknown type, with an
-unknown field or a wrong type is refused by the decoder. One ZeroMQ message carries one struct, except `Frames`,
-whose second part is the raw pixels. Nothing here imports torch: this is the one module of `engine` that `server`
-may import.
+unknown field or a wrong type is refused by the decoder. One ZeroMQ message carries one struct. Pixels cross in shared
+memory, a `Ring`, of which `Frames` names a slot. Nothing here imports torch: this is the one module of `engine` that
+`server` may import.
 
 Time is media time: `pts` counts 1/90000 s from the first frame of the stream. Durations are seconds.
 """
 
+import mmap
 from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -104,6 +105,23 @@ class SetLoras(Message, frozen=True):
     """Strength by name: 1 is what the LoRA was trained for, 0 keeps it loaded without effect."""
 
 
+class Layout(Message, frozen=True):
+    """The shared memory behind the engine's `--frames-fd` has its size now: map it as a `Ring` of this shape.
+
+    Comes once, after `Ready`, which says how large a chunk is. Every slot is the engine's to write to.
+    """
+
+    slots: int
+    slot_bytes: int
+
+
+class Release(Message, frozen=True):
+    """A slot has been read, or is not wanted: it is the engine's again. Answers every `Frames`."""
+
+    slot: int
+    generation: int
+
+
 class Shutdown(Message, frozen=True):
     """Leave the process loop at the next chunk boundary and exit with status 0."""
 
@@ -126,7 +144,10 @@ class Started(Message, frozen=True):
 
 
 class Frames(Message, frozen=True):
-    """One chunk; the second ZeroMQ part holds `frames` x `height` x `width` x 3 bytes of RGB24."""
+    """One chunk: `frames` x `height` x `width` x 3 bytes of RGB24 at the start of slot `slot` of the ring.
+
+    The slot is the gateway's until its `Release`; an engine without a free one generates nothing.
+    """
 
     stream: str
     chunk: int
@@ -140,6 +161,14 @@ class Frames(Message, frozen=True):
     """The `event` of the newest steer that takes effect with this chunk."""
     discontinuity: bool = False
     """True when the scene starts afresh here: a cut, or a resumed stream."""
+    slot: int = 0
+    generation: int = 0
+    """What the slot is stamped with; see `Ring`."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pixels."""
+        return self.frames * self.height * self.width * 3
 
 
 class Steered(Message, frozen=True):
@@ -183,9 +212,73 @@ class Heartbeat(Message, frozen=True):
     resident_bytes: int
 
 
-ToEngine = Open | Steer | Credit | Close | SetLoras | Shutdown
+ToEngine = Open | Steer | Credit | Close | SetLoras | Layout | Release | Shutdown
 ToGateway = Ready | Started | Frames | Steered | Ended | Loras | Fault | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode
+
+
+# the pixels
+
+
+class DamagedError(ValueError):
+    """A slot does not hold the chunk that was announced: it is stale, half written, or no slot at all."""
+
+
+class Ring:
+    """Shared memory in which chunks cross: `slots` slots of `slot_bytes` bytes, with two stamps each.
+
+    Every write has a generation of its own, counted from 1. It is stamped on the slot before the pixels and again after
+    them, so that a slot which is being written, or was written anew, never passes for the one that was announced.
+    """
+
+    def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
+        """Map the memory behind a file descriptor, which stays the caller's. Raises OSError or ValueError."""
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self._map = mmap.mmap(descriptor, self.bytes_for(slots, slot_bytes))
+        self._bytes = memoryview(self._map)
+        self._stamps = self._bytes[: 16 * slots].cast("Q")
+
+    @staticmethod
+    def bytes_for(slots: int, slot_bytes: int) -> int:
+        """Size of the memory: stamps, then slots, each from a page's start."""
+        if slots < 1 or slot_bytes < 1:
+            raise ValueError(f"{slots} slots of {slot_bytes} bytes are no ring")
+        return _pages(16 * slots) + slots * _pages(slot_bytes)
+
+    def write(self, slot: int, generation: int, pixels: memoryview) -> None:
+        """Fill a slot. `pixels` is flat, of unsigned bytes, and fits."""
+        if len(pixels) > self.slot_bytes:
+            raise ValueError(f"a chunk of {len(pixels)} bytes does not fit a slot of {self.slot_bytes}")
+        start = self._start(slot)
+        self._stamps[2 * slot] = generation
+        self._bytes[start : start + len(pixels)] = pixels
+        self._stamps[2 * slot + 1] = generation
+
+    def read(self, slot: int, generation: int, size: int) -> bytes:
+        """A copy of the first `size` bytes of a slot. Raises `DamagedError` unless they are those of `generation`."""
+        if not (0 <= slot < self.slots and 0 < size <= self.slot_bytes):
+            raise DamagedError(f"there is no slot {slot} with {size} bytes")
+        start, stamps = self._start(slot), slice(2 * slot, 2 * slot + 2)
+        before = self._stamps[stamps].tolist()
+        pixels = bytes(self._bytes[start : start + size])
+        after = self._stamps[stamps].tolist()
+        if not before == after == [generation, generation]:
+            raise DamagedError(f"slot {slot} has the stamps {before} and {after} instead of {generation}")
+        return pixels
+
+    def close(self) -> None:
+        """Give the mapping back. The memory is freed with the last descriptor and mapping of it."""
+        self._stamps.release()
+        self._bytes.release()
+        self._map.close()
+
+    def _start(self, slot: int) -> int:
+        return _pages(16 * self.slots) + slot * _pages(self.slot_bytes)
+
+
+def _pages(size: int) -> int:
+    """`size`, rounded up to whole pages."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

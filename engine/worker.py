@@ -3,16 +3,22 @@
 Two threads share the work. The step loop owns the model and the streams. The wire thread owns the socket, so that
 messages are taken in and heartbeats go out while a chunk is being generated; the two talk through a queue and an
 in-process socket. A third thread reads LoRA files, which can take seconds; the step loop applies them.
+
+Pixels go into a slot of `wire.Ring`. While the gateway has given none back no chunk is begun, so the loop goes on
+taking messages and loses nothing.
 """
 
+import functools
+import itertools
 import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -22,13 +28,14 @@ from torch import Tensor
 from engine import wire
 from engine.checkpoints import lora
 from engine.checkpoints.store import StoreError
-from engine.pipeline import NotFiniteError, PictureError, Pipeline
+from engine.pipeline import Chunk, NotFiniteError, PictureError, Pipeline
 from engine.scheduler import Claim, pick
 from engine.stream.state import StreamState
 from engine.transforms.lora import Adapters
 
 HEARTBEAT_SECONDS = 1.0
-SHUTDOWN = wire.Shutdown()
+OUT_OF_MEMORY = "out_of_memory"
+T = TypeVar("T")
 
 
 def resident_bytes() -> int:
@@ -38,6 +45,12 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def cause(error: RuntimeError | MemoryError) -> str:
+    """The code of a `wire.Fault` for what went wrong in the model."""
+    want = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return OUT_OF_MEMORY if want else "generation_failed"
 
 
 @dataclass
@@ -77,12 +90,13 @@ class Wire(threading.Thread):
         self._inner.bind("inproc://out")
         self._stopping = False
 
-    def send(self, message: wire.Message, payload: bytes | memoryview | None = None) -> None:
+    def send(self, message: wire.Message) -> None:
         """Called by the step loop only."""
-        parts: list[bytes | memoryview] = [wire.encode(message)]
-        if payload is not None:
-            parts.append(payload)
-        self._inner.send_multipart(parts, copy=payload is None)
+        self._inner.send(wire.encode(message))
+
+    def moved(self) -> None:
+        """The step loop got on: heartbeats count from here."""
+        self.last_step = time.monotonic()
 
     def finish(self) -> None:
         """Flush what was sent and end the thread."""
@@ -105,10 +119,10 @@ class Wire(threading.Thread):
         while True:
             ready = dict(poller.poll(max(0, round((beat - time.monotonic()) * 1000))))
             if out in ready:
-                parts = out.recv_multipart(copy=False)
-                if len(parts) == 1 and len(parts[0]) == 0:
+                data = out.recv()
+                if not data:
                     break
-                socket.send_multipart(parts, copy=False)
+                socket.send(data)
             if socket in ready:
                 self._receive(socket.recv())
             if time.monotonic() >= beat:
@@ -116,7 +130,7 @@ class Wire(threading.Thread):
                 age = time.monotonic() - self.last_step
                 socket.send(wire.encode(wire.Heartbeat(age, self.streams, resident_bytes())))
                 if self._parent is not None and os.getppid() != self._parent:
-                    self.inbox.put(SHUTDOWN)
+                    os._exit(1)  # nobody is left to serve, and the step loop may hang
         out.close()
         socket.close()
 
@@ -127,30 +141,77 @@ class Wire(threading.Thread):
             print(f"engine: a message was refused: {error}", flush=True)
 
 
+class Slots:
+    """The engine's end of the ring: which slots are free, and what was last written to the others."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Nothing is free before `lay_out`."""
+        self._descriptor = descriptor
+        self._ring: wire.Ring | None = None
+        self._free: list[int] = []
+        self._taken: dict[int, int] = {}
+        self._generations = itertools.count(1)
+
+    @property
+    def free(self) -> bool:
+        """Whether a chunk can be put now."""
+        return bool(self._free)
+
+    def lay_out(self, layout: wire.Layout) -> None:
+        """Map the memory, which the gateway has given this shape."""
+        self._ring = wire.Ring(self._descriptor, layout.slots, layout.slot_bytes)
+        self._free = list(range(layout.slots))
+
+    def put(self, pixels: memoryview) -> tuple[int, int]:
+        """Copy a chunk into a free slot; returns the slot and its generation, for `wire.Frames`."""
+        assert self._ring is not None
+        slot, generation = self._free.pop(), next(self._generations)
+        self._taken[slot] = generation
+        self._ring.write(slot, generation, pixels)
+        return slot, generation
+
+    def give_back(self, slot: int, generation: int) -> None:
+        """The gateway is done with the slot. What it never had, or gave back already, stays as it is."""
+        if self._taken.get(slot) == generation:
+            del self._taken[slot]
+            self._free.append(slot)
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        if self._ring is not None:
+            self._ring.close()
+
+
 class Worker:
     """The step loop over the open streams of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline, link: Wire, loras: Path | None = None) -> None:
-        """`loras` is the folder of the LoRA files that may be applied."""
+    def __init__(self, pipeline: Pipeline, link: Wire, frames: int, loras: Path | None = None) -> None:
+        """`frames` is the file descriptor of the ring; `loras` the folder of the LoRA files that may be applied."""
         self.pipeline = pipeline
         self.link = link
+        self.slots = Slots(frames)
         self.streams: dict[str, Stream] = {}
-        self.adapters = Adapters(pipeline.dit)
+        self.adapters = Adapters(pipeline.served.wan)
         self._folder = loras
-        self._shapes = lora.shapes_of(pipeline.dit)
+        self._shapes = lora.shapes_of(pipeline.served.wan)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loras")
 
     def run(self) -> None:
-        """Until `Shutdown`."""
-        while True:
-            name = pick({name: stream.claim for name, stream in self.streams.items()})
-            if not self._receive(wait=name is None):
-                self._reader.shutdown(wait=False, cancel_futures=True)
-                return
-            if name is not None and name in self.streams:
-                self._step(name)
-            self.link.last_step = time.monotonic()
-            self.link.streams = len(self.streams)
+        """Until `Shutdown`. Raises `torch.AcceleratorError` when the device is lost, and every stream with it."""
+        self.link.moved()  # what counts until now is loading and warming up
+        try:
+            while True:
+                claims = {name: stream.claim for name, stream in self.streams.items()}
+                name = pick(claims) if self.slots.free else None
+                if not self._receive(wait=name is None):
+                    return
+                if name is not None and name in self.streams:
+                    self._step(name)
+                self.link.moved()
+                self.link.streams = len(self.streams)
+        finally:
+            self._reader.shutdown(wait=False, cancel_futures=True)
+            self.slots.close()
 
     def _receive(self, *, wait: bool) -> bool:
         """Take in every message there is, waiting for one when there is no work; false at `Shutdown`."""
@@ -160,6 +221,7 @@ class Worker:
             except queue.Empty:
                 return True
             wait = False
+            self.link.moved()
             match message:
                 case wire.Open():
                     self._open(message)
@@ -179,6 +241,10 @@ class Worker:
                     self._reader.submit(self._read_loras, message, strengths)
                 case LorasRead():
                     self._set_loras(message)
+                case wire.Release(slot=slot, generation=generation):
+                    self.slots.give_back(slot, generation)
+                case wire.Layout():
+                    self.slots.lay_out(message)
                 case wire.Shutdown():
                     return False
 
@@ -216,6 +282,7 @@ class Worker:
         else:
             self._tell_loras(event)
         if changed:
+            self.pipeline.changed()
             for stream in self.streams.values():
                 stream.stale = True
 
@@ -243,9 +310,11 @@ class Worker:
         except PictureError as error:
             self.link.send(wire.Fault("picture_refused", str(error), message.stream))
             return
+        except torch.AcceleratorError:
+            raise
         except (RuntimeError, MemoryError) as error:
             print(f"engine: stream {message.stream} could not be opened: {error!r}", flush=True)
-            self.link.send(wire.Fault("generation_failed", "the stream could not be opened", message.stream))
+            self.link.send(wire.Fault(cause(error), "the stream could not be opened", message.stream))
             return
         claim = Claim(message.start_chunk, message.start_chunk, time.monotonic())
         self.streams[message.stream] = Stream(message, state, claim)
@@ -264,7 +333,15 @@ class Worker:
             fault = wire.Fault("stream_not_found", "no such stream in the engine", message.stream, message.event)
             self.link.send(fault)
             return
-        chunk = self.pipeline.steer(stream.state, message.prompt, message.transition)
+        try:
+            chunk = self.pipeline.steer(stream.state, message.prompt, message.transition)
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: a steer of {message.stream} failed: {error!r}", flush=True)
+            text = "the new prompt could not be read"
+            self.link.send(wire.Fault(cause(error), text, message.stream, message.event))
+            return
         stream.applied = message.event
         self.link.send(wire.Steered(message.stream, message.event, chunk))
 
@@ -274,25 +351,17 @@ class Worker:
             stream.started = True
             self.link.send(wire.Started(name))
         began = time.perf_counter()
-        try:
-            if stream.stale:
-                stream.stale = False
-                self.pipeline.refresh(stream.state)
-            chunk = self.pipeline.next_chunk(stream.state)
-        except NotFiniteError as error:
-            self._fail(name, "not_finite", str(error))
+        chunk = self._try(name, lambda: self._generate(stream))
+        if chunk is None:
             return
-        except (RuntimeError, MemoryError) as error:
-            print(f"engine: chunk of {name} failed: {error!r}", flush=True)
-            self._fail(name, "generation_failed", "the chunk could not be generated")
-            return
-        frames = chunk.frames.numpy()
+        frames = chunk.frames.contiguous().numpy()
         left = None if stream.opening.max_frames is None else stream.opening.max_frames - chunk.frame
         if left is not None:
             frames = frames[: max(left, 0)]
         count, height, width, _ = frames.shape
         clock = wire.CLOCK_RATE // self.pipeline.preset.fps
         generated = time.perf_counter() - began
+        slot, generation = self.slots.put(frames.data.cast("B"))
         message = wire.Frames(
             stream=name,
             chunk=chunk.index,
@@ -303,9 +372,12 @@ class Worker:
             gen_seconds=generated + stream.commit_seconds,
             applied=stream.applied,
             discontinuity=chunk.discontinuity and chunk.index > 0,
+            slot=slot,
+            generation=generation,
         )
         stream.applied = None
-        self.link.send(message, frames.tobytes())
+        self.link.send(message)
+        self.link.moved()
         stream.claim = replace(
             stream.claim, chunk=stream.state.chunk, due=stream.claim.due + count / self.pipeline.preset.fps
         )
@@ -313,13 +385,36 @@ class Worker:
             self._end(name, "finished")
             return
         began = time.perf_counter()
-        self.pipeline.commit(stream.state)
+        self._try(name, functools.partial(self.pipeline.commit, stream.state))
         stream.commit_seconds = time.perf_counter() - began
 
+    def _generate(self, stream: Stream) -> Chunk:
+        if stream.stale:
+            stream.stale = False
+            self.pipeline.refresh(stream.state)
+        return self.pipeline.next_chunk(stream.state)
+
+    def _try(self, name: str, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None when it failed, and the stream with it. The others go on."""
+        try:
+            return work()
+        except NotFiniteError as error:
+            code, text = "not_finite", str(error)
+        except torch.AcceleratorError:
+            raise  # nothing runs on this device any more: the gateway resumes the streams in a new process
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: chunk of {name} failed: {error!r}", flush=True)
+            code, text = cause(error), "the chunk could not be generated"
+        # Out here the error is forgotten, and with its traceback the tensors of what was being done.
+        self._fail(name, code, text)
+        if code == OUT_OF_MEMORY and self.pipeline.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
     def _fail(self, name: str, code: str, text: str) -> None:
-        del self.streams[name]
+        self.pipeline.close(self.streams.pop(name).state)
         self.link.send(wire.Fault(code, text, name))
 
     def _end(self, name: str, reason: wire.EndReason) -> None:
-        del self.streams[name]
+        self.pipeline.close(self.streams.pop(name).state)
         self.link.send(wire.Ended(name, reason))

@@ -1,78 +1,69 @@
 """python -m server: serve the gateway until SIGTERM or SIGINT, and print the address to open once it works."""
 
 import asyncio
+import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.http11 import Request
+from fastapi import FastAPI
 
-from server.app import create_app
+from server import connections, keys
+from server.app import create_app, reload_keys
+from server.auth import MAX_HEAD_BYTES, TOKEN_PREFIX
 from server.backends.base import Backend
 from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
+from server.keys import PREFIX
 from server.streams import Streams
-from server.websocket import ABORT
 
 SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
-MAX_PONG_BYTES = 1 << 20
+SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, made safe against peers that do not read."""
+class RedactingFormatter(logging.Formatter):
+    """No key and no token is ever written down, whoever logs it and at whatever level."""
 
-    def handle_connect(self, event: Request) -> None:
-        """Offer the application a way to drop the connection: a close would wait for the peer to read."""
-        super().handle_connect(event)
-        if hasattr(self, "scope"):
-            self.scope.setdefault("extensions", {})[ABORT] = {"call": self.transport.abort}
-
-    def handle_ping(self) -> None:
-        """Answer, unless the answers pile up because the peer only asks."""
-        if self.transport.get_write_buffer_size() > MAX_PONG_BYTES:
-            self.transport.abort()
-        else:
-            super().handle_ping()
-
-
-class HttpProtocol(H11Protocol):
-    """uvicorn's, with the same way out of a response that its peer does not read."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        app = self.app
-
-        async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
-            scope.setdefault("extensions", {})[ABORT] = {"call": transport.abort}
-            await app(scope, receive, send)
-
-        self.app = with_abort
+    def format(self, record: logging.LogRecord) -> str:
+        return SECRETS.sub(r"\1[redacted]", super().format(record))
 
 
 class Server(uvicorn.Server):
     """uvicorn, with streams that end before their sockets do, and with exit status 0 after a signal."""
 
-    def __init__(self, config: uvicorn.Config, streams: Streams) -> None:
+    def __init__(self, config: uvicorn.Config, streams: Streams, drain_seconds: float = 0.0) -> None:
+        """`drain_seconds` is how long streams may play on after SIGTERM."""
         super().__init__(config)
         self._streams = streams
+        self._drain_seconds = drain_seconds
+        self._patient = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks for an end, a second Ctrl-C insists. None is raised again afterwards."""
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        """SIGTERM lets streams play on for a while, Ctrl-C and a second signal do not; one more waits for nobody.
+
+        None is raised again afterwards.
+        """
+        self.force_exit = self.should_exit and not self._patient
+        self._patient = sig == signal.SIGTERM and not self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the viewers first."""
-        self._streams.drain()
+        seconds = self._drain_seconds if self._patient else 0.0
+        ends_at = time.monotonic() + seconds
+        self._streams.drain(seconds)
+        while self._streams.playing and self._patient and time.monotonic() < ends_at:
+            await asyncio.sleep(0.05)
+        self._patient = False
+        self._streams.end()
         await asyncio.sleep(0.1)  # their sockets' tasks send `ended` and close
         await super().shutdown(sockets)
 
@@ -89,17 +80,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, Streams]:
-    """The application under the server settings that it needs."""
+    """The application under the server settings that it needs. Raises `ValueError` when the keys cannot be read."""
     app = create_app(config, backend)
     settings = uvicorn.Config(
         app,
-        http=HttpProtocol,
-        ws=WebSocketProtocol,
+        http=connections.HttpProtocol,
+        ws=connections.WebSocketProtocol,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
         log_config=None,
-        log_level="warning",
-        access_log=False,
+        log_level="error",  # of what peers do wrong it would write a line each
+        access_log=False,  # ours, with the names of keys and without queries, is in `server.http`
         server_header=False,
         timeout_graceful_shutdown=5,
     )
@@ -113,7 +105,12 @@ async def serve(config: Config) -> int:
         backend = FakeBackend(model=config.model)
     else:
         backend = LocalBackend(
-            config.model, threads=config.engine_threads, loras=config.loras, arguments=config.engine_arguments
+            config.model,
+            threads=config.engine_threads,
+            loras=config.loras,
+            arguments=config.engine_arguments,
+            start_seconds=config.engine_start_timeout_s,
+            hung_seconds=config.engine_timeout_s,
         )
     try:
         listener = listen(config.host, config.port)
@@ -122,7 +119,9 @@ async def serve(config: Config) -> int:
         return 1
     host, port = listener.getsockname()[:2]
     settings, streams = uvicorn_config(config, backend)
-    server = Server(settings, streams)
+    assert isinstance(settings.app, FastAPI)
+    access = settings.app.state.access
+    server = Server(settings, streams, config.drain_timeout_s)
     failed = False
 
     async def announce() -> None:
@@ -133,6 +132,9 @@ async def serve(config: Config) -> int:
             failed, server.should_exit = True, True
 
     announcer = asyncio.create_task(announce())
+    if config.keys is not None:
+        reload = functools.partial(reload_keys, access, streams, insist=True)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -141,8 +143,12 @@ async def serve(config: Config) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["keys"]:
+        return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     return asyncio.run(serve(config))
 
 

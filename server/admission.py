@@ -1,9 +1,13 @@
 """Who may use the engine now, who waits, who is turned away.
 
 Pure: times are seconds of any one monotonic clock, handed in. A stream's cost is the share of the engine that it
-needs to play at 1:1: the time to generate a chunk over the time that the chunk plays. Streams are admitted in the
-order they came, while their costs add up to at most `SHARE` of the engine; one stream alone is always admitted, so
-that a model slower than real time still plays, with stalls.
+needs to play at 1:1: the time to generate a chunk over the time that the chunk plays. Streams are admitted while their
+costs add up to at most `SHARE` of the engine; one stream alone is always admitted, so that a model slower than real
+time still plays, with stalls.
+
+Streams may have owners. The next place goes to the owner with the fewest live streams, among equals to whoever came
+first. The queue has a limit, but an owner who has no stream at all always gets into it, so that others cannot keep him
+out: it holds at most `queue_limit` streams and one for each owner.
 """
 
 import math
@@ -43,10 +47,25 @@ class Full:
     retry_after: int
 
 
+@dataclass(frozen=True, slots=True)
+class OverLimit:
+    """The owner has `limit` streams already; try again after `retry_after` seconds, or end one."""
+
+    limit: int
+    retry_after: int
+
+
 @dataclass(slots=True)
 class _Live:
     model: str
     ends_at: float | None
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    model: str
+    owner: str | None
 
 
 class Admission:
@@ -56,28 +75,37 @@ class Admission:
         self._queue_limit = queue_limit
         self._costs: Mapping[str, float] = {}
         self._live: dict[str, _Live] = {}
-        self._waiting: dict[str, str] = {}
+        self._waiting: dict[str, _Waiting] = {}
 
     def set_costs(self, costs: Mapping[str, float]) -> None:
         """The engine's models and their costs, measured while it warmed up. Follow with `admit`."""
         self._costs = costs
 
-    def request(self, stream: str, model: str, now: float) -> Full | None:
-        """Join the queue, or be refused because it is full. Follow with `admit`, which empties it as far as it can."""
-        if len(self._waiting) >= self._queue_limit and not self._fits_next(model):
+    def request(
+        self, stream: str, model: str, now: float, *, owner: str | None = None, limit: int | None = None
+    ) -> Full | OverLimit | None:
+        """Join the queue, or be refused: because it is full, or because the owner has `limit` streams already.
+
+        Follow with `admit`, which empties the queue as far as it can.
+        """
+        has = self._live_of(owner) + sum(waiting.owner == owner for waiting in self._waiting.values())
+        if limit is not None and has >= limit:
+            return OverLimit(limit, self._retry_after(now, owner))
+        newcomer = owner is not None and has == 0
+        if len(self._waiting) >= self._queue_limit and not newcomer and not self._fits_next(model):
             return Full(self._retry_after(now))
-        self._waiting[stream] = model
+        self._waiting[stream] = _Waiting(model, owner)
         return None
 
     def admit(self) -> list[str]:
-        """Give places to those at the head of the queue; returns them in order."""
+        """Give places to those who are next, while they fit; returns them in order."""
         admitted = []
-        while self._waiting:
-            stream, model = next(iter(self._waiting.items()))
-            if not self._fits(model):
+        for stream in self._order():
+            waiting = self._waiting[stream]
+            if not self._fits(waiting.model):
                 break
             del self._waiting[stream]
-            self._live[stream] = _Live(model, None)
+            self._live[stream] = _Live(waiting.model, None, waiting.owner)
             admitted.append(stream)
         return admitted
 
@@ -97,8 +125,23 @@ class Admission:
         waits = [max(0.0, end - now) for end in ends]
         return {
             stream: Place(position, waits[position - 1] if position <= len(waits) else None)
-            for position, stream in enumerate(self._waiting, start=1)
+            for position, stream in enumerate(self._order(), start=1)
         }
+
+    def _order(self) -> list[str]:
+        """Those who wait, in the order in which places would go to them now."""
+        waiting = dict(self._waiting)
+        has = {each.owner: self._live_of(each.owner) for each in waiting.values()}
+        order = []
+        while waiting:
+            # The first of the smallest: `min` keeps the order of arrival among equals.
+            stream = min(waiting, key=lambda stream: has[waiting[stream].owner])
+            has[waiting.pop(stream).owner] += 1
+            order.append(stream)
+        return order
+
+    def _live_of(self, owner: str | None) -> int:
+        return sum(live.owner == owner for live in self._live.values())
 
     def _fits(self, model: str) -> bool:
         if model not in self._costs:
@@ -112,7 +155,32 @@ class Admission:
         # Only with an empty queue (a limit of 0) may a newcomer go straight in; otherwise the head goes first.
         return not self._waiting and self._fits(model)
 
-    def _retry_after(self, now: float) -> int:
+    def _retry_after(self, now: float, owner: str | None = None) -> int:
+        """When a place comes free: any, or one of an owner's."""
         low, high = RETRY_SECONDS
-        ends = [live.ends_at for live in self._live.values() if live.ends_at is not None]
+        live = [each for each in self._live.values() if owner is None or each.owner == owner]
+        ends = [each.ends_at for each in live if each.ends_at is not None]
         return min(high, max(low, math.ceil(min(ends) - now))) if ends else high
+
+
+class Rate:
+    """Requests that may come: `per_minute` at once, and from then on as many as refill evenly."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self._per_minute = per_minute
+        self._tokens = float(per_minute)
+        self._at = now
+
+    @property
+    def left(self) -> int:
+        """How many may still come at once."""
+        return int(self._tokens)
+
+    def take(self, now: float) -> int:
+        """Count a request, unless none is left; returns the whole seconds to wait before the next try, 0 for none."""
+        refilled = (now - self._at) * self._per_minute / 60
+        self._tokens, self._at = min(float(self._per_minute), self._tokens + refilled), now
+        if self._tokens < 1:
+            return max(1, math.ceil((1 - self._tokens) * 60 / self._per_minute))
+        self._tokens -= 1
+        return 0

@@ -1,5 +1,7 @@
 """The gateway as an ASGI application: routes and middleware as lists, and the life of what they share."""
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,21 +13,29 @@ from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
 from server import http, mjpeg, whep
+from server.auth import Access, Gate
 from server.backends.base import Backend
 from server.config import Config
+from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
-from server.websocket import watch
+from server.websocket import refuse_handshake, watch
+
+logger = logging.getLogger("livereel.app")
 
 DESCRIPTION = """Real-time text-to-video: a prompt becomes live video, and changes while it plays.
 
 Open a stream with `POST /v1/streams` and connect to its `ws_url`. Text messages are JSON events, each with `type`,
 `seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `stall`, `engine.restarted`,
-`error`, `ended`. Binary messages are one frame each: a 16-byte header in network byte order (u8 version = 1,
+`draining`, `error`, `ended`. Binary messages are one frame each: a 16-byte header in network order (u8 version = 1,
 u8 format: 1 JPEG, 2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s),
 then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as
 `video/mp4; codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first)
-or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`."""
+or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`.
+
+Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
+token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
+carries one already."""
 
 
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
@@ -36,13 +46,16 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     metrics = Metrics()
     streams = Streams(config, backend, metrics)
     sessions = whep.Sessions(config, streams)
+    access = Access(Keys(config.keys) if config.keys else None, config.origins)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
+        watcher = asyncio.create_task(watch_keys(access, streams), name="keys")
         try:
             yield
         finally:
+            watcher.cancel()
             await streams.stop()
             await sessions.stop()
 
@@ -51,7 +64,11 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
-        middleware=[Middleware(http.Envelope)],
+        middleware=[
+            Middleware(http.Envelope, access=access),
+            Middleware(Gate, access=access, streams=streams, refuse_socket=refuse_handshake),
+            Middleware(http.Bodies, access=access),
+        ],
         exception_handlers={
             HTTPException: http.on_http_exception,
             RequestValidationError: http.on_validation_error,
@@ -65,6 +82,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.state.sessions = sessions
     app.state.config = config
     app.state.routes = ROUTES
+    app.state.access = access
     for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")
@@ -81,3 +99,26 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
     app.mount("/assets", StaticFiles(directory=http.WEB))
     return app
+
+
+KEYS_SECONDS = 1.0
+"""How often the file of keys is looked at."""
+
+
+async def watch_keys(access: Access, streams: Streams) -> None:
+    """Notice when the file of keys changes."""
+    while access.keys is not None:
+        await asyncio.sleep(KEYS_SECONDS)
+        reload_keys(access, streams)
+
+
+def reload_keys(access: Access, streams: Streams, *, insist: bool = False) -> None:
+    """Read the keys again if their file has changed; a file that is no good leaves those that there are."""
+    if access.keys is None:
+        return
+    try:
+        if access.keys.reload(insist=insist):
+            logger.info("the keys were read again")
+            streams.keep_owners(access.keys.owners)
+    except ValueError as error:
+        logger.error("the keys stay as they were: %s", error)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from server.keys import read_keys
+
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
 
@@ -31,6 +33,12 @@ class Config:
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
+    engine_timeout_s: float = 20.0
+    """An engine that has work and has not moved for this long hangs, and is replaced."""
+    engine_start_timeout_s: float = 900.0
+    """The same while it loads and warms up: big weights, cold compilation."""
+    drain_timeout_s: float = 10.0
+    """How long streams may play on after SIGTERM."""
     bitrate_kbps: int = 2500
     """Ceiling of an encoded stream, in kbit/s."""
     public_address: str | None = None
@@ -40,8 +48,10 @@ class Config:
     """STUN and TURN servers for viewers behind NAT: `stun:HOST[:PORT]`, `turn:HOST[:PORT][?transport=udp|tcp]`."""
     turn_secret: str = field(default="", repr=False)
     """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
-    insecure: bool = False
-    """Serve a network without authentication."""
+    keys: Path | None = None
+    """File of API keys (see `server.keys`); without one only this machine is served."""
+    origins: tuple[str, ...] = ()
+    """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -52,6 +62,11 @@ class Config:
             raise ValueError(f"loras {self.loras} is not a folder")
         if not 0 <= self.idle_timeout_s < float("inf"):
             raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        for name in ("engine-timeout", "engine-start-timeout"):
+            if not 0 < (seconds := getattr(self, name.replace("-", "_") + "_s")) < float("inf"):
+                raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
         if not 50 <= self.bitrate_kbps <= 100_000:
@@ -65,10 +80,16 @@ class Config:
             raise ValueError(
                 "ice-servers has a TURN server, whose shared secret is missing: set LIVEREEL_TURN_SECRET to it"
             )
-        if not (self.insecure or is_loopback(self.host)):
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
+                raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        if self.keys is not None:
+            if not read_keys(self.keys):
+                raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
+        elif not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} can be reached from the network, and this version has no authentication yet: "
-                "anyone there could start and watch streams. Use 127.0.0.1, or add --insecure on a trusted network"
+                f"host {self.host} can be reached from the network, where anyone could start and watch streams: make "
+                "a key with `python -m server keys add NAME --keys FILE` and add --keys FILE, or use 127.0.0.1"
             )
 
     @classmethod
@@ -125,6 +146,27 @@ class Config:
             help="streams that may wait for a place in the engine (%(default)s)",
         )
         add(
+            "--engine-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-timeout", cls.engine_timeout_s),
+            help="replace an engine that has work and has not moved for this many seconds (%(default)s)",
+        )
+        add(
+            "--engine-start-timeout",
+            type=float,
+            metavar="S",
+            default=default("engine-start-timeout", cls.engine_start_timeout_s),
+            help="replace an engine that is not ready after this many seconds (%(default)s)",
+        )
+        add(
+            "--drain-timeout",
+            type=float,
+            metavar="S",
+            default=default("drain-timeout", cls.drain_timeout_s),
+            help="how long streams may play on after SIGTERM; a second signal ends them (%(default)s)",
+        )
+        add(
             "--bitrate",
             type=int,
             metavar="KBPS",
@@ -144,7 +186,19 @@ class Config:
             help="STUN and TURN servers for WebRTC, with commas between; LIVEREEL_TURN_SECRET holds the latter's "
             "shared secret (none)",
         )
-        add("--insecure", action="store_true", help="allow a host that the network can reach, without authentication")
+        add(
+            "--keys",
+            type=Path,
+            metavar="FILE",
+            default=default("keys", None),
+            help="file of API keys: needed for a host that the network can reach (python -m server keys add NAME)",
+        )
+        add(
+            "--origins",
+            metavar="URLS",
+            default=default("origins", ""),
+            help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -165,7 +219,11 @@ class Config:
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
-                insecure=options.insecure,
+                keys=options.keys,
+                origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
+                engine_timeout_s=options.engine_timeout,
+                engine_start_timeout_s=options.engine_start_timeout,
+                drain_timeout_s=options.drain_timeout,
             )
         except ValueError as error:
             parser.error(str(error))

@@ -28,7 +28,11 @@ class ApiError(HTTPException):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON object that the client gets."""
-        if self.status_code == 429:
+        if self.status_code == 401:
+            type = "authentication_error"
+        elif self.status_code == 403:
+            type = "permission_error"
+        elif self.status_code == 429:
             type = "rate_limit_error"
         elif self.status_code >= 500:
             type = "server_error"
@@ -48,7 +52,8 @@ def stream_ended(reason: str | None) -> ApiError:
 
 
 def engine_unavailable() -> ApiError:
-    return ApiError(503, "engine_unavailable", "The engine is not up: see /readyz, and try again when it is.")
+    message = "The engine is not up: see /readyz, and try again when it is."
+    return ApiError(503, "engine_unavailable", message, headers={"Retry-After": "5"})
 
 
 def too_many_viewers() -> ApiError:

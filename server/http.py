@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import wire
 from server import admission, pictures, schemas
+from server.auth import Access, access_of, principal_of, signed, with_token
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
@@ -75,7 +77,11 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
         data = upload if upload is not None else pictures.from_data_url(body.image or "")
         async with streams.decoding:
             picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
-    stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture)
+    principal = principal_of(request)
+    limit = principal.key.streams if principal.key else None
+    stream = streams.open(
+        body.prompt, body.model, body.seed, body.duration_s, picture, owner=principal.owner, limit=limit
+    )
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)
 
@@ -113,8 +119,10 @@ async def read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
 
 
 async def list_streams(request: Request) -> dict[str, Any]:
-    """Every stream, those that ended a short while ago included."""
-    return {"object": "list", "data": [stream_object(request, stream) for stream in streams_of(request).all()]}
+    """The key's streams, those that ended a short while ago included."""
+    principal = principal_of(request)
+    mine = [stream for stream in streams_of(request).all() if principal.sees(stream.session.id, stream.owner)]
+    return {"object": "list", "data": [stream_object(request, stream) for stream in mine]}
 
 
 async def get_stream(request: Request, id: str) -> dict[str, Any]:
@@ -143,6 +151,23 @@ async def delete_stream(request: Request, id: str) -> Response:
     return Response(status_code=204)
 
 
+async def create_token(request: Request, id: str, body: schemas.CreateToken) -> dict[str, Any]:
+    """A token that lets a browser or a guest watch or control this one stream for a while, without the key."""
+    principal = principal_of(request)
+    if principal.stream is not None:
+        raise ApiError(403, "scope_missing", "A token makes no tokens: use an API key.")
+    id = streams_of(request).get(id).session.id
+    token = access_of(request).grant(principal, id, body.scope, body.expires_in_s)
+    return {
+        "object": "token",
+        "token": token,
+        "stream_id": id,
+        "scope": body.scope,
+        "expires_at": time.time() + body.expires_in_s,
+        "ws_url": with_token(socket_url(request, id), token),
+    }
+
+
 def stream_object(connection: HTTPConnection, stream: Stream) -> dict[str, Any]:
     """The stream as the API shows it to this client."""
     whep_url = f"/v1/streams/{stream.session.id}/whep"
@@ -150,7 +175,12 @@ def stream_object(connection: HTTPConnection, stream: Stream) -> dict[str, Any]:
 
 
 def ws_url(connection: HTTPConnection, id: str) -> str:
-    """Where this client finds the stream's WebSocket: absolute, unless its Host header makes no sense."""
+    """Where this client finds the stream's WebSocket, with what it needs to get in."""
+    return signed(connection, id, socket_url(connection, id))
+
+
+def socket_url(connection: HTTPConnection, id: str) -> str:
+    """Absolute, unless the Host header makes no sense."""
     path, host = f"/v1/streams/{id}/ws", connection.headers.get("host", "")
     if not re.fullmatch(r"[A-Za-z0-9.\-_]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host):
         return path
@@ -207,6 +237,8 @@ async def livez() -> dict[str, Any]:
 async def readyz(request: Request, response: Response) -> dict[str, Any]:
     """Whether a stream could start now: the engine is up and heard from. 503 and the reason otherwise."""
     ready, reason = streams_of(request).readiness()
+    if access_of(request).keys is not None:
+        reason = "ready" if ready else "see the server's log"  # whoever asks has shown no key
     response.status_code = 200 if ready else 503
     return {"ready": ready, "reason": reason}
 
@@ -242,6 +274,9 @@ ROUTES = [
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
     Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
+    Route(
+        "POST", "/v1/streams/{id}/tokens", create_token, schemas.TokenObject, 201, (400, 401, 403, 404, 413, 415, 429)
+    ),
     Route("GET", "/v1/models", list_models, schemas.ModelList),
     Route("GET", "/v1/loras", list_loras, schemas.LoraList, 200, (503, 504)),
     Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
@@ -297,10 +332,11 @@ def routes_at(scope: Scope) -> Sequence[Route]:
 
 
 class Envelope:
-    """Outermost layer: request ids, security headers, limits on bodies, and an error object when all else failed."""
+    """Outermost layer: request ids, security headers, the log of requests, and an error object when all else failed."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -318,15 +354,13 @@ class Envelope:
                 started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = request_id
-                for name, value in security_headers(scope, headers):
+                for name, value in (*security_headers(scope, headers), *self._access.cors(headers)):
                     response_headers.setdefault(name, value)
+                self._log(scope, message["status"], request_id)
             await send(message)
 
         try:
-            check_body(scope, headers)
-            limit = body_limit(scope)
-            seconds = BODY_SECONDS * (1 if limit == MAX_BODY_BYTES else 3)
-            await self._app(scope, BodyLimit(receive, limit, seconds), send_with_headers)
+            await self._app(scope, receive, send_with_headers)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_headers)
         except Exception:
@@ -335,6 +369,34 @@ class Envelope:
                 raise
             failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
             await error_response(failure)(scope, receive, send_with_headers)
+
+    def _log(self, scope: Scope, status: int, request_id: str) -> None:
+        """Who did what, where there is anybody to tell apart. Never the query, which may hold a token."""
+        principal = scope.get("state", {}).get("principal")
+        if self._access.keys is not None and (principal or status >= 400):
+            path = scope["raw_path"].decode("ascii", "replace")[:200]
+            who = principal.name if principal else "-"
+            logger.info("%s %s %s %d %s", who, scope["method"], path, status, request_id)
+
+
+class Bodies:
+    """Limits on request bodies, and on who may send them."""
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            ours = self._access.origin_allowed(headers)
+            check_body(scope, headers, ours)
+            if not ours and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+                message = "This page may not use the server: the operator must allow its origin with --origins."
+                raise ApiError(403, "origin_not_allowed", message)
+            limit = body_limit(scope)
+            receive = BodyLimit(receive, limit, BODY_SECONDS * (1 if limit == MAX_BODY_BYTES else 3))
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -361,8 +423,8 @@ class BodyLimit:
         return message
 
 
-def check_body(scope: Scope, headers: Headers) -> None:
-    """What the headers give away about a body before it is read."""
+def check_body(scope: Scope, headers: Headers, ours: bool) -> None:
+    """What the headers give away about a body before it is read; `ours` says that the origin is allowed."""
     if not scope["path"].startswith("/v1/") or scope["method"] not in ("POST", "PATCH", "PUT"):
         return
     length, limit = headers.get("content-length", "0"), body_limit(scope)
@@ -373,8 +435,6 @@ def check_body(scope: Scope, headers: Headers) -> None:
             return
         # A type that a form can send would let any web page open streams on the visitor's own machine: such a request
         # must come from our own page, or from no browser at all.
-        origin = headers.get("origin")
-        ours = origin is None or re.sub(r"^https?://", "", origin) == headers.get("host")
         if not (is_form(headers) and limit == MAX_UPLOAD_BYTES and ours):
             what = "JSON" if route.accepts == "application/json" else "SDP"
             message = f"Send {what}, with `Content-Type: {route.accepts}`."

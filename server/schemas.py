@@ -25,6 +25,7 @@ from server.pictures import WANTED
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_DURATION_SECONDS = 86_400
+MAX_TOKEN_SECONDS = 86_400
 MAX_LORAS = 16
 MAX_STRENGTH = 4.0
 
@@ -36,6 +37,8 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "scope": "view or control",
+    "expires_in_s": f"an integer of seconds from 1 to {MAX_TOKEN_SECONDS}",
     "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
     f"to {MAX_STRENGTH:g}",
 }
@@ -148,9 +151,22 @@ class ChangeLoras(Request):
     ]
 
 
+class CreateToken(Request):
+    """What a token for a stream shall allow, and for how long."""
+
+    scope: Literal["view", "control"] = Field(
+        "view", description="`view` watches the stream, `control` also changes and ends it."
+    )
+    expires_in_s: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_SECONDS)] = Field(
+        600, description="Seconds. A connection that is open by then goes on."
+    )
+
+
 class ErrorDetail(BaseModel):
     message: str = Field(description="For people: what is wrong and how to mend it.")
-    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    type: Literal[
+        "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+    ]
     param: str | None = Field(description="The field at fault, if one is.")
     code: str = Field(description="For programs; stable.")
 
@@ -177,7 +193,10 @@ class StreamObject(BaseModel):
     height: int | None
     fps: int | None
     duration_s: float | None
-    ws_url: str = Field(description="WebSocket with events and frames; add `?format=rgb24` for raw frames.")
+    ws_url: str = Field(
+        description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
+        "server has keys, it carries a token to view the stream for ten minutes."
+    )
     whep_url: str = Field(description="Where a WebRTC player posts its offer (WHEP).")
     created_at: float = Field(description="Unix time.")
     queue_position: int | None = Field(description="1 is next; null when not queued.")
@@ -192,7 +211,18 @@ class StreamObject(BaseModel):
     buffer_s: float = Field(description="Playback time of the frames generated and not shown yet.")
     viewers: int
     error: StreamFailure | None = Field(description="Why the stream failed.")
-    ended_reason: str | None = Field(description="finished, deleted, idle, shutdown or failed.")
+    ended_reason: str | None = Field(description="finished, deleted, idle, shutdown, revoked or failed.")
+
+
+class TokenObject(BaseModel):
+    """A token for one stream: for the query of an address, or for `Authorization: Bearer`."""
+
+    object: Literal["token"] = "token"
+    token: str = Field(description="Empty where the server has no keys, and needs none.")
+    stream_id: str
+    scope: Literal["view", "control"]
+    expires_at: float = Field(description="Unix time.")
+    ws_url: str = Field(description="The stream's WebSocket with this token.")
 
 
 class StreamChanged(StreamObject):

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,8 @@ STEER_SECONDS = 15.0
 LORA_SECONDS = 60.0
 """How long the engine may take to read LoRAs and to apply them."""
 HOUSEKEEPING_SECONDS = 0.5
+SHUTTING_DOWN = "shutting_down"
+"""Why a stream ends with the gateway."""
 
 
 @dataclass(slots=True)
@@ -88,6 +90,8 @@ class Stream:
     player: asyncio.Task[None] | None = None
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
+    owner: str | None = None
+    """Whose it is; None where there are no keys."""
 
     @property
     def watching(self) -> int:
@@ -146,7 +150,7 @@ class Streams:
         self.decoding = asyncio.Semaphore(1)
         """Of uploaded pictures: one at a time, so that live streams keep their share of the processor."""
         self._draining = False
-        self._failed = False
+        self._failure = ""
         self._settled = asyncio.Event()
 
     async def start(self) -> None:
@@ -156,7 +160,8 @@ class Streams:
 
     async def stop(self) -> None:
         """End every stream, then the backend. Safe to call again."""
-        self.drain()
+        self.drain(0)
+        self.end()
         if self._housekeeper is None:
             return
         self._housekeeper.cancel()
@@ -170,15 +175,28 @@ class Streams:
     async def engine_came_up(self) -> bool:
         """Waits until the engine is up for the first time; False when it was given up before that."""
         await self._settled.wait()
-        return not self._failed
+        return not self._failure
 
-    def drain(self) -> None:
-        """Take no new stream, and end those there are: their viewers hear it before their sockets close."""
+    def drain(self, seconds: float) -> None:
+        """Take no new stream, end those that wait, and tell the others' viewers how long they may still play."""
         self._draining = True
+        for stream in list(self._streams.values()):
+            if stream.session.state is State.QUEUED:
+                self._end(stream, SHUTTING_DOWN)
+            elif not stream.session.state.over and seconds:
+                self._publish(stream, [stream.session.event("draining", time.time(), seconds=seconds)])
+
+    @property
+    def playing(self) -> bool:
+        """Whether a stream is not over yet."""
+        return any(not stream.session.state.over for stream in self._streams.values())
+
+    def end(self) -> None:
+        """End what `drain` let play: viewers hear it before their sockets close."""
         self._forget_loras()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
-                self._end(stream, "shutdown")
+                self._end(stream, SHUTTING_DOWN)
 
     # what clients ask for
 
@@ -216,14 +234,28 @@ class Streams:
         return model
 
     def open(
-        self, prompt: str, model: str | None, seed: int | None, duration_s: float | None, picture: bytes = b""
+        self,
+        prompt: str,
+        model: str | None,
+        seed: int | None,
+        duration_s: float | None,
+        picture: bytes = b"",
+        *,
+        owner: str | None = None,
+        limit: int | None = None,
     ) -> Stream:
-        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s."""
+        """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s.
+
+        `owner` shares the engine with others fairly, and may have `limit` streams at once.
+        """
         if self._draining:
-            raise ApiError(503, "shutting_down", "The server is shutting down: try another one.")
+            message = "The server is shutting down: try another one."
+            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
         model = self._named(model)
-        if self._failed:
-            raise ApiError(503, "engine_failed", "The engine failed and is not coming back: see the server's log.")
+        if self._failure:
+            raise ApiError(
+                503, "engine_failed", f"No stream can start: {self._failure}.", headers={"Retry-After": "60"}
+            )
         now = time.monotonic()
         session = Session(
             id=f"st_{secrets.token_hex(12)}",
@@ -233,15 +265,15 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
-        if full := self._admission.request(session.id, model, now):
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
+        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
             self._metrics.refused.inc()
-            raise ApiError(
-                429,
-                "queue_full",
-                f"Every place is taken and the queue is full: try again in {full.retry_after} s.",
-                headers={"Retry-After": str(full.retry_after)},
-            )
+            headers = {"Retry-After": str(refusal.retry_after)}
+            if isinstance(refusal, admission.OverLimit):
+                message = f"This key may have {refusal.limit} streams at once: end one first."
+                raise ApiError(429, "stream_limit", message, headers=headers)
+            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
+            raise ApiError(429, "queue_full", message, headers=headers)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -257,6 +289,17 @@ class Streams:
             # Whoever waits in the queue may do so by asking now and then, without a socket.
             stream.unwatched_since = time.monotonic()
         return stream
+
+    def owner(self, id: str) -> str | None:
+        """Whose the stream is; None also when there is none."""
+        stream = self._streams.get(id)
+        return stream.owner if stream else None
+
+    def keep_owners(self, owners: Collection[str]) -> None:
+        """End the streams of everybody else: their keys were taken away."""
+        for stream in list(self._streams.values()):
+            if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
+                self._end(stream, "revoked")
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -410,6 +453,7 @@ class Streams:
             answer.set_exception(ApiError(status, fault.code, text, param="loras"))
 
     def _on_ready(self, ready: wire.Ready) -> None:
+        self._failure = ""
         self._models = {info.name: info for info in ready.models}
         self._admission.set_costs(
             {info.name: admission.cost(info.chunk_seconds, info.chunk_frames, info.fps) for info in ready.models}
@@ -442,13 +486,13 @@ class Streams:
         if lost.retrying:
             self._metrics.engine_restarts.inc()
         else:
-            self._failed = True
+            self._failure = lost.reason
             self._admission.set_costs({})
         for stream in list(self._streams.values()):
             if stream.session.state.over or (stream.playback and stream.playback.complete):
                 continue
             if not lost.retrying:
-                self._fail(stream, "engine_failed", "The engine failed and could not be restarted.")
+                self._fail(stream, "engine_failed", f"The stream cannot go on: {lost.reason}.")
             elif stream.opened:
                 stream.opened, stream.interrupted = False, True
                 message = "The engine failed and is being restarted; the stream goes on when it is back."

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import time
-from urllib.parse import urlsplit
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from server.auth import FORBIDDEN, UNAUTHENTICATED
 from server.errors import ApiError
 from server.http import streams_of, ws_url
 from server.media.viewer import Viewer, Watching
@@ -25,16 +26,13 @@ MAX_MESSAGES, MESSAGES_SECONDS = 100, 10.0
 """A viewer has nothing to say; more messages than this within this many seconds are an attack or a bug."""
 
 ABORT = "livereel.abort"
-"""ASGI extension of our own server (see `server.__main__`): drops the connection without waiting for the peer."""
+"""ASGI extension of our own server (see `server.connections`): drops the connection without waiting for the peer."""
 
 
 async def watch(websocket: WebSocket) -> None:
     """Serve one viewer until it leaves, the stream ends, or it falls too far behind."""
-    if not same_origin(websocket):
-        await websocket.close(POLICY)  # before the handshake is done, this is a 403
-        return
-    await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
+        await websocket.accept()
         await serve(websocket, streams_of(websocket))
 
 
@@ -105,8 +103,18 @@ async def refuse(websocket: WebSocket, error: ApiError) -> None:
     detail = error.body["error"]
     event = {"type": "error", "seq": 0, "ts": time.time(), **{k: detail[k] for k in ("code", "message", "param")}}
     await websocket.send_text(msgspec.json.encode({**event, "retryable": error.status_code >= 500}).decode())
-    code = {404: NOT_FOUND, 503: TRY_LATER}.get(error.status_code, POLICY)
+    codes = {401: UNAUTHENTICATED, 403: FORBIDDEN, 404: NOT_FOUND, 429: TRY_LATER, 503: TRY_LATER}
+    code = codes.get(error.status_code, POLICY)
     await hang_up(websocket, code, error.code)
+
+
+async def refuse_handshake(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
+    """Say so to a socket that is not accepted yet: scripts of a page see no status of a handshake, only this."""
+    websocket = WebSocket(scope, receive, send)
+    await websocket.receive()  # its wish to connect
+    await websocket.send({"type": "websocket.accept"})
+    with contextlib.suppress(WebSocketDisconnect):
+        await refuse(websocket, error)
 
 
 async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
@@ -120,9 +128,3 @@ async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
         return
     if abort := websocket.scope.get("extensions", {}).get(ABORT):
         abort["call"]()
-
-
-def same_origin(websocket: WebSocket) -> bool:
-    """Whether a browser says that the page which opens the socket came from here; programs say nothing."""
-    origin = websocket.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc.lower() == websocket.headers.get("host", "").lower() != ""

@@ -36,12 +36,44 @@ class ApiError extends Error {
   }
 }
 
+let asking = null;
+
+/** Ask for an API key, once however many requests wait for it; whether one was given. It is kept for this tab alone. */
+function askForKey() {
+  asking ??= new Promise((resolve) => {
+    $("ask").onclose = () => {
+      const key = $("key").value.trim();
+      $("key").value = "";
+      asking = null;
+      if (key) sessionStorage.setItem("key", key);
+      resolve(Boolean(key));
+    };
+    $("ask").showModal();
+  });
+  return asking;
+}
+
+/** `fetch`, with the key where there is one. A server without keys never asks. */
+async function send(path, { headers, ...options } = {}) {
+  const attempt = () => {
+    const key = sessionStorage.getItem("key");
+    return fetch(path, { ...options, headers: key ? { ...headers, Authorization: `Bearer ${key}` } : headers });
+  };
+  const response = await attempt();
+  return response.status === 401 && (await askForKey()) ? attempt() : response;
+}
+
+/** The token in a stream's address, which stands for the key where headers cannot be sent. */
+function tokenIn(address) {
+  return new URL(address).searchParams.get("token") ?? "";
+}
+
 async function api(method, path, body, options = {}) {
   let response;
   try {
     const form = body instanceof FormData; // the browser writes its header, with the boundary
     const headers = body === undefined || form ? {} : { "Content-Type": "application/json" };
-    response = await fetch(path, { method, headers, body: form ? body : body && JSON.stringify(body), ...options });
+    response = await send(path, { method, headers, body: form ? body : body && JSON.stringify(body), ...options });
   } catch {
     throw new Error("The server cannot be reached.");
   }
@@ -63,6 +95,7 @@ async function play(prompt) {
     const info = await api("POST", "/v1/streams", request(prompt, $("image").files[0]));
     if (stream !== current) return void api("DELETE", `/v1/streams/${info.id}`).catch(() => {});
     current.id = info.id;
+    current.token = tokenIn(info.ws_url);
     current.queue = info.queue_position;
     current.wait = info.queue_wait_s;
     setState(current, info.state);
@@ -115,7 +148,7 @@ function newStream(prompt) {
 
 function connect(current) {
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws?format=${current.format}`);
+  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws?format=${current.format}&token=${current.token}`);
   socket.binaryType = "arraybuffer";
   current.socket = socket;
   socket.onmessage = ({ data }) => {
@@ -131,7 +164,12 @@ function connect(current) {
     }
     const wait = BACKOFF_MS[Math.min(current.attempts++, BACKOFF_MS.length - 1)];
     trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
-    current.timer = setTimeout(() => connect(current), wait);
+    current.timer = setTimeout(async () => {
+      const info = await api("GET", `/v1/streams/${current.id}`).catch(() => null);
+      if (stream !== current) return;
+      if (info) current.token = tokenIn(info.ws_url); // the old one may have expired
+      connect(current);
+    }, wait);
   };
 }
 
@@ -152,15 +190,15 @@ async function watch(current) {
   peer.ontrack = ({ track }) => drawTrack(current, track);
   const path = `/v1/streams/${current.id}/whep`;
   try {
-    const servers = iceServers(await fetch(path, { method: "OPTIONS" }));
+    const servers = iceServers(await send(path, { method: "OPTIONS" }));
     if (servers.length) peer.setConfiguration({ iceServers: servers });
     await peer.setLocalDescription();
     // Our candidates need not follow: the server answers whoever knocks at one of its own, and names them all.
     const headers = { "Content-Type": "application/sdp" };
-    const response = await fetch(path, { method: "POST", headers, body: peer.localDescription.sdp });
+    const response = await send(path, { method: "POST", headers, body: peer.localDescription.sdp });
     if (!response.ok) throw new ApiError(response.status);
     const session = response.headers.get("Location");
-    if (current.peer !== peer) return void fetch(session, { method: "DELETE" }).catch(() => {});
+    if (current.peer !== peer) return void send(session, { method: "DELETE" }).catch(() => {});
     current.session = session;
     await peer.setRemoteDescription({ type: "answer", sdp: await response.text() });
   } catch {
@@ -209,7 +247,7 @@ function hangUp(current) {
   current.peer = current.session = null;
   // Where there is a connection, its end is heard without a word.
   if (session && !current.over && peer.connectionState !== "connected") {
-    fetch(session, { method: "DELETE" }).catch(() => {});
+    send(session, { method: "DELETE" }).catch(() => {});
   }
   peer?.close();
 }
@@ -282,7 +320,7 @@ const ENDINGS = {
   finished: ["Finished", "The stream has played to its end."],
   deleted: ["Stopped", "Press Play to start another."],
   idle: ["Ended", "Nobody was watching any more."],
-  shutdown: ["The server is shutting down", "Start it again and press Play."],
+  shutting_down: ["The server is shutting down", "Start it again and press Play."],
   failed: ["The stream failed", "Press Play to start another."],
 };
 

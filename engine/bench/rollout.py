@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
-from engine.stream.decoding import Decoder, FullDecoding, LightDecoding
-from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, to_host
+from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
+from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -78,6 +79,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 @dataclass
 class Clock:
     """Times of the stages of every chunk, in seconds; by device events, so that nothing waits while it runs."""
@@ -112,62 +117,74 @@ class Clock:
         return [{name: between(*pair) for name, pair in marks.items()} for marks in self.marks]
 
 
-@torch.inference_mode()
-def roll(
-    preset: Preset, chunks: int, decoding: str, precision: Precision, device: torch.device, dtype: torch.dtype
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Seconds of every stage of every chunk, and memory in bytes."""
+def random_model(preset: Preset, decoding: str, device: torch.device, dtype: torch.dtype) -> tuple[CausalWan, Decoder]:
+    """A preset's transformer and the decoder named by `decoding`, `light` or `full`, with random weights."""
     with torch.device("meta"):
-        dit = CausalWan(preset.dit)
+        wan = CausalWan(preset.dit)
         network: LightDecoder | CausalVAE
         network = LightDecoder(preset.light_vae) if decoding == "light" else CausalVAE(preset.vae)
-    for module in (dit, network):
+    for module in (wan, network):
         random_weights(module, device, dtype)
     channels = preset.dit.in_channels
     statistics = LatentStatistics((0.0,) * channels, (1.0,) * channels)
-    decoder: Decoder
-    if isinstance(network, LightDecoder):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decoder = LightDecoding(network, statistics)
-    else:
-        decoder = FullDecoding(network, statistics)
-    config = preset.dit
-    cache = KVCache(
-        preset.cache(),
-        layers=config.num_layers,
-        heads=config.num_heads,
-        head_dim=config.head_dim,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-    )
-    weights = sum(p.numel() * p.element_size() for module in (dit, network) for p in module.parameters())
+    if isinstance(network, CausalVAE):
+        return wan, FullDecoding(network, statistics)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return wan, LightDecoding(network, statistics)
+
+
+@torch.inference_mode()
+def roll(
+    preset: Preset,
+    chunks: int,
+    decoding: str,
+    precision: Precision,
+    speed: Speed,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[dict[str, float]], dict[str, float], float]:
+    """Seconds of every stage of every chunk; memory in bytes; seconds to a new stream's first frames in the host."""
+    before = allocated(device)
+    wan, decoder = random_model(preset, decoding, device, dtype)
+    served = accelerate(wan, decoder, preset, speed, kv_precision=precision)
+    weights = allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
+    model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
-    context = dit.encode_text(text)
+    context = model.encode_text(text)
     rollout, clock = preset.rollout(), Clock(device)
     memories: list[Tensor] | None = None
     early = 0
     for index in range(chunks):
         clock.chunk()
         with clock.stage("steps"):
-            latents = denoise_chunk(dit, rollout, cache, context, [0], index)
+            latents = denoise_chunk(model, rollout, cache, context, [0], index)
         with clock.stage("decode"):
             frames, memories = decoder(latents, memories)
-            frames = (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         with clock.stage("copy"):
-            frames.cpu()
+            to_host(frames)
         with clock.stage("context"):
-            commit_chunk(dit, rollout, cache, context, latents, [0], index)
-        if index == preset.window // preset.chunk and device.type == "cuda":
-            early = torch.cuda.memory_allocated(device)
+            commit_chunk(model, rollout, cache, context, latents, [0], index, context_pass=speed.context_pass)
+        if index == 2 * preset.window // preset.chunk:
+            early = allocated(device)
     synchronise(device)
     memory = {"weights": weights, "kv cache": cache.bytes(), "decoder state": sum(x.nbytes for x in memories or [])}
     if device.type == "cuda":
         memory |= {
             "peak": torch.cuda.max_memory_allocated(device),
-            "growth since the window filled": torch.cuda.memory_allocated(device) - early,
+            "growth since the window filled": allocated(device) - early,
         }
-    return clock.seconds(), {name: float(size) for name, size in memory.items()}
+    cache.reset(0)
+    synchronise(device)
+    started = time.perf_counter()
+    latents = denoise_chunk(model, rollout, cache, context, [0], 0)
+    frames, _ = decoder(latents, None)
+    to_host(frames)
+    synchronise(device)
+    first = time.perf_counter() - started
+    return clock.seconds(), {name: float(size) for name, size in memory.items()}, first
 
 
 def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -178,42 +195,69 @@ def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
     return figures | {"chunk": 1e3 * median(whole), "p95": 1e3 * whole[round(0.95 * last)], "max": 1e3 * whole[last]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """A preset and what may be changed about it: shared by what runs models at full size."""
     parser.add_argument("preset", choices=sorted(PRESETS))
-    parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--window", type=int, help="latent frames seen (default: the preset's)")
     parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
+    parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
+    add_arguments(parser)
+
+
+def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> tuple[Preset, Speed]:
+    """The changed preset, and what is done for speed on this device; leaves with an error where they cannot be."""
+    preset = PRESETS[options.preset]
+    changes: dict[str, Any] = {
+        name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None
+    }
+    if options.resolution:
+        try:
+            changes["width"], changes["height"] = map(int, options.resolution.split("x"))
+        except ValueError:
+            parser.error(f"--resolution is WIDTHxHEIGHT, such as 832x480; got {options.resolution!r}")
+    if options.steps is not None:
+        changes["steps"] = preset.steps[: options.steps]
+    preset = replace(preset, **changes)
+    try:
+        preset.cache()
+        preset.rollout()
+        return preset, from_arguments(options, device)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_preset(parser)
+    parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
-    changes = {name: value for name in ("window", "sink") if (value := getattr(options, name)) is not None}
-    if options.resolution:
-        changes |= dict(zip(("width", "height"), map(int, options.resolution.split("x")), strict=True))
-    preset = replace(preset, **changes)
     device = best_device()
+    preset, speed = chosen(parser, options, device)
     dtype = best_dtype(device)
-    slots = preset.window // preset.chunk
-    if options.chunks < slots + 4:
-        parser.error(f"--chunks must be at least {slots + 4} for this window")
+    steady = 2 * preset.window // preset.chunk  # from there on the window is full, and every shape has been met
+    if options.chunks < steady + 4:
+        parser.error(f"--chunks must be at least {steady + 4} for this window")
 
     best = ceiling(device, dtype)
-    seconds, memory = roll(preset, options.chunks, options.decoder, options.kv_cache, device, dtype)
-    full = seconds[slots:]
+    seconds, memory, opening = roll(preset, options.chunks, options.decoder, options.kv_cache, speed, device, dtype)
+    full = seconds[steady:]
     part = min(20, len(full) // 2)
     first, last = summary(full[:part]), summary(full[-part:])
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
     print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder, {options.kv_cache} cache")
+    print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
     print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames")
     for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))
     chunk = last["chunk"] / 1e3
     playback = preset.chunk_frames / preset.fps
+    print(f"a new stream's first {preset.first_chunk_frames} frames are in host memory after {1e3 * opening:.0f} ms")
     tokens = preset.window * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
     work = operations(preset, tokens)
     reached = work * len(preset.steps) / (last["steps"] / 1e3)
@@ -222,7 +266,14 @@ def main() -> None:
     print(f"ceiling of {best / 1e12:.3g} Tflop/s (a large product, measured in this run)")
     print("memory, GiB: " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
     if options.json:
-        report = {"first": first, "last": last, "memory": memory, "ceiling": best, "reached": reached}
+        report = {
+            "opening": opening,
+            "first": first,
+            "last": last,
+            "memory": memory,
+            "ceiling": best,
+            "reached": reached,
+        }
         options.json.write_text(json.dumps({"preset": preset.name, "device": where, **report}, indent=1))
 
 

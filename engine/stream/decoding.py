@@ -26,8 +26,21 @@ class Decoder(Protocol):
                 frame of pixels.
 
         Returns:
-            [1, T, 3, H, W], about [0, 1] and not clamped, and the memories to pass on, all of constant size.
+            uint8 [1, T, H, W, 3], and the memories to pass on, all of constant size.
         """
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """Frames [1, T, 3, H, W], about [0, 1], as uint8 [1, T, H, W, 3]."""
+    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in host memory. From a GPU it is only begun: it is there when the stream has come so far."""
+    if not x.is_cuda:
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class LightDecoding:
         first = config.temporal_stride - 1 if memories is None else 0
         dtype = next(self.network.parameters()).dtype
         frames, memories = self.network(scaled.transpose(1, 2).to(dtype), memories)
-        return frames[:, first:], memories
+        return to_bytes(frames[:, first:]), memories
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class FullDecoding:
             pixels, memories = self.network.decode_chunk(latent, memories)
             parts.append(pixels)
         assert memories is not None
-        return torch.cat(parts, dim=2).transpose(1, 2) / 2 + 0.5, memories
+        return to_bytes(torch.cat(parts, dim=2).transpose(1, 2) / 2 + 0.5), memories
 
 
 @dataclass(frozen=True)

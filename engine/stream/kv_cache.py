@@ -97,7 +97,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         precision: Precision = "exact",
+        stored: torch.dtype | None = None,
     ) -> None:
+        """`stored` is the type of exact keys and values where that is not `dtype`."""
         self.config = config
         self.exact = precision == "exact"
         self.head_dim = head_dim
@@ -106,17 +108,21 @@ class KVCache:
         self.ring_slots = config.window // config.chunk - self.sink_slots
         self.chunk_tokens = config.chunk * config.rows * config.columns
         shape = (layers, batch, (self.sink_slots + self.ring_slots) * self.chunk_tokens, heads, head_dim)
-        self.keys, self.values = (Rows(shape, dtype, self.device, precision) for _ in range(2))
+        self.keys, self.values = (Rows(shape, stored or dtype, self.device, precision) for _ in range(2))
         sink = (layers, batch, self.sink_slots * self.chunk_tokens, heads, head_dim)
         self.raw_sink = torch.zeros(sink, device=self.device, dtype=dtype)
         self.start_frame = 0
         self.written = 0
-        self._angles = self._chunk_angles(0)
+        self._angles = self._rotations(0, config.chunk)
         self._sink_base = 0
 
-    def _chunk_angles(self, frame: int) -> Tensor:
-        frames = torch.arange(frame, frame + self.config.chunk, device=self.device)
+    def _rotations(self, frame: int, count: int) -> Tensor:
+        frames = torch.arange(frame, frame + count, device=self.device)
         return rope_angles(frames, self.config.rows, self.config.columns, self.head_dim)
+
+    def _stand(self) -> None:
+        """Turn to where the current chunk stands; in place, since what was recorded (CUDA graphs) reads it there."""
+        self._angles.copy_(self._rotations(self.start_frame, self.config.chunk))
 
     def _slot(self, chunk: int) -> int:
         """Slot of the chunk-th chunk since the last reset."""
@@ -127,19 +133,34 @@ class KVCache:
     def _span(self, slot: int) -> slice:
         return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
 
+    @property
+    def slot(self) -> int:
+        """Where the current chunk stands."""
+        return self._slot(self.written)
+
+    @property
+    def filled(self) -> int:
+        """Tokens that the current chunk sees, itself among them."""
+        return min(self.written + 1, self.sink_slots + self.ring_slots) * self.chunk_tokens
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (slot, filled) that a stream goes through, in the order in which it first does."""
+        slots = self.sink_slots + self.ring_slots
+        chunks = range(slots + (self.ring_slots - 1 if self.ring_slots > 1 else 0))
+        return [(self._slot(chunk), min(chunk + 1, slots) * self.chunk_tokens) for chunk in chunks]
+
     def at(self, layer: int) -> Attend:
         """See `SelfAttend`: writes the chunk's k and v and attends from its q."""
         return partial(self._attend, layer)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slot = self._slot(self.written)
+        slot, filled = self.slot, self.filled
         span = self._span(slot)
         turned = rotate(k, self._angles)
         self.keys.write(layer, span, turned)
         self.values.write(layer, span, v)
         if slot < self.sink_slots:
             self.raw_sink[layer, :, span] = k
-        filled = min(self.written + 1, self.sink_slots + self.ring_slots) * self.chunk_tokens
         keys, values = self.keys.read(layer, filled), self.values.read(layer, filled)
         if not self.exact:
             keys[:, span], values[:, span] = turned, v
@@ -149,7 +170,7 @@ class KVCache:
         """Keep the current chunk and move on to the next one."""
         self.written += 1
         self.start_frame += self.config.chunk
-        self._angles = self._chunk_angles(self.start_frame)
+        self._stand()
         self._replace_sink()
 
     def _replace_sink(self) -> None:
@@ -160,11 +181,13 @@ class KVCache:
         base = self.start_frame - (in_ring - 1) * self.config.chunk - self.config.sink
         if base == self._sink_base:
             return
-        frames = torch.arange(base, base + self.config.sink, device=self.device)
-        angles = rope_angles(frames, self.config.rows, self.config.columns, self.head_dim)
-        for layer, raw in enumerate(self.raw_sink):
-            self.keys.write(layer, slice(0, raw.shape[1]), rotate(raw, angles))
         self._sink_base = base
+        angles = self._rotations(base, self.config.sink)
+        for layer, raw in enumerate(self.raw_sink):
+            self._write_sink(layer, rotate(raw, angles))
+
+    def _write_sink(self, layer: int, keys: Tensor) -> None:
+        self.keys.write(layer, slice(0, keys.shape[1]), keys)
 
     def reset(self, start_frame: int | None = None) -> None:
         """Forget everything; the next chunk stands at `start_frame`, by default where it would have stood."""
@@ -172,7 +195,7 @@ class KVCache:
         if start_frame is not None:
             self.start_frame = start_frame
         self._sink_base = self.start_frame
-        self._angles = self._chunk_angles(self.start_frame)
+        self._stand()
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.keys.tensors(), *self.values.tensors(), self.raw_sink)
@@ -185,7 +208,7 @@ class KVCache:
         saved, (self.start_frame, self.written, self._sink_base) = snapshot
         for x, copy in zip(self._tensors(), saved, strict=True):
             x.copy_(copy)
-        self._angles = self._chunk_angles(self.start_frame)
+        self._stand()
 
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self._tensors())

@@ -2,13 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.models.dit import CausalWan, TextContext
+from engine.models.dit import TextContext
 from engine.stream.kv_cache import KVCache
 from engine.stream.sampler import chunk_noise, few_step
+from engine.stream.schedule import fewer
+
+
+class Transformer(Protocol):
+    """What is rolled out: `CausalWan`, or another way through its weights, with the cache that belongs to it."""
+
+    @property
+    def patch_embedding(self) -> nn.Conv3d: ...
+
+    def encode_text(self, text: Tensor) -> TextContext: ...
+
+    def __call__(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> Tensor:
+        """The flow of x [B, C, F, H, W] at the noise levels t [B, F], times 1000."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +40,34 @@ class RolloutConfig:
     """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
-def forward(model: CausalWan, x: Tensor, sigma: float, context: TextContext, cache: KVCache) -> Tensor:
+def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: KVCache) -> Tensor:
     """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
     t = torch.full((x.shape[0], x.shape[2]), sigma * 1000, device=x.device, dtype=torch.float32)
     return model(x.to(model.patch_embedding.weight.dtype), t, context, cache).float()
 
 
 def denoise_chunk(
-    model: CausalWan, config: RolloutConfig, cache: KVCache, context: TextContext, seeds: Sequence[int], chunk: int
+    model: Transformer,
+    config: RolloutConfig,
+    cache: KVCache,
+    context: TextContext,
+    seeds: Sequence[int],
+    chunk: int,
+    *,
+    steps: int | None = None,
 ) -> Tensor:
-    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row."""
+    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row.
+
+    `steps` takes fewer than the configured steps.
+    """
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
 
     def noise(step: int) -> Tensor:
         return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
 
     sigmas = config.first_sigmas if config.first_sigmas and not cache.written else config.sigmas
+    if steps is not None:
+        sigmas = fewer(sigmas, min(steps, len(sigmas)))
     return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, sigmas)
 
 
@@ -50,15 +76,23 @@ CONTEXT_STEP = 1000
 
 
 def commit_chunk(
-    model: CausalWan,
+    model: Transformer,
     config: RolloutConfig,
     cache: KVCache,
     context: TextContext,
     latents: Tensor,
     seeds: Sequence[int],
     chunk: int,
+    *,
+    context_pass: bool = True,
 ) -> None:
-    """The context pass: write the clean K and V that later chunks will see, and move the cache on."""
+    """The context pass: write the clean K and V that later chunks will see, and move the cache on.
+
+    Without it, later chunks see what the last denoising step wrote: a fifth less work, from keys of noisy latents.
+    """
+    if not context_pass:
+        cache.advance()
+        return
     sigma = config.context_sigma
     if sigma > 0:
         shape = latents.shape[1:]

@@ -26,3 +26,14 @@ def step_sigmas(steps: Sequence[int], shift: float) -> tuple[float, ...]:
     ):
         raise ValueError(f"steps must fall strictly within (0, {TABLE_SIZE}], got {list(steps)}")
     return tuple(shifted_sigma(step / TABLE_SIZE, shift) for step in steps)
+
+
+def fewer(sigmas: Sequence[float], count: int) -> tuple[float, ...]:
+    """`count` of the noise levels, evenly spaced, the noisiest among them: four at shift 5 become 1 and 0.833 for two.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    if not 1 <= count <= len(sigmas):
+        raise ValueError(f"a schedule of {len(sigmas)} steps has 1 to {len(sigmas)}, got {count}")
+    return tuple(sigmas[i * len(sigmas) // count] for i in range(count))

@@ -37,5 +37,7 @@ class StreamState:
     blend_from: Tensor | None = None
     blend_to: Tensor | None = None
     blend_step: int = 0
+    steps: int | None = None
+    """Denoising steps from the next chunk on, where that is fewer than the preset's."""
     uncommitted: Tensor | None = None
     """Latents of the chunk just emitted, whose context pass is still owed."""

@@ -13,7 +13,11 @@ from engine import wire
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The engine is gone, and with it every stream it held. With `retrying`, `wire.Ready` follows from a new one."""
+    """The engine is gone, and with it every stream it held.
+
+    With `retrying` a new one is on its way and can take the streams up. Without, they are over; `wire.Ready` tells if
+    one ever comes up again.
+    """
 
     reason: str
     retrying: bool

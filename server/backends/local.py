@@ -3,11 +3,16 @@
 Each engine process gets a fresh directory (mode 0700) with a fresh socket in it, so nothing that an old process sent
 late can reach a new one's streams. The bytes on the socket are `engine.wire` messages and never pickles; what does
 not decode is logged and dropped. A process that exits, falls silent, or has work but does not step is killed by its
-process id and replaced, at growing intervals, until it has died `BREAKER_DEATHS` times within `BREAKER_SECONDS`.
+process id and replaced, at growing intervals, until it has died `BREAKER_DEATHS` times within `BREAKER_SECONDS`. Then
+it is given up for as long, and tried again.
+
+Pixels come in shared memory of the process's own: a file descriptor that the process inherits, under no name that
+could outlive it. The kernel frees it when both ends are gone, however they went.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -30,6 +35,7 @@ logger = logging.getLogger("livereel.engine")
 
 BREAKER_DEATHS = 3
 BREAKER_SECONDS = 60.0
+"""Deaths within this time count as a loop. A loop is given up for as long."""
 BACKOFF_SECONDS = (0.5, 10.0)
 """First and longest pause before a restart; it doubles with every death that the breaker still remembers."""
 START_SECONDS = 900.0
@@ -44,13 +50,15 @@ LAST_WORDS_SECONDS = 0.2
 STDERR = 2
 USAGE_ERROR = 2
 """The exit status by which a program says that its command line makes no sense."""
-MAX_MESSAGE_BYTES = 1 << 30
+MAX_MESSAGE_BYTES = 1 << 20
 MAX_OUTBOX = 1000
 """Messages that wait for an engine that does not read; past it the engine is taken for stuck."""
+SLOTS = 4
+"""Chunks that may be on their way at once. Each is copied as it arrives, so more would only hide a gateway too busy."""
 
 
 class LocalBackend:
-    """Runs `command MODEL --socket ADDRESS --parent-pid PID`, by default `python -m engine`."""
+    """Runs `command MODEL --socket ADDRESS --frames-fd FD --parent-pid PID`, by default `python -m engine`."""
 
     def __init__(
         self,
@@ -60,22 +68,28 @@ class LocalBackend:
         threads: int | None = None,
         loras: Path | None = None,
         arguments: Sequence[str] = (),
+        start_seconds: float = START_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
         hung_seconds: float = HUNG_SECONDS,
         backoff_seconds: tuple[float, float] = BACKOFF_SECONDS,
+        breaker_seconds: float = BREAKER_SECONDS,
     ) -> None:
         self._command = [*command, model]
         self._options = ["--threads", str(threads)] if threads is not None else []
         if loras is not None:
             self._options += ["--loras", str(loras.resolve())]
         self._options += arguments
+        self._start_seconds = start_seconds
         self._silent_seconds = silent_seconds
         self._hung_seconds = hung_seconds
         self._backoff_seconds = backoff_seconds
+        self._breaker_seconds = breaker_seconds
         self._deliver: Deliver | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
+        self._memory = -1
+        self._ring: wire.Ring | None = None
         self._generation = 0
         self._ready = False
         self._heard_at = 0.0
@@ -151,12 +165,17 @@ class LocalBackend:
                 return
             now = time.monotonic()
             deaths.append(now)
-            recent = sum(now - death < BREAKER_SECONDS for death in deaths)
+            recent = sum(now - death < self._breaker_seconds for death in deaths)
             if self._hopeless or recent >= BREAKER_DEATHS:
                 self._failure = self._hopeless or f"{reason}; given up after {recent} failures"
                 logger.critical("%s", self._failure)
                 self._emit(Lost(self._failure, retrying=False))
-                return
+                if self._hopeless:
+                    return
+                await asyncio.sleep(self._breaker_seconds)
+                self._failure = ""
+                deaths.clear()
+                continue
             first, longest = self._backoff_seconds
             pause = min(longest, first * 2 ** (recent - 1))
             logger.error("%s; restarting in %.1f s", reason, pause)
@@ -176,10 +195,13 @@ class LocalBackend:
             socket.bind(address)
             self._stuck.clear()
             self._generation += 1
+            self._memory = _anonymous_memory()
             self._process = process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--socket",
                 address,
+                "--frames-fd",
+                str(self._memory),
                 "--parent-pid",
                 str(os.getpid()),
                 *self._options,
@@ -188,33 +210,56 @@ class LocalBackend:
                 stdout=STDERR,
                 # Ctrl-C in the terminal is for the gateway, which then ends the engine in order.
                 start_new_session=True,
+                pass_fds=(self._memory,),
             )
             try:
                 reports = self._receive(socket), self._watch(), self._stuck_report(), self._exit_report(process)
-                return await _first(*reports)
+                reason = await _first(*reports)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()  # it is dead or beyond a request, and viewers wait for the next one
+                return reason
             finally:
                 await _end(process)
                 self._process = None
         finally:
             self._socket = None
             context.destroy(linger=0)
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+            if self._memory >= 0:
+                os.close(self._memory)
+                self._memory = -1
             shutil.rmtree(directory, ignore_errors=True)
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> str:
         while True:
-            head, *rest = await socket.recv_multipart()
+            parts = await socket.recv_multipart()
             try:
-                message = wire.decode_to_gateway(head)
-                pixels = _pixels(message, rest)
+                message = wire.decode_to_gateway(_only(parts))
             except (msgspec.DecodeError, ValueError) as error:
                 logger.warning("dropped a malformed message of the engine: %s", error)
                 continue
             self._heard_at = time.monotonic()
+            pixels = b""
+            if isinstance(message, wire.Frames):
+                try:
+                    pixels = self._pixels(message)
+                except wire.DamagedError as error:
+                    # What is shown is what was generated, or nothing: the stream ends where its viewers can see it.
+                    logger.error("a chunk of stream %s is damaged: %s", message.stream, error)
+                    self.send(wire.Close(message.stream))
+                    message = wire.Fault("chunk_damaged", "a chunk was damaged on its way", message.stream)
             match message:
                 case wire.Ready() if message.protocol != wire.PROTOCOL:
                     return f"the engine speaks protocol {message.protocol}, the gateway {wire.PROTOCOL}"
                 case wire.Ready():
+                    try:
+                        layout = self._lay_out(message.models)
+                    except (OSError, ValueError, OverflowError) as error:
+                        return f"there is no room for the engine's frames: {error}"
                     self._ready = True
+                    self.send(layout)
                 case wire.Fault(stream=None) if not self._ready:
                     # It will be so next time too: a weight file that is missing or damaged, for one.
                     self._hopeless = f"the engine cannot start: {message.message}"
@@ -226,6 +271,26 @@ class LocalBackend:
                     self._owed.pop(stream, None)
             self._emit(message, pixels)
 
+    def _lay_out(self, models: Sequence[wire.ModelInfo]) -> wire.Layout:
+        """Give the shared memory the size that these models need. Raises OSError, ValueError, OverflowError."""
+        chunks = [max(info.chunk_frames, info.first_chunk_frames) * info.height * info.width * 3 for info in models]
+        slot_bytes = max(chunks, default=0)
+        os.ftruncate(self._memory, wire.Ring.bytes_for(SLOTS, slot_bytes))
+        if sys.platform == "linux":
+            # Cut short by one side, it would kill the other as soon as that touches it.
+            fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._ring = wire.Ring(self._memory, SLOTS, slot_bytes)
+        return wire.Layout(SLOTS, slot_bytes)
+
+    def _pixels(self, message: wire.Frames) -> bytes:
+        """Copied out of their slot, which is the engine's again. Raises `wire.DamagedError`."""
+        if self._ring is None:
+            raise wire.DamagedError("it came before the engine was ready")
+        try:
+            return self._ring.read(message.slot, message.generation, message.size)
+        finally:
+            self.send(wire.Release(message.slot, message.generation))
+
     async def _watch(self) -> str:
         started = time.monotonic()
         while True:
@@ -234,8 +299,8 @@ class LocalBackend:
             now = time.monotonic()
             if now - before > 2.0:
                 continue  # this process was the one that stood still; let the waiting messages in first
-            if not self._ready and now - started > START_SECONDS:
-                return f"the engine was not ready after {START_SECONDS:.0f} s"
+            if not self._ready and now - started > self._start_seconds:
+                return f"the engine was not ready after {self._start_seconds:.0f} s"
             if self._ready and now - self._heard_at > self._silent_seconds:
                 return f"the engine has been silent for {now - self._heard_at:.0f} s"
 
@@ -263,16 +328,21 @@ class LocalBackend:
             self._deliver(event, pixels)
 
 
-def _pixels(message: wire.ToGateway, rest: list[bytes]) -> bytes:
-    """The second part of `Frames`, checked against its header; nothing for every other message."""
-    if not isinstance(message, wire.Frames):
-        if rest:
-            raise ValueError(f"{type(message).__name__} has {len(rest) + 1} parts")
-        return b""
-    expected = message.frames * message.height * message.width * 3
-    if len(rest) != 1 or len(rest[0]) != expected or message.frames < 1:
-        raise ValueError(f"Frames of {expected} bytes came with parts of {[len(part) for part in rest]} bytes")
-    return rest[0]
+def _only(parts: list[bytes]) -> bytes:
+    """A message has one part."""
+    if len(parts) != 1:
+        raise ValueError(f"a message of {len(parts)} parts")
+    return parts[0]
+
+
+def _anonymous_memory() -> int:
+    """A descriptor of shared memory that has no name and, until it is laid out, no size."""
+    if sys.platform == "linux":
+        descriptor = os.memfd_create("livereel-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        descriptor, path = tempfile.mkstemp(prefix="livereel-")
+        os.unlink(path)
+    return descriptor
 
 
 async def _first(*reports: Coroutine[Any, Any, str]) -> str:

@@ -1,5 +1,6 @@
 """A pipeline of toy size with random weights: every engine test but those of the shipped model runs on it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from engine.models.tokenizer import Tokenizer
 from engine.models.vae import CausalVAE
 from engine.pipeline import Pipeline
 from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
+from engine.transforms.accelerate import Speed, accelerate
 
 TOY = replace(
     MINI,
@@ -27,7 +29,7 @@ TOY = replace(
 )
 
 
-def build(preset: Preset, seed: int = 0, *, full: bool = False) -> Pipeline:
+def build(preset: Preset, seed: int = 0, *, full: bool = False, speed: Speed | None = None) -> Pipeline:
     torch.manual_seed(seed)
     text, dit, light = TextEncoder(preset.text), CausalWan(preset.dit), LightDecoder(preset.light_vae)
     vae = CausalVAE(preset.vae)
@@ -37,12 +39,24 @@ def build(preset: Preset, seed: int = 0, *, full: bool = False) -> Pipeline:
     statistics = LatentStatistics((0.5,) * channels, (2.0,) * channels)
     decoder = FullDecoding(vae, statistics) if full else LightDecoding(light, statistics)
     tokenizer = Tokenizer(("a", "ball", "blue", "cube", "red"))
-    return Pipeline(preset, tokenizer, text, dit, decoder, PictureEncoding(vae, statistics))
+    served = accelerate(dit, decoder, preset, speed or Speed())
+    return Pipeline(preset, tokenizer, text, served, PictureEncoding(vae, statistics))
 
 
 @pytest.fixture(autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def toy() -> Preset:
+    return TOY
+
+
+@pytest.fixture(name="build")
+def build_fixture() -> Callable[..., Pipeline]:
+    """`build` for tests in other folders."""
+    return build
 
 
 @pytest.fixture

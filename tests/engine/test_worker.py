@@ -1,5 +1,6 @@
 """The process loop over a real socket, on the toy pipeline."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,23 +15,29 @@ from engine import wire
 from engine.pipeline import Pipeline
 from engine.worker import Wire, Worker
 
+SLOTS, SLOT_BYTES = 2, 12 * 64 * 64 * 3
+
 
 class Gateway:
-    """The other end of the socket."""
+    """The other end of the socket and of the ring."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self.socket = socket
+    def __init__(self, socket: zmq.Socket[bytes], ring: wire.Ring) -> None:
+        self.socket, self.ring = socket, ring
 
     def send(self, message: wire.Message) -> None:
         self.socket.send(wire.encode(message))
 
-    def receive(self, *, beats: bool = False) -> tuple[wire.ToGateway, bytes | None]:
+    def receive(self, *, beats: bool = False, release: bool = True) -> tuple[wire.ToGateway, bytes | None]:
         while True:
             assert self.socket.poll(20_000), "nothing came"
-            parts = self.socket.recv_multipart()
-            message = wire.decode_to_gateway(parts[0])
+            message = wire.decode_to_gateway(self.socket.recv())
+            if isinstance(message, wire.Frames):
+                pixels = self.ring.read(message.slot, message.generation, message.size)
+                if release:
+                    self.send(wire.Release(message.slot, message.generation))
+                return message, pixels
             if beats or not isinstance(message, wire.Heartbeat):
-                return message, parts[1] if len(parts) > 1 else None
+                return message, None
 
     def expect(self, kind: type[wire.Message]) -> wire.ToGateway:
         message, _ = self.receive()
@@ -40,7 +47,7 @@ class Gateway:
     def nothing(self) -> bool:
         """No message but heartbeats within a moment."""
         while self.socket.poll(300):
-            if not isinstance(wire.decode_to_gateway(self.socket.recv_multipart()[0]), wire.Heartbeat):
+            if not isinstance(wire.decode_to_gateway(self.socket.recv()), wire.Heartbeat):
                 return False
         return True
 
@@ -54,15 +61,21 @@ def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path) -> Iterator[Gateway
     socket.bind(address)
     link = Wire(address, parent=None)
     link.start()
-    loop = threading.Thread(target=Worker(pipeline, link, loras).run)
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))
+    ring = wire.Ring(memory, SLOTS, SLOT_BYTES)
+    loop = threading.Thread(target=Worker(pipeline, link, memory, loras).run)
     loop.start()
-    gateway = Gateway(socket)
+    gateway = Gateway(socket, ring)
+    gateway.send(wire.Layout(SLOTS, SLOT_BYTES))
     yield gateway
     gateway.send(wire.Shutdown())
     loop.join(timeout=20)
     assert not loop.is_alive()
     link.finish()
     assert not link.is_alive()
+    ring.close()
+    os.close(memory)
     socket.close()
     context.term()
 
@@ -168,6 +181,115 @@ def test_a_failing_stream_leaves_others_unharmed(gateway: Gateway, pipeline: Pip
     assert (fault.stream, fault.code) == ("a", "generation_failed") and "0x7f00" not in fault.message
     gateway.send(wire.Credit("b", 2, 0.1))
     assert frames(gateway)[0].stream == "b"
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+
+@pytest.mark.parametrize(("work", "chunk"), [("next_chunk", 1), ("commit", 2)])
+def test_want_of_memory_ends_one_stream(
+    gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, work: str, chunk: int
+) -> None:
+    for name in ("a", "b"):
+        opened(gateway, name, limit=1)
+        frames(gateway)
+    healthy: Callable[..., object] = getattr(pipeline, work)
+    failing = [True]
+
+    def fails_once(state):  # type: ignore[no-untyped-def]
+        return out_of_memory() if state.chunk == chunk and failing and failing.pop() else healthy(state)
+
+    monkeypatch.setattr(pipeline, work, fails_once)
+    gateway.send(wire.Credit("a", 2, 0.1))
+    if work == "commit":  # the context pass comes after the frames
+        frames(gateway)
+    fault = gateway.expect(wire.Fault)
+    assert isinstance(fault, wire.Fault)
+    assert (fault.stream, fault.code) == ("a", "out_of_memory") and "GiB" not in fault.message
+    gateway.send(wire.Credit("b", 2, 0.1))
+    assert frames(gateway)[0].stream == "b"
+
+
+def test_a_steer_that_fails_is_refused(gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(gateway, limit=1)
+    frames(gateway)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "encode_prompt", out_of_memory)
+        gateway.send(wire.Steer("s", 4, "a blue cube", "recache"))
+        fault = gateway.expect(wire.Fault)
+        assert isinstance(fault, wire.Fault) and (fault.code, fault.event) == ("out_of_memory", 4)
+    gateway.send(wire.Credit("s", 2, 0.1))
+    assert frames(gateway)[0].applied is None
+
+
+def test_a_lost_device_ends_the_loop(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "next_chunk", lost)
+    link = Wire(f"ipc://{tmp_path}/nobody.sock", parent=None)
+    monkeypatch.setattr(link, "send", lambda _: None)
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))
+    for message in (
+        wire.Layout(SLOTS, SLOT_BYTES),
+        wire.Open("s", "toy", "a red ball", 7),
+        wire.Credit("s", limit=1, due_in=0.5),
+    ):
+        link.inbox.put(message)
+    with pytest.raises(torch.AcceleratorError):
+        Worker(pipeline, link, memory).run()
+    os.close(memory)
+
+
+def test_a_full_ring_holds_back_chunks_and_loses_none(gateway: Gateway) -> None:
+    opened(gateway, "a", limit=5)
+    kept = []
+    for _ in range(SLOTS):
+        message, pixels = gateway.receive(release=False)
+        assert isinstance(message, wire.Frames)
+        kept.append((message, pixels))
+    assert gateway.nothing()
+    # The loop goes on: it answers, and says that it moves.
+    gateway.send(wire.Steer("a", 9, "a blue cube", "cut"))
+    assert gateway.expect(wire.Steered) == wire.Steered("a", 9, SLOTS)
+    beat, _ = gateway.receive(beats=True)
+    assert isinstance(beat, wire.Heartbeat) and beat.step_age < 5
+    # What waits is still there, and a slot given back twice, or by a wrong generation, is free but once.
+    for message, pixels in kept:
+        assert gateway.ring.read(message.slot, message.generation, message.size) == pixels
+    first = kept[0][0]
+    gateway.send(wire.Release(first.slot, first.generation + 100))
+    assert gateway.nothing()
+    for _ in range(2):
+        gateway.send(wire.Release(first.slot, first.generation))
+    message, _ = gateway.receive(release=False)
+    assert isinstance(message, wire.Frames) and (message.chunk, message.slot) == (SLOTS, first.slot)
+    assert gateway.nothing()
+    with pytest.raises(wire.DamagedError):
+        gateway.ring.read(first.slot, first.generation, first.size)
+    gateway.send(wire.Release(message.slot, message.generation))
+    assert frames(gateway)[0].chunk == SLOTS + 1
+
+
+def test_heartbeats_tell_that_the_loop_hangs(gateway: Gateway, pipeline: Pipeline) -> None:
+    hangs = threading.Event()
+    healthy: Callable[..., object] = pipeline.next_chunk
+
+    def next_chunk(state):  # type: ignore[no-untyped-def]
+        hangs.wait(20)
+        return healthy(state)
+
+    pipeline.next_chunk = next_chunk  # type: ignore[method-assign]
+    opened(gateway, limit=1)
+    ages = []
+    while len(ages) < 2 or ages[-1] <= 1.0:
+        message, _ = gateway.receive(beats=True)
+        assert isinstance(message, wire.Heartbeat)
+        ages.append(message.step_age)
+    hangs.set()
+    assert frames(gateway)[0].chunk == 0
 
 
 def test_heartbeats_go_out_while_idle(gateway: Gateway) -> None:

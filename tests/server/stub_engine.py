@@ -1,6 +1,7 @@
 """A process that speaks the engine's side of the wire, well or badly; started as `stub_engine.py BEHAVIOUR ...`."""
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -8,18 +9,33 @@ import time
 import zmq
 
 from engine import wire
+from engine.__main__ import end_with
 
-WIDTH, HEIGHT = 8, 4
+WIDTH, HEIGHT, FPS = 8, 4, 16
+CHUNK_FRAMES, FIRST_CHUNK_FRAMES = 12, 9
+FRAME_BYTES = WIDTH * HEIGHT * 3
+
+
+def picture(frame: int) -> bytes:
+    """Frame `frame` of every stream."""
+    return bytes((frame + k) % 256 for k in range(FRAME_BYTES))
+
+
+def third_chunk(stream: tuple[wire.Open, int, int] | None) -> bool:
+    """Whether chunk 2 of a stream is next that no earlier process has begun."""
+    return stream is not None and stream[0].start_chunk == 0 and stream[1] == 2
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("behaviour")
     parser.add_argument("--socket", required=True)
+    parser.add_argument("--frames-fd", type=int, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     behaviour = options.behaviour
+    end_with(options.parent_pid)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(options.socket)
@@ -44,14 +60,49 @@ def main() -> int:
             [b"\xff" * 100],
             [wire.encode(wire.Shutdown())],  # not for this side
             [wire.encode(wire.Heartbeat(0.0, 0, 0)), b"too much"],
-            [wire.encode(wire.Frames("a", 0, 0, 1, WIDTH, HEIGHT, 0.1)), b"too short"],
-            [wire.encode(wire.Frames("a", 0, 0, 1, WIDTH, HEIGHT, 0.1))],
-            [wire.encode(wire.Frames("a", 0, 0, -1, WIDTH, HEIGHT, 0.1)), b""],
+            [wire.encode(wire.Frames("a", 0, 0, 1, WIDTH, HEIGHT, 0.1)), b"pixels of the former protocol"],
+            [b"", b""],
         ):
             socket.send_multipart(parts)
-    info = wire.ModelInfo("mini", WIDTH, HEIGHT, 16, 12, 9, 2, 0.1, 1, f"{options.threads} threads")
-    send(wire.Ready(wire.PROTOCOL, os.getpid(), [info]))
+    while behaviour == "loads":
+        send(wire.Heartbeat(1000.0, 0, 0))
+        time.sleep(0.1)
+    models = [
+        wire.ModelInfo(
+            "mini", WIDTH, HEIGHT, FPS, CHUNK_FRAMES, FIRST_CHUNK_FRAMES, 2, 0.1, 1, f"{options.threads} threads"
+        )
+    ]
+    send(wire.Ready(wire.PROTOCOL, os.getpid(), [] if behaviour == "empty" else models))
     beat, hung_since = 0.0, 0.0
+    ring: wire.Ring | None = None
+    free: list[int] = []
+    generations = itertools.count(1)
+    streams: dict[str, tuple[wire.Open, int, int]] = {}
+    limits: dict[str, int] = {}
+
+    def chunk(name: str) -> None:
+        """Send the next one, in a free slot."""
+        assert ring is not None
+        opened, index, first = streams[name]
+        count = CHUNK_FRAMES if index else FIRST_CHUNK_FRAMES
+        if opened.max_frames is not None:
+            count = min(count, opened.max_frames - first)
+        slot, generation = free.pop(), next(generations)
+        ring.write(slot, generation, memoryview(b"".join(picture(first + k) for k in range(count))))
+        stamp = generation
+        if behaviour == "stale":
+            stamp -= 1
+        elif behaviour == "overwrites":
+            ring.write(slot, next(generations), memoryview(bytes(FRAME_BYTES)))
+        elif behaviour == "no-slot":
+            slot = 99
+        pts = first * wire.CLOCK_RATE // FPS
+        send(wire.Frames(name, index, pts, count, WIDTH, HEIGHT, 0.01, slot=slot, generation=stamp))
+        streams[name] = opened, index + 1, first + count
+        if first + count == opened.max_frames:
+            del streams[name]
+            send(wire.Ended(name, "finished"))
+
     while os.getppid() == options.parent_pid:
         if time.monotonic() > beat and behaviour != "silent":
             beat = time.monotonic() + 0.1
@@ -59,7 +110,13 @@ def main() -> int:
         if not socket.poll(20):
             continue
         match wire.decode_to_engine(socket.recv()):
-            case wire.Open(stream=stream):
+            case wire.Layout(slots=slots, slot_bytes=slot_bytes):
+                ring, free = wire.Ring(options.frames_fd, slots, slot_bytes), list(range(slots))
+            case wire.Release(slot=slot):
+                if 0 <= slot < 99:
+                    free.append(slot)
+            case wire.Open(stream=stream) as opened:
+                streams[stream] = opened, opened.start_chunk, opened.start_frame
                 send(wire.Started(stream))
                 if behaviour == "crashes":
                     socket.close(linger=5000)
@@ -67,15 +124,20 @@ def main() -> int:
                     os._exit(9)
             case wire.Credit(stream=stream) if behaviour == "hangs":
                 hung_since = hung_since or time.monotonic()
-            case wire.Credit(stream=stream):
-                pixels = bytes(range(WIDTH * HEIGHT * 3))
-                send(wire.Frames(stream, 0, 0, 1, WIDTH, HEIGHT, 0.1), pixels)
+            case wire.Credit(stream=stream) if behaviour == "hangs later" and third_chunk(streams.get(stream)):
+                hung_since = hung_since or time.monotonic()
+            case wire.Credit(stream=stream, limit=limit):
+                limits[stream] = limit
             case wire.Close(stream=stream):
+                streams.pop(stream, None)
                 send(wire.Ended(stream, "closed"))
             case wire.Shutdown():
                 if behaviour == "stubborn":
                     time.sleep(60)
                 return 0
+        for name in list(streams):
+            while name in streams and streams[name][1] < limits.get(name, 0) and free:
+                chunk(name)
     return 0
 
 

@@ -213,18 +213,27 @@ async def test_a_fault_of_ours_shows_nothing_of_the_inside(run_gateway: Any, mon
         assert "Zero" not in response.text
 
 
-async def test_strange_host_headers(run_gateway: Any) -> None:
+async def test_other_hosts_than_this_machine_are_refused_without_keys(run_gateway: Any) -> None:
     async with run_gateway() as gateway:
-        for host, start in (
-            ("[::1]:9", "ws://[::1]:9/v1"),
-            ("a.example", "ws://a.example/v1"),
-            ("a b", "/v1"),
-            ("x<y", "/v1"),
-        ):
+        for host, start in (("[::1]:9", "ws://[::1]:9/v1"), ("LocalHost", "ws://LocalHost/v1"), ("127.0.0.2:1", "ws:")):
             response = await gateway.http.post("/v1/streams", json={"prompt": "a"}, headers={"host": host})
             assert response.status_code == 201
             assert response.json()["ws_url"].startswith(start)
-            assert "<" not in response.headers["content-security-policy"]
+        strange = (
+            "a.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "a b",
+            "x<y",
+            "[::1",
+            "10.0.0.1",
+            "",
+        )
+        for host in (*strange, "localhost:80:80", "evil@localhost", "localhost/", "0.0.0.0"):
+            for method, path in (("POST", "/v1/streams"), ("GET", "/"), ("GET", "/livez"), ("GET", "/assets/app.js")):
+                response = await gateway.http.request(method, path, headers={"host": host})
+                assert error_of(response, 421)["code"] == "host_not_allowed"
+                assert "<" not in response.headers["content-security-policy"]
 
 
 async def test_prompts_stay_out_of_the_log(run_gateway: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -375,7 +375,7 @@ async def test_shutting_down_ends_the_streams_first(run_gateway: Any) -> None:
         watching = asyncio.create_task(gateway.watch(stream))
         await gateway.until(lambda: len(stream_of(gateway, stream).viewers) == 1)
     seen = await watching
-    assert seen.of("ended")[0]["reason"] == "shutdown"
+    assert seen.of("ended")[0]["reason"] == "shutting_down"
     assert seen.close_code == 1000
 
 
@@ -417,6 +417,7 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("patch", "/v1/streams/{id}/whep/{session}"),
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
+            ("post", "/v1/streams/{id}/tokens"),
             ("get", "/v1/models"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),

@@ -1,13 +1,18 @@
 """The engine dies, hangs or misbehaves: viewers see it, streams go on or fail, and never silently."""
 
 import asyncio
+import os
+import signal
 import struct
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import wire
 from server.backends.fake import FakeBackend
+from server.backends.local import LocalBackend
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +44,35 @@ async def test_a_crash_is_seen_and_the_stream_goes_on(run_gateway: Any) -> None:
         assert [index for index, flag in enumerate(flags) if flag] == [before]
         assert "livereel_engine_restarts_total 1.0" in (await gateway.http.get("/metrics")).text
         assert (await gateway.http.get("/readyz")).status_code == 200
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP, "hangs later"])
+async def test_a_process_that_dies_stops_or_hangs_is_replaced_in_sight(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch, fate: signal.Signals | str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = (sys.executable, str(Path(__file__).with_name("stub_engine.py")))
+    behaviour = "good" if isinstance(fate, signal.Signals) else fate
+    backend = LocalBackend(
+        behaviour, command=command, silent_seconds=1.0, hung_seconds=0.5, backoff_seconds=(0.02, 0.05)
+    )
+    async with run_gateway(backend, model="mini") as gateway:
+        stream = await gateway.open(duration_s=5)
+        watching = asyncio.create_task(gateway.watch(stream, "?format=rgb24"))
+        live = gateway.streams.get(stream["id"])
+        await gateway.until(lambda: live.playback is not None and live.playback.shown > 4)
+        pid = backend.pid
+        if isinstance(fate, signal.Signals):
+            os.kill(pid, fate)
+        seen = await watching
+        assert backend.pid != pid
+    assert seen.close_code == 1000
+    assert [event["code"] for event in seen.of("error")] == ["engine_restarted"]
+    assert seen.of("engine.restarted")[0]["generation"] == 2
+    # Every frame comes, once and whole: of none is a part of another's pixels.
+    assert seen.pts == [5625 * frame for frame in range(80)]
+    for index, (_, packet) in enumerate(seen.frames):
+        assert packet[16:] == bytes((index + k) % 256 for k in range(96))
 
 
 async def test_a_prompt_change_survives_a_crash(run_gateway: Any) -> None:
@@ -93,7 +127,15 @@ async def test_an_engine_that_stays_dead_fails_every_stream(run_gateway: Any) ->
         assert (ready.status_code, ready.json()["reason"]) == (503, "the engine failed")
         refused = await gateway.http.post("/v1/streams", json={"prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_failed")
+        assert "the engine crashed" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) > 0
         assert (await gateway.patch(first, prompt="a")).status_code == 409
+        # After a quiet time it is tried again, and serves if it comes up.
+        await backend.start(gateway.streams._on_engine)
+        await gateway.until(lambda: backend.health().ready)
+        assert (await gateway.http.get("/readyz")).status_code == 200
+        third = await gateway.open(duration_s=1)
+        assert (await gateway.watch(third)).close_code == 1000
 
 
 async def test_one_stream_that_fails_leaves_the_others_alone(run_gateway: Any) -> None:

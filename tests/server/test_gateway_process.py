@@ -1,5 +1,6 @@
 """The command line, and the process as an operator sees it."""
 
+import json
 import os
 import re
 import signal
@@ -7,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -38,7 +40,7 @@ def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_ready_line_and_orderly_end(sig: signal.Signals) -> None:
-    with gateway() as (process, address):
+    with gateway("--drain-timeout", "0") as (process, address):
         assert httpx.get(address + "readyz").status_code == 200
         assert "Livereel" in httpx.get(address).text
         stream = httpx.post(address + "v1/streams", json={"prompt": "a very private ball"}).json()
@@ -46,12 +48,63 @@ def test_ready_line_and_orderly_end(sig: signal.Signals) -> None:
             viewer.recv()
             process.send_signal(sig)
             items = list(viewer)
-        assert '"reason":"shutdown"' in items[-1]
+        assert '"reason":"shutting_down"' in items[-1]
         output, log = process.communicate(timeout=10)
         assert process.returncode == 0
         assert output == ""  # nothing but the one line
         assert "private" not in log
         assert "Traceback" not in log
+
+
+def of(items: list[str | bytes], type: str) -> list[dict[str, Any]]:
+    """The events of this type among what a viewer got."""
+    return [event for item in items if isinstance(item, str) and (event := json.loads(item))["type"] == type]
+
+
+def test_sigterm_lets_streams_finish() -> None:
+    with gateway("--drain-timeout", "60") as (process, address):
+        stream = httpx.post(address + "v1/streams", json={"prompt": "a ball", "duration_s": 2}).json()
+        with connect(stream["ws_url"], compression=None) as viewer:
+            viewer.recv()
+            process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(address + "readyz").status_code == 503)
+            refused = httpx.post(address + "v1/streams", json={"prompt": "a ball"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert int(refused.headers["retry-after"]) > 0
+            items = list(viewer)
+        assert of(items, "draining")[0]["seconds"] == 60
+        assert of(items, "ended")[0]["reason"] == "finished"
+        assert sum(isinstance(item, bytes) for item in items) == 32
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("insists", [None, signal.SIGTERM, signal.SIGINT])
+def test_draining_has_an_end(insists: signal.Signals | None) -> None:
+    with gateway("--drain-timeout", "1000" if insists else "0.5") as (process, address):
+        stream = httpx.post(address + "v1/streams", json={"prompt": "an endless ball"}).json()
+        queued = httpx.post(address + "v1/streams", json={"prompt": "another"}).json()
+        while httpx.get(address + f"v1/streams/{queued['id']}").json()["state"] != "queued":
+            queued = httpx.post(address + "v1/streams", json={"prompt": "another"}).json()
+        with connect(stream["ws_url"]) as viewer, connect(queued["ws_url"]) as waiting:
+            for socket_ in (viewer, waiting):
+                socket_.recv()
+            process.send_signal(signal.SIGTERM)
+            assert of(list(waiting), "ended")[0]["reason"] == "shutting_down"  # it would wait for nothing
+            if insists:
+                process.send_signal(insists)
+            assert of(list(viewer), "ended")[0]["reason"] == "shutting_down"
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something to become true."""
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to that")
 
 
 def test_a_connection_that_is_open_does_not_keep_it() -> None:
@@ -69,13 +122,16 @@ def test_a_connection_that_is_open_does_not_keep_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "--insecure"),
-        (["--host", "192.0.2.1"], "no authentication"),
+        (["--host", "0.0.0.0"], "keys add"),
+        (["--host", "192.0.2.1"], "anyone could start"),
         (["--port", "70000"], "70000"),
         (["--port", "x"], "invalid int"),
         (["--engine-threads", "0"], "engine-threads"),
         (["--idle-timeout", "nan"], "idle-timeout"),
         (["--queue-limit", "-1"], "queue-limit"),
+        (["--engine-timeout", "0"], "engine-timeout"),
+        (["--engine-start-timeout", "inf"], "engine-start-timeout"),
+        (["--drain-timeout", "-1"], "drain-timeout"),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -92,7 +148,6 @@ def test_settings() -> None:
         ["--port", "1", "--model", "wan", "--engine-threads", "2"], {"LIVEREEL_PORT": "9", "LIVEREEL_IDLE_TIMEOUT": "5"}
     )
     assert (given.port, given.model, given.engine_threads, given.idle_timeout_s) == (1, "wan", 2, 5.0)
-    assert Config.from_arguments(["--host", "0.0.0.0", "--insecure"], {}).host == "0.0.0.0"
     for loopback in ("localhost", "127.0.0.2", "::1"):
         assert Config(host=loopback).host == loopback
 

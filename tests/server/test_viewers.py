@@ -194,7 +194,7 @@ async def test_viewers_are_limited(run_gateway: Any, monkeypatch: pytest.MonkeyP
 
 
 async def test_a_peer_that_only_pings_is_dropped(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.__main__.MAX_PONG_BYTES", 20_000)
+    monkeypatch.setattr("server.connections.MAX_PONG_BYTES", 20_000)
     async with run_gateway() as gateway:
         stream = await gateway.open()
         client = never_reading(gateway, stream, "")

@@ -1,0 +1,413 @@
+"""Attention kernels at the shapes of a chunk: time, rate, ratio to cuDNN in the same run, and error.
+
+    python -m engine.bench.attention                      the table
+    python -m engine.bench.attention --tune --seconds 300 each mode's configurations, best first
+    TRITON_INTERPRET=1 python -m engine.bench.attention --toy   the logic on a CPU; its times mean nothing
+
+A kernel is first tried in a process of its own, since one that hangs or writes where it must not would take the run
+with it. Times are medians of replays of a CUDA graph over two sets of inputs, after half a second of the same work,
+so that the card is as warm as a server keeps it. TFLOP/s count the blocks that are visited. Errors are
+||out - exact|| / ||exact|| against float32 on the unquantised inputs, over the first head.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops import attention as reference
+
+FP8 = torch.float8_e4m3fn
+MODES = ("bf16 dense", "bf16 sparse", "fp8 dense", "fp8 sparse")
+
+
+@dataclass
+class Inputs:
+    """One set of inputs in both precisions; v8 is packed."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q8: Tensor
+    k8: Tensor
+    v8: Tensor
+    scales: dict[str, Tensor]
+
+
+def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str, dtype: torch.dtype) -> Inputs:
+    """Normal data with a few strong channels; k and v are views into a longer ring, as a cache gives them."""
+    gain = torch.ones(3, heads, dim, device=device)
+    for i in range(3):
+        gain[i].view(-1)[torch.randperm(heads * dim, device=device)[: heads * dim // 32]] = 3.0
+    q = torch.randn(batch, queries, heads, dim, device=device) * gain[0]
+    ring = torch.randn(2, batch, keys + 64, heads, dim, device=device) * gain[1:, None, None]
+    k, v = ring[0][:, :keys], ring[1][:, :keys]
+    q_scale = (q.abs().amax(-1) / 448).contiguous()
+    k_scale, v_scale = ((x.abs().amax((1, 3)) / 448).contiguous() for x in (k, v))
+    ring8 = (ring / torch.stack([k_scale, v_scale])[:, :, None, :, None]).to(FP8)
+    ring = ring.to(dtype)
+    return Inputs(
+        q.to(dtype),
+        ring[0][:, :keys],
+        ring[1][:, :keys],
+        (q / q_scale[..., None]).to(FP8),
+        ring8[0][:, :keys],
+        reference.pack_values(ring8[1][:, :keys]),
+        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale},
+    )
+
+
+def exact(x: Inputs, index: Tensor | None, head: int = 0) -> Tensor:
+    """Float32 output of one head of the first batch, [Sq, dim]."""
+    q, k, v = (t[0, :, head].float() for t in (x.q, x.k, x.v))
+    scores = q @ k.T / math.sqrt(q.shape[-1])
+    if index is not None:
+        blocks = (k.shape[0] + 127) // 128
+        kept = torch.zeros(index.shape[2], blocks, dtype=torch.bool, device=q.device)
+        kept.scatter_(1, index[0, head].long(), True)
+        mask = kept.repeat_interleave(128, 0)[: q.shape[0]].repeat_interleave(128, 1)[:, : k.shape[0]]
+        scores.masked_fill_(~mask, -float("inf"))
+    return scores.softmax(-1) @ v
+
+
+def relative(out: Tensor, right: Tensor) -> float:
+    return float((out.float() - right.float()).norm() / right.float().norm())
+
+
+def call(mode: str, x: Inputs, index: Tensor | None, config: Any = None) -> Tensor:
+    from engine.ops.triton import attention as kernels
+
+    listed = index if mode.endswith("sparse") else None
+    q, k, v = (x.q8, x.k8, x.v8) if mode.startswith("fp8") else (x.q, x.k, x.v)
+    extra: dict[str, Any] = {"packed": True, **x.scales} if mode.startswith("fp8") else {}
+    if listed is None:
+        return kernels.dense(q, k, v, config=config, **extra)
+    return kernels.block_sparse(q, k, v, listed, config=config, **extra)
+
+
+def random_lists(batch: int, heads: int, queries: int, keys: int, count: int, device: str) -> Tensor:
+    scores = torch.rand(batch, heads, (queries + 127) // 128, (keys + 127) // 128, device=device)
+    return scores.topk(count, -1).indices.sort(-1, descending=True).values.int().contiguous()
+
+
+def milliseconds(work: Sequence[Callable[[], Any]], device: str, seconds: float = 0.4) -> float:
+    """Median time of one call, over the sets of inputs in turn."""
+    if device == "cpu":
+        start = time.perf_counter()
+        work[0]()
+        return (time.perf_counter() - start) * 1e3
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for f in work:
+            f()
+            f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for f in work:
+            f()
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    each = max(time.perf_counter() - start, 1e-5)
+    # enough replays between two events that a launch does not show
+    group = max(1, round(2e-3 / each))
+    for _ in range(max(3, math.ceil(0.5 / each))):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(8, math.ceil(seconds / each / group)))]
+    for mark in marks:
+        mark.record()
+        for _ in range(group):
+            graph.replay()
+    last = torch.cuda.Event(enable_timing=True)
+    last.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise([*marks, last]))
+    return times[len(times) // 2] / group / len(work)
+
+
+def candidates(mode: str) -> Iterator[Any]:
+    """Configurations worth a try, the likely ones first."""
+    from engine.ops.triton.attention import Config
+
+    eight = mode.startswith("fp8")
+    for persistent, turns, stages in itertools.product((True, False), (False, True), (4, 3, 2) if eight else (2,)):
+        yield Config(specialized=True, persistent=persistent, stages=stages, turns=turns)
+    if not mode.endswith("sparse"):
+        for stages in (6, 4) if eight else (4, 3):
+            yield Config(block_n=64, specialized=True, persistent=True, stages=stages)
+    for bm, bn, warps, stages in [
+        (128, 128, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 3),
+        (64, 128, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 4),
+    ]:
+        for persistent in (False, True):
+            yield Config(bm, bn, warps, stages, persistent)
+
+
+def line(*cells: object) -> None:
+    widths = (34, 10, 9, 8, 10)
+    print(" ".join(f"{c!s:<{w}}" for c, w in zip(cells, widths, strict=False)), flush=True)
+
+
+def check(mode: str, specialized: bool, device: str) -> None:
+    """Small odd shapes against the reference, with memory that would show what was never written."""
+    from engine.ops.triton import attention as kernels
+
+    eight = mode.startswith("fp8")
+    worst = 0.0
+    shapes = [(2, 200, 600, 2, 128), (1, 4680, 4680, 3, 128), (1, 328, 1000, 2, 64)]
+    if device == "cpu":
+        shapes = [(2, 136, 200, 1, 64)]
+    for batch, queries, keys, heads, dim in shapes:
+        x = make(batch, queries, keys, heads, dim, device, torch.float16 if device == "cpu" else torch.bfloat16)
+        index = random_lists(batch, heads, queries, keys, 2, device)
+        count = torch.randint(0, 3, index.shape[:3], device=device, dtype=torch.int32)
+        for persistent in (False, True):
+            config = kernels.Config(persistent=persistent, specialized=specialized, stages=2, turns=persistent)
+            torch.full((1 << (14 if device == "cpu" else 26),), float("nan"), device=device)
+            q, k, v = (x.q8, x.k8, x.v8) if eight else (x.q, x.k, x.v)
+            extra: dict[str, Any] = {"packed": True, **x.scales} if eight else {}
+            if mode.endswith("dense"):
+                pairs = [(call(mode, x, None, config), reference.dense(q, k, v, **extra))]
+            else:
+                pairs = [
+                    (
+                        kernels.block_sparse(q, k, v, index, count=c, config=config, **extra),
+                        reference.block_sparse(q, k, v, index, count=c, **extra),
+                    )
+                    for c in (None, count)
+                ]
+            worst = max(worst, *(relative(out, right) for out, right in pairs))
+    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities
+    limit = (0.1 if device == "cpu" else 4e-2) if eight else 1e-2
+    print(f"worst relative error {worst:.1e}, limit {limit}")
+    if not worst < limit:
+        raise SystemExit(1)
+
+
+def trials(toy: bool) -> dict[tuple[str, bool], str]:
+    """For each mode and kind of kernel, "" if `check` passes in a process of its own, else why not."""
+    kinds = [(mode, specialized) for mode in MODES for specialized in ((False,) if toy else (True, False))]
+    running = {
+        kind: subprocess.Popen(
+            [sys.executable, "-m", "engine.bench.attention", "--check", kind[0], *(["--specialized"] * kind[1])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for kind in kinds
+    }
+    outcome = {}
+    end = time.monotonic() + 150
+    for kind, process in running.items():
+        try:
+            said, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = "hangs"
+        last = (said.strip().splitlines() or [""])[-1]
+        outcome[kind] = "" if process.returncode == 0 else last[:300] or f"status {process.returncode}"
+        print(f"check {kind[0]:<12} {'specialised' if kind[1] else 'plain':<12} {last[:200]}", flush=True)
+    return outcome
+
+
+def dense_sdpa(name: str) -> Callable[[Inputs], Callable[[], Tensor]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}[name]
+
+    def bound(x: Inputs) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        return run
+
+    return bound
+
+
+def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[str, bool], str]) -> None:
+    from engine.ops.triton import attention as kernels
+
+    dim = 128 if device == "cuda" else 64
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    sets = [make(1, queries, keys, heads, dim, device, dtype) for _ in range(2)]
+    blocks = math.ceil(keys / 128)
+    first = (keys - queries) // 128
+    current = blocks - first
+    keep = max(1, round(0.2 * first))
+    always = torch.arange(blocks, device=device) >= first
+    nothing = torch.zeros_like(always)
+    print(f"\nq {queries}, kv {keys}, {heads} heads of {dim}; {blocks} key blocks, {current} of the chunk itself")
+    line("", "ms", "TFLOP/s", "x cuDNN", "error")
+    full = 4.0 * queries * keys * heads * dim
+    right: dict[int, Tensor] = {}
+
+    def row(
+        name: str, bound: Callable[[Inputs, int], Callable[[], Tensor]], lists: Any = None, flop: float = 0
+    ) -> float:
+        try:
+            out = bound(sets[0], 0)()
+            key = id(lists)
+            if key not in right:
+                right[key] = exact(sets[0], None if lists is None else lists[0])
+            error = relative(out[0, :, 0], right[key])
+            ms = milliseconds([bound(x, i) for i, x in enumerate(sets)], device)
+        except Exception as problem:
+            line(name, f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1:]}"[:200])
+            return math.nan
+        line(name, f"{ms:.3f}", f"{flop / ms / 1e9:.0f}", f"{cudnn / ms:.2f}" if cudnn else "", f"{error:.1e}")
+        return ms
+
+    cudnn = 0.0
+    sdpa = dense_sdpa("cudnn" if device == "cuda" else "math")
+    cudnn = row("SDPA cuDNN bf16", lambda x, i: sdpa(x), flop=full)
+    if device == "cuda":
+        flash = dense_sdpa("flash")
+        row("SDPA flash bf16", lambda x, i: flash(x), flop=full)
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError as problem:
+            line("FlashAttention-4", str(problem)[:80])
+        else:
+
+            def fa4(x: Inputs) -> Tensor:
+                out = flash_attn_func(x.q, x.k, x.v)
+                return out[0] if isinstance(out, tuple) else out
+
+            row("FlashAttention-4 bf16", lambda x, i: lambda: fa4(x), flop=full)
+
+    def choose(x: Inputs, mask: Tensor, count: int, dense: int) -> Tensor:
+        return kernels.choose_blocks(kernels.pool(x.q), kernels.pool(x.k), mask, count, dense)
+
+    def bind(mode: str, config: Any, lists: list[Tensor] | None, x: Inputs, i: int) -> Callable[[], Tensor]:
+        return partial(call, mode, x, None if lists is None else lists[i], config)
+
+    past = [choose(x, always, keep, current) for x in sets]
+    everywhere = [choose(x, nothing, round(0.2 * blocks), 0) for x in sets]
+    for mode in MODES:
+        for specialized in (True, False) if device == "cuda" else (False,):
+            kind = "specialised" if specialized else "plain"
+            if broken[mode, specialized]:
+                line(f"{mode}, {kind}", f"left out: {broken[mode, specialized][:100]}")
+                continue
+            config = kernels.CONFIGS[specialized, mode.startswith("fp8"), mode.endswith("sparse")]
+            if mode.endswith("dense"):
+                row(f"{mode}, {kind}", partial(bind, mode, config, None), flop=full)
+                continue
+            for what, lists in (("80% of the past", past), ("80% of all", everywhere)):
+                row(
+                    f"{mode}, {what}, {kind}",
+                    partial(bind, mode, config, lists),
+                    lists,
+                    full * lists[0].shape[-1] / blocks,
+                )
+    pooled = [(kernels.pool(x.q), kernels.pool(x.k)) for x in sets]
+    chunk = [x.k[:, -queries:] for x in sets]
+    costs: dict[str, list[Callable[[], Tensor]]] = {
+        f"choose {keep} + {current} of {blocks}": [
+            partial(kernels.choose_blocks, q, k, always, keep, current) for q, k in pooled
+        ],
+        "the same in torch": [partial(reference.choose_blocks, q, k, always, keep, current) for q, k in pooled],
+        "pool the chunk": [partial(kernels.pool, x) for x in chunk],
+        "pool all keys": [partial(kernels.pool, x.k) for x in sets],
+        "pack the chunk's values in 8 bits": [
+            partial(kernels.pack_values, x.v[:, -queries:], x.v8, keys - queries, x.scales["v_scale"]) for x in sets
+        ],
+    }
+    for name, work in costs.items():
+        try:
+            line(name, f"{milliseconds(work, device):.4f}")
+        except Exception as problem:
+            line(name, f"{type(problem).__name__}: {str(problem)[:200]}")
+    ours, theirs = (
+        f(pooled[0][0], pooled[0][1], always, keep, current) for f in (kernels.choose_blocks, reference.choose_blocks)
+    )
+    same = float((ours == theirs).all(-1).float().mean())
+    print(f"{100 * same:.1f}% of the lists equal the reference's")
+    again = row("SDPA cuDNN bf16, again", lambda x, i: sdpa(x), flop=full)
+    print(f"cuDNN moved by {100 * (again / cudnn - 1):+.1f}% between first and last row")
+
+
+def tune(
+    queries: int, keys: int, heads: int, seconds: float, device: str, broken: dict[tuple[str, bool], str]
+) -> dict[str, Any]:
+    """Print each mode's configurations, best first, and return the best of each."""
+    winners: dict[str, Any] = {}
+    dim = 128 if device == "cuda" else 64
+    sets = [make(1, queries, keys, heads, dim, device, torch.bfloat16 if device == "cuda" else torch.float16)] * 2
+    blocks = math.ceil(keys / 128)
+    index = random_lists(1, heads, queries, keys, max(1, blocks // 5), device)
+    print(f"\ntuning at q {queries}, kv {keys}, {heads} heads; sparse visits {index.shape[-1]} of {blocks} blocks")
+    for number, mode in enumerate(MODES):
+        started = time.monotonic()
+        right = exact(sets[0], index if mode.endswith("sparse") else None)
+        flop = 4.0 * queries * keys * heads * dim * (index.shape[-1] / blocks if mode.endswith("sparse") else 1)
+        found: list[tuple[float, float, Any]] = []
+        left = 0
+        for config in candidates(mode):
+            if time.monotonic() - started > seconds / len(MODES):
+                left += 1
+                continue
+            if broken.get((mode, config.specialized), ""):
+                continue
+            try:
+                error = relative(call(mode, sets[0], index, config)[0, :, 0], right)
+                work = [partial(call, mode, x, index, config) for x in sets]
+                found.append((milliseconds(work, device, 0.15), error, config))
+            except Exception as problem:
+                print(f"  {mode} {config}: {type(problem).__name__} {str(problem).strip()[:120]!r}", flush=True)
+        print(f"{number + 1}. {mode}: {len(found)} ran, {left} not reached")
+        for ms, error, config in sorted(found, key=lambda f: f[0])[:8]:
+            winners.setdefault(mode, config)
+            print(f"  {ms:.3f} ms {flop / ms / 1e9:5.0f} TFLOP/s error {error:.1e} {config}", flush=True)
+    return winners
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="tiny shapes on a CPU, in Triton's interpreter")
+    parser.add_argument("--tune", action="store_true", help="time configurations instead")
+    parser.add_argument("--seconds", type=float, default=240, help="for all modes of --tune")
+    parser.add_argument("--check", choices=MODES, help="one mode against the reference, and nothing else")
+    parser.add_argument("--specialized", action="store_true", help="with --check: the Hopper kernel")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not options.toy else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("without a GPU, set TRITON_INTERPRET=1")
+    if options.check:
+        check(options.check, options.specialized, device)
+        return
+    import triton
+
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
+    print(f"{where}; torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
+    broken = trials(options.toy)
+    shapes = [(4680, 18720, 12), (4680, 32760, 12), (4680, 18720, 40)] if device == "cuda" else [(136, 456, 2)]
+    if options.tune:
+        tune(*shapes[0], options.seconds, device, broken)
+        return
+    for shape in shapes:
+        table(*shape, device, broken)
+
+
+if __name__ == "__main__":
+    main()

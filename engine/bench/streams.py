@@ -1,0 +1,117 @@
+"""How many live streams does one device keep at playback's pace? Through the scheduler, against the clock.
+
+    python -m engine.bench.streams self-forcing-1.3b --streams 5 --minutes 2
+
+Random weights. Every stream's viewer plays its chunks one after another from the moment the first one arrives; a chunk
+is due when the one before it has been played. The engine serves the stream that runs dry first and keeps each at most
+one chunk ahead, as it does for the gateway. A chunk that arrives late is a miss; the clock of its stream then starts
+anew, as a stalled viewer's does.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from engine.assemble import best_device, best_dtype, warm
+from engine.bench.rollout import add_preset, chosen, random_model
+from engine.config import Preset
+from engine.pipeline import Pipeline
+from engine.scheduler import Claim, pick
+from engine.transforms.accelerate import Speed, accelerate
+
+
+class NoWords:
+    """Prompts are not read: their encoding is no part of a chunk."""
+
+    def encode(self, text: str, length: int) -> list[int]:
+        return [0] * length
+
+
+class RandomText(nn.Module):
+    """Encodes every prompt to the same noise."""
+
+    def __init__(self, preset: Preset, device: torch.device) -> None:
+        super().__init__()
+        self.text = torch.randn(1, preset.text.length, preset.text.dim, device=device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text
+
+
+@dataclass
+class Played:
+    """What the viewer of one stream saw."""
+
+    arrivals: list[float]
+    """Slack of each chunk but the first, in seconds: below 0 it came late."""
+    runs_dry: float = 0.0
+    """When what has arrived will have been played."""
+
+
+def play(
+    pipeline: Pipeline, streams: int, seconds: float, clock: Callable[[], float], rest: Callable[[float], None]
+) -> list[Played]:
+    """Serve `streams` streams for `seconds` of `clock`; `rest` waits while all of them are a chunk ahead."""
+    length = pipeline.preset.chunk_frames / pipeline.preset.fps
+    states = [pipeline.open("", seed=index) for index in range(streams)]
+    seen = [Played([]) for _ in states]
+    end = clock() + seconds
+    while (now := clock()) < end:
+        claims = {
+            str(i): Claim(state.chunk, state.chunk + (shown.runs_dry - now <= length), shown.runs_dry)
+            for i, (state, shown) in enumerate(zip(states, seen, strict=True))
+        }
+        name = pick(claims)
+        if name is None:
+            rest(min(shown.runs_dry for shown in seen) - now - length)
+            continue
+        state, shown = states[int(name)], seen[int(name)]
+        frames = len(pipeline.next_chunk(state).frames)
+        arrived = clock()
+        if shown.runs_dry:
+            shown.arrivals.append(shown.runs_dry - arrived)
+        shown.runs_dry = max(shown.runs_dry, arrived) + frames / pipeline.preset.fps
+        pipeline.commit(state)
+    for state in states:
+        pipeline.close(state)
+    return seen
+
+
+def build(preset: Preset, speed: Speed, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    wan, decoder = random_model(preset, "light", device, dtype)
+    return Pipeline(preset, NoWords(), RandomText(preset, device), accelerate(wan, decoder, preset, speed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_preset(parser)
+    parser.add_argument("--streams", type=int, nargs="+", required=True, help="one or more numbers to try")
+    parser.add_argument("--minutes", type=float, default=2.0)
+    options = parser.parse_args()
+    device = best_device()
+    preset, speed = chosen(parser, options, device)
+    pipeline = build(preset, speed, device, best_dtype(device))
+    warmth = warm(pipeline)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
+    print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
+    length = preset.chunk_frames / preset.fps
+    print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmth.chunk_seconds:.0f} ms alone")
+    for count in options.streams:
+        seen = play(pipeline, count, 60 * options.minutes, time.monotonic, time.sleep)
+        slack = sorted(value for shown in seen for value in shown.arrivals)
+        late = sum(value < 0 for value in slack)
+        print(
+            f"{count} streams: {late} of {len(slack)} chunks late; slack ms: least {1e3 * slack[0]:.0f}, "
+            f"1st percentile {1e3 * slack[len(slack) // 100]:.0f}, median {1e3 * median(slack):.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,569 @@
+"""Attention of a chunk's queries over the rolling cache, dense or over listed blocks, in 16 or 8 bits.
+
+The references, with the contract of every argument, are the functions of the same names in `engine.ops.attention`.
+
+Work is cut by a plan (`plan`): each program gets whole tiles of queries and then one even share of the tiles that
+would have filled the last round only partly. A tile whose keys were shared out is put together by `_combine`. With
+444 tiles on 132 multiprocessors that is 3.4 rounds instead of 4.
+
+Softmax runs in powers of two; scales of 8-bit inputs are part of its multiplier and of the last division, so they
+cost nothing. Probabilities are raised to 256 before they become 8-bit, and so is their sum.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+BLOCK = 128
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles.
+
+    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries; with `turns` its two
+    groups of warps use the matrix unit in turn.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    warps: int = 8
+    stages: int = 3
+    persistent: bool = False
+    specialized: bool = False
+    turns: bool = False
+    registers: int | None = None
+
+
+CONFIGS: dict[tuple[bool, bool, bool], Config] = {
+    # (Hopper, 8 bits, sparse)
+    (True, False, False): Config(specialized=True, persistent=True, stages=2),
+    (True, False, True): Config(specialized=True, persistent=True, stages=2, turns=True),
+    (True, True, False): Config(specialized=True, persistent=True, stages=4),
+    (True, True, True): Config(specialized=True, persistent=True, stages=2),
+    (False, False, False): Config(stages=2),
+    (False, False, True): Config(stages=2),
+    (False, True, False): Config(stages=2),
+    (False, True, True): Config(stages=2),
+}
+
+
+def plan(tiles: int, steps: int, programs: int) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Share `tiles` of `steps` each among `programs`.
+
+    Returns:
+        For each program, its segments [tile, first step, end, slot]; slot is -1 where the segment is a whole tile,
+        otherwise where its part of a sum goes. All programs have as many, filled up with empty ones. And for each
+        shared tile [tile, first slot, end of slots].
+    """
+    work: list[list[list[int]]] = [[] for _ in range(programs)]
+    whole = tiles // programs * programs if tiles % programs else tiles
+    for tile in range(whole):
+        work[tile % programs].append([tile, 0, steps, -1])
+    shared = []
+    slot, total = 0, (tiles - whole) * steps
+    bounds = [total * i // programs for i in range(programs + 1)]
+    for tile in range(whole, tiles):
+        start, end = (tile - whole) * steps, (tile - whole + 1) * steps
+        parts = [i for i in range(programs) if bounds[i] < end and bounds[i + 1] > start and bounds[i] < bounds[i + 1]]
+        if len(parts) == 1:
+            work[parts[0]].append([tile, 0, steps, -1])
+            continue
+        shared.append([tile, slot, slot + len(parts)])
+        for i in parts:
+            work[i].append([tile, max(bounds[i], start) - start, min(bounds[i + 1], end) - start, slot])
+            slot += 1
+    longest = max(len(segments) for segments in work)
+    return [segments + [[0, 0, 0, -1]] * (longest - len(segments)) for segments in work], shared
+
+
+@lru_cache(maxsize=64)
+def _plan_on(device: torch.device, tiles: int, steps: int, programs: int) -> tuple[Tensor, Tensor]:
+    """`plan` as int32 tensors. The first call copies from the host, so it must come before a graph is captured."""
+    work, shared = plan(tiles, steps, programs)
+    return (
+        torch.tensor(work, dtype=torch.int32, device=device),
+        torch.tensor(shared, dtype=torch.int32, device=device).reshape(-1, 3),
+    )
+
+
+@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
+def _attend(
+    q_desc,
+    k_desc,
+    v_desc,
+    out,
+    parts,
+    stats,
+    work,
+    q_scale,
+    k_scale,
+    v_scale,
+    index,
+    count,
+    scale,
+    heads,
+    tiles_q,
+    queries,
+    keys,
+    listed,
+    segments,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED_Q: tl.constexpr,
+    SCALED_K: tl.constexpr,
+    SCALED_V: tl.constexpr,
+    SPARSE: tl.constexpr,
+    COUNTED: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    HALVES: tl.constexpr = 128 // BN
+    # steps in which the end of the keys may lie: the first one, or the block that is listed first
+    EDGE: tl.constexpr = HALVES if SPARSE else 1
+    rows = tl.arange(0, BM)
+    columns = tl.arange(0, D)
+    for segment in range(segments):
+        entry = work + (program * segments + segment) * 4
+        tile = tl.load(entry)
+        first = tl.load(entry + 1)
+        end = tl.load(entry + 2)
+        slot = tl.load(entry + 3)
+        if end > first:
+            tile_q = tile % tiles_q
+            head = (tile // tiles_q) % heads
+            batch = tile // (tiles_q * heads)
+            row = tile_q * BM + rows
+            multiplier = tl.full([BM], 1.0, tl.float32) * scale
+            if SCALED_K:
+                multiplier = multiplier * tl.load(k_scale + batch * heads + head)
+            if SCALED_Q:
+                multiplier *= tl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
+            blocks = index
+            if SPARSE:
+                listing = (batch * heads + head) * ((queries + 127) // 128) + tile_q * BM // 128
+                blocks = index + listing * listed
+                if COUNTED:
+                    end = tl.minimum(end, tl.load(count + listing) * HALVES)
+            q = q_desc.load([batch, tile_q * BM, head, 0]).reshape(BM, D)
+            m = tl.full([BM], -float("inf"), tl.float32)
+            total = tl.zeros([BM], tl.float32)
+            acc = tl.zeros([BM, D], tl.float32)
+            edge = tl.minimum(first + EDGE, end)
+            for step in range(first, edge):
+                m, total, acc = _step(
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
+                    BN, D, PACKED, SPARSE, SHIFT, True,
+                )  # fmt: skip
+            for step in range(edge, end):
+                m, total, acc = _step(
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
+                    BN, D, PACKED, SPARSE, SHIFT, False,
+                )  # fmt: skip
+            if slot < 0:
+                acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+                if SCALED_V:
+                    acc *= tl.load(v_scale + batch * heads + head)
+                at = ((batch * queries + row).to(tl.int64) * heads + head) * D
+                inside = (row < queries)[:, None] & (columns < D)[None, :]
+                tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+            else:
+                tl.store(stats + slot * 2 * BM + rows, m * multiplier)
+                tl.store(stats + slot * 2 * BM + BM + rows, total)
+                tl.store(parts + slot * (BM * D) + rows[:, None] * D + columns[None, :], acc)
+
+
+@triton.jit
+def _step(
+    q,
+    k_desc,
+    v_desc,
+    blocks,
+    step,
+    keys,
+    batch,
+    head,
+    multiplier,
+    m,
+    total,
+    acc,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    PACKED: tl.constexpr,
+    SPARSE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys into the running maximum m, sum and weighted sum of values."""
+    BM: tl.constexpr = q.shape[0]
+    if SPARSE:
+        HALVES: tl.constexpr = 128 // BN
+        at = (tl.load(blocks + step // HALVES) * HALVES + step % HALVES) * BN
+    else:
+        # from the end, so that only a first step meets the end of the keys
+        at = ((keys + BN - 1) // BN - 1 - step) * BN
+    k = k_desc.load([batch, at, head, 0]).reshape(BN, D)
+    s = tl.dot(q, k.T)
+    if MASKED:
+        s = tl.where((at + tl.arange(0, BN) < keys)[None, :], s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s * multiplier[:, None] - (new * multiplier - SHIFT)[:, None])
+    alpha = tl.exp2((m - new) * multiplier)
+    total = total * alpha + tl.sum(p, 1)
+    if PACKED:
+        p = p.reshape(BM, BN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BM, BN)
+        v = v_desc.load([batch, head, 0, at]).reshape(D, BN).T
+        # 8-bit products are added in few bits: each tile is summed on its own, and the sums in float32
+        acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v)
+    else:
+        v = v_desc.load([batch, at, head, 0]).reshape(BN, D)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return new, total, acc
+
+
+@triton.jit
+def _combine(
+    parts,
+    stats,
+    shared,
+    v_scale,
+    out,
+    heads,
+    tiles_q,
+    queries,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALED_V: tl.constexpr,
+):
+    """Add the parts of one shared tile, ROWS rows a program."""
+    entry = shared + tl.program_id(0) * 3
+    tile = tl.load(entry)
+    first = tl.load(entry + 1)
+    end = tl.load(entry + 2)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, D)
+    m = tl.full([ROWS], -float("inf"), tl.float32)
+    for slot in range(first, end):
+        m = tl.maximum(m, tl.load(stats + slot * 2 * BM + rows))
+    # no part saw a key: every weight is then 0, not NaN
+    m = tl.where(m == -float("inf"), 0.0, m)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for slot in range(first, end):
+        weight = tl.exp2(tl.load(stats + slot * 2 * BM + rows) - m)
+        total += weight * tl.load(stats + slot * 2 * BM + BM + rows)
+        acc += weight[:, None] * tl.load(parts + slot * (BM * D) + rows[:, None] * D + columns[None, :])
+    head = (tile // tiles_q) % heads
+    batch = tile // (tiles_q * heads)
+    row = (tile % tiles_q) * BM + rows
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SCALED_V:
+        acc *= tl.load(v_scale + batch * heads + head)
+    at = ((batch * queries + row).to(tl.int64) * heads + head) * D
+    inside = (row < queries)[:, None] & (columns < D)[None, :]
+    tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    packed: bool,
+    out_dtype: torch.dtype | None,
+    config: Config | None,
+) -> Tensor:
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    eight = q.element_size() == 1
+    if eight and not packed:
+        v, packed = pack_values(v), True
+    if packed and not eight:
+        raise ValueError("packed values are for 8-bit attention")
+    # the Hopper kernel has no float32 form
+    config = config or CONFIGS[_is_hopper(q.device) and q.element_size() < 4, eight, index is not None]
+    bm, bn = config.block_m, config.block_n
+    if config.specialized and (bm != BLOCK or (index is not None and bn != BLOCK)):
+        raise ValueError(f"the specialised kernel has tiles of {BLOCK} queries, and visits whole blocks: {config}")
+    if v.shape[-1 if packed else 1] < keys:
+        raise ValueError(f"{keys} keys, but values {list(v.shape)}")
+    tiles_q = triton.cdiv(queries, bm)
+    tiles = batch * heads * tiles_q
+    steps = triton.cdiv(keys, bn) if index is None else index.shape[-1] * (BLOCK // bn)
+    programs = _multiprocessors(q.device) if config.persistent else tiles
+    work, shared = _plan_on(q.device, tiles, steps, min(programs, tiles * steps))
+    slots = int(shared.shape[0]) + work.shape[0] if len(shared) else 1
+    out = torch.empty(q.shape, dtype=out_dtype or (torch.bfloat16 if eight else q.dtype), device=q.device)
+    parts = torch.empty((slots, bm, dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((slots, 2, bm), dtype=torch.float32, device=q.device)
+    for scale in (q_scale, k_scale, v_scale):
+        if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
+            raise ValueError("scales are contiguous float32")
+    if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
+        raise ValueError("index is contiguous int32")
+    launch = _launch_specialized if config.specialized else _launch
+    launch(
+        config,
+        (q, k, v),
+        {
+            "out": out,
+            "parts": parts,
+            "stats": stats,
+            "work": work,
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "index": index,
+            "count": count,
+            "scale": LOG2E / math.sqrt(dim),
+            "heads": heads,
+            "tiles_q": tiles_q,
+            "queries": queries,
+            "keys": keys,
+            "listed": 0 if index is None else index.shape[-1],
+            "segments": work.shape[1],
+            "BN": bn,
+            "D": dim,
+            "PACKED": packed,
+            "SCALED_Q": q_scale is not None,
+            "SCALED_K": k_scale is not None,
+            "SCALED_V": v_scale is not None,
+            "SPARSE": index is not None,
+            "COUNTED": count is not None,
+            "SHIFT": 8.0 if eight else 0.0,
+        },
+    )
+    if len(shared):
+        rows = 16
+        _combine[(len(shared), bm // rows)](
+            parts, stats, shared, v_scale, out, heads, tiles_q, queries,
+            BM=bm, D=dim, ROWS=rows, SCALED_V=v_scale is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _blocks(config: Config, dim: int, packed: bool, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """What one copy fetches of q, k and v."""
+    bn = config.block_n
+    return [1, rows, 1, dim], [1, bn, 1, dim], [1, 1, dim, bn] if packed else [1, bn, 1, dim]
+
+
+def _launch(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], config.block_m)
+    _attend[(arguments["work"].shape[0],)](
+        *(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in zip(inputs, blocks, strict=True)),
+        **arguments,
+        BM=config.block_m,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **({} if config.registers is None else {"maxnreg": config.registers}),
+    )
+
+
+def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
+
+    from engine.ops.triton import hopper
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+    blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
+    unused = {"q_scale": "stats", "k_scale": "stats", "v_scale": "stats", "index": "work", "count": "work"}
+    pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
+    hopper.attend[(arguments["work"].shape[0],)](
+        *(
+            LaidOutDescriptor(
+                x,
+                list(x.shape),
+                list(x.stride()),
+                block,
+                gl.NVMMASharedLayout.get_default_for(block, element[x.dtype]),
+            )
+            for x, block in zip(inputs, blocks, strict=True)
+        ),
+        **(arguments | pointers),
+        STAGES=config.stages,
+        TURNS=config.turns,
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    packed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """See `engine.ops.attention.dense`. 8-bit v that is not packed is packed first, which costs a pass over it."""
+    return _run(q, k, v, None, None, q_scale, k_scale, v_scale, packed, out_dtype, config)
+
+
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    *,
+    count: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    packed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """See `engine.ops.attention.block_sparse`."""
+    return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, config)
+
+
+@triton.jit(do_not_specialize=["tokens", "start"])
+def _pack(
+    v, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
+    D: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """TOKENS columns of one head's packed values, turned in registers and written as whole rows."""
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # tiles begin at a multiple of 16 tokens, wherever the chunk does
+    base = start // 16 * 16 + tl.program_id(0).to(tl.int64) * TOKENS
+    token = base - start + tl.arange(0, TOKENS)
+    columns = tl.arange(0, D)
+    inside = ((token >= 0) & (token < tokens))[:, None] & (columns < D)[None, :]
+    source = v + batch * batch_v + head * head_v + token.to(tl.int64)[:, None] * token_v + columns[None, :]
+    x = tl.load(source, mask=inside, other=0)
+    if SCALED:
+        x = x.to(tl.float32) / tl.load(scale + batch * heads + head)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(out.dtype.element_ty)
+    x = x.T.reshape(D, TOKENS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(D, TOKENS)
+    at = tl.arange(0, TOKENS)
+    target = out + batch * batch_o + head * head_o + columns.to(tl.int64)[:, None] * dim_o + (base + at)[None, :]
+    if (base >= start) & (base + TOKENS <= start + tokens):
+        tl.store(target, x)
+    else:
+        # which token stands in a column: the order of packing, backwards
+        mine = base - start + ((at & ~15) | ((at & 2) << 2) | ((at & 12) >> 1) | (at & 1))
+        tl.store(target, x, mask=((mine >= 0) & (mine < tokens))[None, :] & (columns < D)[:, None])
+
+
+def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0, scale: Tensor | None = None) -> Tensor:
+    """See `engine.ops.attention.pack_values`."""
+    batch, tokens, heads, dim = v.shape
+    if out is None:
+        dtype = v.dtype if scale is None else torch.float8_e4m3fn
+        size = triton.cdiv(start + tokens, 16) * 16
+        out = torch.zeros((batch, heads, dim, size), dtype=dtype, device=v.device)
+    # as integers, 8-bit floats are only moved
+    moved = scale is None and v.element_size() == 1
+    size = 64
+    _pack[(triton.cdiv(start % 16 + tokens, size), heads, batch)](
+        v.view(torch.uint8) if moved else v, out.view(torch.uint8) if moved else out, scale,
+        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), heads, tokens, start,
+        D=dim, TOKENS=size, SCALED=scale is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+    block, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, D)
+    inside = (token < tokens)[:, None] & (columns < D)[None, :]
+    source = x + batch * batch_x + head * head_x + token.to(tl.int64)[:, None] * token_x + columns[None, :]
+    total = tl.sum(tl.load(source, mask=inside, other=0.0).to(tl.float32), 0)
+    size = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
+    tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, total / size)
+
+
+def pool(x: Tensor, block: int = BLOCK) -> Tensor:
+    """See `engine.ops.attention.pool`."""
+    batch, tokens, heads, dim = x.shape
+    blocks = triton.cdiv(tokens, block)
+    out = torch.empty((batch, blocks, heads, dim), dtype=torch.float32, device=x.device)
+    _pool[(blocks, heads, batch)](
+        x, out, x.stride(0), x.stride(1), x.stride(2), tokens, heads, D=dim, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _choose(
+    pooled_q, pooled_k, always, out, heads, nq, nk, chosen,
+    D: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
+):  # fmt: skip
+    """ROWS query blocks of one head. The last score that is kept is found bit by bit, by counting."""
+    head, batch = tl.program_id(1), tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.arange(0, NK)
+    score = tl.zeros([ROWS, NK], tl.float32)
+    for start in tl.static_range(0, D, DK):
+        d = start + tl.arange(0, DK)
+        at_q = ((batch * nq + row) * heads + head)[:, None] * D + d[None, :]
+        at_k = ((batch * nk + block) * heads + head)[None, :] * D + d[:, None]
+        q = tl.load(pooled_q + at_q, mask=(row < nq)[:, None], other=0.0)
+        k = tl.load(pooled_k + at_k, mask=(block < nk)[None, :], other=0.0)
+        score = tl.dot(q, k, score, input_precision="ieee")
+    # an int32 of the same order as the float
+    bits = score.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    forced = tl.load(always + block, mask=block < nk, other=0) != 0
+    key = tl.where(forced[None, :], 2147483647, key)
+    key = tl.where((block < nk)[None, :], key, -2147483648)
+    last = tl.where(tl.sum((key >= 0).to(tl.int32), 1) >= chosen, 0, -2147483648)
+    for i in range(31):
+        trial = last + (1 << (30 - i))
+        last = tl.where(tl.sum((key >= trial[:, None]).to(tl.int32), 1) >= chosen, trial, last)
+    above = key > last[:, None]
+    level = key == last[:, None]
+    room = chosen - tl.sum(above.to(tl.int32), 1)
+    taken = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None]))
+    place = chosen - tl.cumsum(taken.to(tl.int32), 1)
+    target = out + ((batch * heads + head) * nq + row)[:, None] * chosen + place
+    tl.store(target, tl.broadcast_to(block[None, :], [ROWS, NK]), mask=taken & (row < nq)[:, None])
+
+
+def choose_blocks(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, keep: int, dense: int) -> Tensor:
+    """See `engine.ops.attention.choose_blocks`. At most 1024 key blocks."""
+    batch, nq, heads, dim = pooled_q.shape
+    nk = pooled_k.shape[1]
+    if dense + keep > nk:
+        raise ValueError(f"{dense} + {keep} blocks are asked for, of {nk}")
+    out = torch.empty((batch, heads, nq, dense + keep), dtype=torch.int32, device=pooled_q.device)
+    rows = 16
+    _choose[(triton.cdiv(nq, rows), heads, batch)](
+        pooled_q, pooled_k, always, out, heads, nq, nk, dense + keep,
+        D=dim, ROWS=rows, NK=max(16, triton.next_power_of_2(nk)), DK=min(dim, 32), num_warps=8,
+    )  # fmt: skip
+    return out

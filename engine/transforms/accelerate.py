@@ -1,0 +1,152 @@
+"""From a loaded model to one that serves fast: every transform, in the one order that is legal."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from engine.config import Preset
+from engine.models.dit import CausalWan
+from engine.ops.linear import Format
+from engine.stream.decoding import Decoder
+from engine.stream.fused_cache import FusedCache
+from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.rollout import Transformer
+from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
+from engine.transforms.fused import FusedWan
+from engine.transforms.low_bit import Policy
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is done for speed. `Speed()` is the model as it is written."""
+
+    fused: bool = False
+    """The passes between matrix products fused, on a GPU by kernels; everything below needs it."""
+    low_bit: Format | None = None
+    """Projections of the blocks in 8 bits."""
+    float8_attention: bool = False
+    """Keys, values and queries in float8."""
+    keep: float = 1.0
+    """Share of the past that each block of queries looks at; below 1, models should have been trained for it."""
+    graphs: bool = False
+    """Forwards and decoding as CUDA graphs, the decoder compiled."""
+    context_pass: bool = True
+    """Without it, what the last denoising step wrote is what later chunks see."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
+        needs = {
+            "low_bit": self.low_bit is not None,
+            "float8_attention": self.float8_attention,
+            "keep": self.keep < 1,
+            "graphs": self.graphs,
+        }
+        if not self.fused and (asked := [name for name, used in needs.items() if used]):
+            raise ValueError(f"{', '.join(asked)} can only be used together with the fused model")
+
+
+def fastest_exact(device: torch.device) -> Speed:
+    """What costs no exactness beyond rounding, for this device."""
+    gpu = device.type == "cuda"
+    return Speed(fused=gpu, graphs=gpu)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    group = parser.add_argument_group(
+        "speed", "What costs no exactness is done by itself on a GPU: kernels and graphs. The rest is asked for."
+    )
+    group.add_argument("--plain", action="store_true", help="the model as it is written")
+    group.add_argument("--low-bit", choices=get_args(Format), help="the transformer's projections in 8 bits")
+    group.add_argument("--float8-attention", action="store_true", help="keys, values and queries in float8")
+    group.add_argument(
+        "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
+    )
+    group.add_argument("--no-context-pass", action="store_true", help="keep what the last denoising step wrote instead")
+
+
+def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
+    """Raises ValueError where the options contradict each other or the device."""
+    exact = Speed() if options.plain else fastest_exact(device)
+    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1
+    return Speed(
+        fused=exact.fused or (coarse and not options.plain),
+        low_bit=options.low_bit,
+        float8_attention=options.float8_attention,
+        keep=options.keep,
+        graphs=exact.graphs,
+        context_pass=not options.no_context_pass,
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a pipeline runs."""
+
+    wan: CausalWan
+    """The model as it is written, which holds the weights."""
+    dit: Transformer
+    """What is called in its place."""
+    decoder: Decoder
+    new_cache: Callable[[], KVCache]
+    """Makes a cache for `dit`."""
+    context_pass: bool = True
+
+
+def accelerate(
+    wan: CausalWan,
+    decoder: Decoder,
+    preset: Preset,
+    speed: Speed,
+    *,
+    kv_precision: Precision = "exact",
+    keep_on_host: bool = False,
+    batch: int = 1,
+) -> Served:
+    """Apply `speed`. The model's weights may move: see `FusedWan`.
+
+    Raises:
+        ValueError: CUDA graphs without a GPU, or two ways of keeping the cache at once.
+    """
+    weight = wan.patch_embedding.weight
+    device, dtype, config = weight.device, weight.dtype, preset.dit
+    if not speed.fused:
+
+        def new_cache() -> KVCache:
+            return KVCache(
+                preset.cache(),
+                layers=config.num_layers,
+                heads=config.num_heads,
+                head_dim=config.head_dim,
+                batch=batch,
+                device=device,
+                dtype=dtype,
+                precision=kv_precision,
+            )
+
+        return Served(wan, wan, decoder, new_cache, speed.context_pass)
+    if kv_precision != "exact":
+        raise ValueError(f"a KV cache in {kv_precision} needs the unfused model: use float8_attention instead")
+    if speed.graphs and device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a GPU, and the model is on the {device.type.upper()}")
+
+    def new_fused_cache() -> KVCache:
+        return FusedCache(
+            preset.cache(),
+            config,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            float8=speed.float8_attention,
+            keep=speed.keep,
+        )
+
+    fused = FusedWan(wan, Policy(speed.low_bit), keep_on_host=keep_on_host)
+    if not speed.graphs:
+        return Served(wan, fused, decoder, new_fused_cache, speed.context_pass)
+    decoder.network.compile(dynamic=False)
+    return Served(wan, GraphedWan(fused), GraphedDecoder(decoder), new_fused_cache, speed.context_pass)

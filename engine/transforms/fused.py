@@ -1,0 +1,125 @@
+"""The transformer as it serves on a GPU: the sums of `CausalWan`, in as few passes over memory as they take.
+
+Between two matrix products stands one kernel (`engine.ops.fused`): residual sum, norm and modulation; norm, rotation
+and the write into the cache; activation. The kernel that makes a product's input also quantises it, where the
+projection is in 8 bits. The model's own modules hold the weights; this is another way through them, which a test holds
+to theirs.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
+from engine.ops.attention import attention
+from engine.ops.fused import add_norm, gelu, rms_norm
+from engine.stream.fused_cache import FusedCache
+from engine.transforms.low_bit import Policy, Projection
+
+
+class FusedBlock:
+    """The projections of one block, joined and perhaps in 8 bits, and the small parameters beside them."""
+
+    def __init__(self, block: Block, index: int, policy: Policy) -> None:
+        own, cross = block.self_attn, block.cross_attn
+        up, down = cast(nn.Linear, block.ffn[0]), cast(nn.Linear, block.ffn[2])
+        self.qkv = Projection([own.q, own.k, own.v], policy.of(index, "qkv"))
+        self.o = Projection([own.o], policy.of(index, "o"))
+        self.cross_q = Projection([cross.q], policy.of(index, "cross_q"))
+        self.cross_o = Projection([cross.o], policy.of(index, "cross_o"))
+        self.up = Projection([up], policy.of(index, "up"))
+        self.down = Projection([down], policy.of(index, "down"))
+        self.norm_q, self.norm_k = own.norm_q.weight, own.norm_k.weight
+        self.cross_norm = cross.norm_q.weight
+        self.text_norm = block.norm3
+        self.heads = own.heads
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Projection)}
+
+
+class FusedWan(nn.Module):
+    """Called as `CausalWan` is, with a `FusedCache`; inference only."""
+
+    modulation: Tensor
+
+    def __init__(self, wan: CausalWan, policy: Policy | None = None, *, keep_on_host: bool = False) -> None:
+        """`keep_on_host`: hold the exact weights of what is in 8 bits in host memory, so that LoRAs can change them."""
+        super().__init__()
+        policy = policy or Policy()
+        self.wan = wan
+        self.config = wan.config
+        blocks = [cast(Block, block) for block in wan.blocks]
+        self.blocks = [FusedBlock(block, index, policy) for index, block in enumerate(blocks)]
+        for fused in self.blocks:
+            for projection in fused.projections.values():
+                projection.release(keep_on_host=keep_on_host)
+        self.register_buffer("modulation", self._modulation(), persistent=False)
+
+    def _modulation(self) -> Tensor:
+        """Every block's own part of shift, scale and gate, twice, and the one of "1 + scale": [blocks, 1, 6, dim]."""
+        one = torch.tensor([0.0, 1, 0, 0, 1, 0], device=self.wan.head.modulation.device)[:, None]
+        blocks = [cast(Block, block).modulation.detach() for block in self.wan.blocks]
+        return torch.stack([block.float() + one for block in blocks])
+
+    @property
+    def patch_embedding(self) -> nn.Conv3d:
+        return self.wan.patch_embedding
+
+    def encode_text(self, text: Tensor) -> TextContext:
+        return self.wan.encode_text(text)
+
+    def refresh(self) -> None:
+        """The model's weights have changed: take over what is held apart from them."""
+        self.modulation.copy_(self._modulation())
+        for block in self.blocks:
+            for projection in block.projections.values():
+                projection.refresh()
+
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Tensor:
+        """As `CausalWan.forward`."""
+        wan, eps = self.wan, self.config.eps
+        patches = wan.patch_embedding(x)
+        grid, batch = patches.shape[2:], len(x)
+        residual = patches.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
+        e = wan.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
+        runs = len(text.pooled) // batch
+        e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
+        e6 = wan.time_projection(e).unflatten(-1, (6, -1)).flatten(0, 1).float()
+        modulation = self.modulation + e6
+        y: Tensor | None = None
+        bias: Tensor | None = None
+        gate: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(1)
+            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.format)
+            qkv = block.qkv(h).unflatten(0, (batch, -1))
+            own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
+            y = block.o(own.flatten(0, 1).flatten(1))
+            residual, h = add_norm(
+                residual,
+                block.text_norm.weight[None],
+                block.text_norm.bias[None],
+                eps,
+                y=y,
+                bias=block.o.bias,
+                gate=gate1,
+                into=block.cross_q.format,
+            )
+            q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
+            text_k, text_v = text.layers[layer]
+            seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
+            y = block.cross_o(seen.reshape(len(residual), -1))
+            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.format)
+            if block.up.format is None and block.down.format is None:
+                assert isinstance(h, Tensor)
+                y = block.down(block.up.gelu(h))
+            else:
+                y = block.down(gelu(block.up(h), block.up.bias, block.down.format))
+            bias, gate = block.down.bias, gate2
+        shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
+        _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)
+        assert isinstance(h, Tensor)
+        return wan.unpatchify(wan.head.head(h).unflatten(0, (batch, -1)), *grid)

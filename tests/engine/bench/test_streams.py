@@ -1,0 +1,73 @@
+"""The playback simulation on an invented clock."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from engine.assemble import best_dtype
+from engine.bench import streams
+from engine.config import Preset
+from engine.pipeline import Pipeline
+from engine.transforms.accelerate import Speed
+
+
+class Engine:
+    """A pipeline whose chunks of a second of pictures take `cost` seconds of its own clock."""
+
+    def __init__(self, cost: float) -> None:
+        self.cost, self.now = cost, 100.0
+        self.preset = SimpleNamespace(chunk_frames=10, fps=10)
+        self.closed = 0
+
+    def open(self, prompt: str, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(chunk=0)
+
+    def next_chunk(self, state: SimpleNamespace) -> SimpleNamespace:
+        self.now += self.cost
+        state.chunk += 1
+        return SimpleNamespace(frames=range(10))
+
+    def commit(self, state: SimpleNamespace) -> None:
+        pass
+
+    def close(self, state: SimpleNamespace) -> None:
+        self.closed += 1
+
+    def rest(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds + 1e-9
+
+
+def played(cost: float, count: int) -> list[streams.Played]:
+    engine = Engine(cost)
+    out = streams.play(cast(Pipeline, engine), count, 60, lambda: engine.now, engine.rest)
+    assert engine.closed == count
+    return out
+
+
+@pytest.mark.parametrize(("cost", "count"), [(0.5, 1), (0.24, 4), (0.9, 1)])
+def test_no_chunk_is_late_where_there_is_time(cost: float, count: int) -> None:
+    for shown in played(cost, count):
+        assert len(shown.arrivals) > 55
+        assert min(shown.arrivals) >= 0
+        assert max(shown.arrivals) <= 1.0 + 1e-6, "nobody is more than a chunk ahead"
+
+
+@pytest.mark.parametrize(("cost", "count"), [(1.1, 1), (0.3, 4)])
+def test_chunks_are_late_where_there_is_not(cost: float, count: int) -> None:
+    for shown in played(cost, count):
+        assert sum(slack < 0 for slack in shown.arrivals) > 40
+
+
+def test_runs_a_real_pipeline(toy: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    pipeline = streams.build(toy, Speed(fused=True), device, best_dtype(device))
+    chunks: list[int] = []
+    ahead: Callable[[Any], Any] = pipeline.next_chunk
+    monkeypatch.setattr(pipeline, "next_chunk", lambda state: chunks.append(state.seed) or ahead(state))
+    ticks = iter(range(10**6))
+    streams.play(pipeline, 2, 40, lambda: next(ticks) / 10, lambda _: None)
+    assert set(chunks) == {0, 1}

@@ -1,0 +1,219 @@
+"""The kernels against their references: in Triton's interpreter on a CPU, compiled where there is a GPU.
+
+The interpreter is right about indices and float16 or float32 arithmetic; it rounds 8-bit floats in its own way.
+"""
+
+import os
+
+import pytest
+import torch
+
+from engine.ops import attention as reference
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # read when triton defines its own functions, so before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton")
+if not GPU and isinstance(triton.language.sum, triton.JITFunction):
+    pytest.skip("triton was imported before it could be told to interpret", allow_module_level=True)
+
+from engine.ops.triton import attention as kernels  # noqa: E402
+from engine.ops.triton.attention import Config  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+FP8 = torch.float8_e4m3fn
+# in the interpreter 8-bit probabilities are cut off, not rounded
+EIGHT_BITS = 4e-2 if GPU else 0.1
+
+
+def relative(out, exact):
+    return float((out.float() - exact.float()).norm() / exact.float().norm())
+
+
+def inputs(batch, queries, keys, heads, dim, dtype=torch.float16):
+    """Keys and values as views into a ring with room to spare."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, queries, heads, dim, generator=generator)
+    ring = torch.randn(2, batch, keys + 40, heads, dim, generator=generator)
+    q, ring = q.to(DEVICE, dtype), ring.to(DEVICE, dtype)
+    return q, ring[0][:, :keys], ring[1][:, :keys]
+
+
+def quantised(x, scale):
+    return (x.float() / scale).to(FP8)
+
+
+def eight_bits(q, k, v):
+    q_scale = (q.float().abs().amax(-1) / 448).contiguous()
+    k_scale, v_scale = ((x.float().abs().amax((1, 3)) / 448).contiguous() for x in (k, v))
+    k8, v8 = (quantised(x, s[:, None, :, None]) for x, s in ((k, k_scale), (v, v_scale)))
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    return quantised(q, q_scale[..., None]), k8, v8, scales
+
+
+def test_plan_covers_every_step_once():
+    for tiles, steps, programs in [(444, 147, 132), (5, 7, 3), (3, 2, 8), (6, 4, 3), (1, 1, 1), (40, 3, 132)]:
+        work, shared = kernels.plan(tiles, steps, min(programs, tiles * steps))
+        seen = sorted((t, s) for segments in work for t, a, b, _ in segments for s in range(a, b))
+        assert seen == [(t, s) for t in range(tiles) for s in range(steps)]
+        slots = sorted(slot for segments in work for *_, slot in segments if slot >= 0)
+        assert slots == list(range(len(slots)))
+        assert sum(end - first for _, first, end in shared) == len(slots)
+        assert len(slots) <= len(shared) + len(work)
+        for tile, first, end in shared:
+            mine = [slot for segments in work for t, *_, slot in segments if t == tile and slot >= 0]
+            assert sorted(mine) == list(range(first, end))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_dense(dim, persistent):
+    q, k, v = inputs(2, 72, 104, 2, dim)
+    config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
+    assert relative(kernels.dense(q, k, v, config=config), reference.dense(q, k, v)) < 2e-3
+
+
+def test_packed_values_come_back():
+    _, _, v = inputs(2, 16, 56, 2, 64)
+    packed = kernels.pack_values(v)
+    assert torch.equal(packed, reference.pack_values(v))
+    assert torch.equal(reference.unpack_values(packed, 56), v)
+    # a ring is written chunk by chunk, and a chunk need not be a multiple of 16
+    ring = torch.zeros_like(packed)
+    kernels.pack_values(v[:, :24], ring)
+    kernels.pack_values(v[:, 24:], ring, start=24)
+    assert torch.equal(ring, packed)
+    kernels.pack_values(2 * v[:, 8:40], ring, start=8)
+    assert torch.equal(ring, reference.pack_values(2 * v[:, 8:40], packed.clone(), start=8))
+
+
+@pytest.mark.parametrize("start", [0, 8])
+def test_values_are_packed_and_quantised_at_once(start):
+    _, _, v = inputs(2, 16, 200, 2, 64, torch.float32)
+    scale = (v.abs().amax((1, 3)) / 448).contiguous()
+    packed, right = (f(v, None, start, scale) for f in (kernels.pack_values, reference.pack_values))
+    assert packed.dtype == FP8 and packed.shape == right.shape
+    assert relative(packed, right) < (1e-6 if GPU else 0.1)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_dense_in_8_bits(persistent):
+    q, k, v = inputs(2, 40, 72, 2, 64, torch.float32)
+    q8, k8, v8, scales = eight_bits(q, k, v)
+    config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
+    out = kernels.dense(q8, k8, v8, **scales, out_dtype=torch.float32, config=config)
+    exact = reference.dense(q8, k8, v8, **scales, out_dtype=torch.float32)
+    assert relative(out, exact) < EIGHT_BITS
+    packed = kernels.dense(
+        q8, k8, kernels.pack_values(v8), packed=True, **scales, out_dtype=torch.float32, config=config
+    )
+    assert torch.equal(packed, out)
+    assert relative(out, reference.dense(q, k, v)) < 2 * EIGHT_BITS
+
+
+@pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
+def test_all_blocks_are_dense(block_n, persistent):
+    q, k, v = inputs(2, 136, 328, 1, 64)
+    index = torch.arange(2, -1, -1, dtype=torch.int32, device=DEVICE).expand(2, 1, 2, 3).contiguous()
+    config = Config(block_n=block_n, persistent=persistent)
+    out = kernels.block_sparse(q, k, v, index, config=config)
+    assert relative(out, reference.dense(q, k, v)) < 2e-3
+    assert torch.equal(reference.block_sparse(q, k, v, index), reference.dense(q, k, v))
+
+
+@pytest.mark.parametrize("eight", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_block_sparse(eight, counted):
+    q, k, v = inputs(1, 200, 600, 2, 64, torch.float32 if eight else torch.float16)
+    q8, k8, v8, scales = eight_bits(q, k, v)
+    if eight:
+        q, k, v = q8, k8, v8
+    scales = scales if eight else {}
+    generator = torch.Generator().manual_seed(1)
+    index = torch.rand(1, 2, 2, 5, generator=generator).argsort(-1)[..., :3].sort(-1, descending=True).values
+    index = index.int().contiguous().to(DEVICE)
+    count = torch.tensor([[[3, 0], [1, 2]]], dtype=torch.int32, device=DEVICE) if counted else None
+    for config in (Config(), Config(persistent=True, block_n=64)):
+        out = kernels.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32, config=config)
+        exact = reference.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32)
+        assert relative(out, exact) < (EIGHT_BITS if eight else 2e-3)
+        if counted:
+            assert not out[:, 128:, 0].any()
+
+
+def hopper():
+    return GPU and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="for Hopper")
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("eight", [False, True])
+def test_specialized(eight, dim, persistent, turns):
+    """Odd lengths, two in a batch, views into a ring, short and empty lists, on the kernel with its own warps."""
+    config = Config(specialized=True, persistent=persistent, turns=turns, stages=2)
+    for queries, keys, heads in [(136, 328, 1), (4680, 9360, 3)]:
+        q, k, v = inputs(2, queries, keys, heads, dim, torch.float32 if eight else torch.bfloat16)
+        scales = {}
+        if eight:
+            q, k, v, scales = eight_bits(q, k, v)
+        limit = EIGHT_BITS if eight else 1e-2
+        out = kernels.dense(q, k, v, **scales, config=config)
+        assert relative(out, reference.dense(q, k, v, **scales)) < limit
+        assert torch.equal(out, kernels.dense(q, k, v, **scales, config=config))
+        blocks, tiles = (keys + 127) // 128, (queries + 127) // 128
+        index = torch.rand(2, heads, tiles, blocks, device=DEVICE).topk(2, -1).indices
+        index = index.sort(-1, descending=True).values.int().contiguous()
+        count = torch.randint(0, 3, index.shape[:3], dtype=torch.int32, device=DEVICE)
+        for counted in (None, count):
+            out = kernels.block_sparse(q, k, v, index, count=counted, **scales, config=config)
+            assert relative(out, reference.block_sparse(q, k, v, index, count=counted, **scales)) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="for Hopper")
+def test_in_a_graph():
+    """Every function can be captured once it has run; new inputs give new outputs."""
+    q, k, v = inputs(1, 4680, 9360, 2, 128, torch.bfloat16)
+    always = torch.zeros(74, dtype=torch.bool, device=DEVICE)
+    always[36:] = True
+
+    def attend():
+        index = kernels.choose_blocks(kernels.pool(q), kernels.pool(k), always, 7, 38)
+        scale = torch.full((1, 2), 0.01, device=DEVICE)
+        packed = kernels.pack_values(v, None, 0, scale)
+        eight = kernels.block_sparse(q.to(FP8), k.to(FP8), packed, index, v_scale=scale, packed=True)
+        return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = attend()
+    q.normal_()
+    graph.replay()
+    for out, right in zip(outs, attend(), strict=True):
+        assert torch.equal(out, right)
+
+
+def test_pool():
+    x, *_ = inputs(2, 300, 16, 2, 64)
+    view = x[:, 8:]
+    torch.testing.assert_close(kernels.pool(view), reference.pool(view), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_choose_blocks(keep):
+    generator = torch.Generator().manual_seed(2)
+    # integers, so that sums are exact in any order and equal scores occur
+    pooled_q, pooled_k = (torch.randint(-2, 3, (2, n, 2, 64), generator=generator).float() for n in (5, 23))
+    always = torch.zeros(23, dtype=torch.bool)
+    always[[0, 20, 21, 22]] = True
+    pooled_q, pooled_k, always = (x.to(DEVICE) for x in (pooled_q, pooled_k, always))
+    out = kernels.choose_blocks(pooled_q, pooled_k, always, keep, 4)
+    assert torch.equal(out, reference.choose_blocks(pooled_q, pooled_k, always, keep, 4))
+    for listed in out.flatten(0, 2).tolist():
+        assert {0, 20, 21, 22} <= set(listed) and len(set(listed)) == 4 + keep

@@ -1,0 +1,176 @@
+"""The kernels between matrix products against their plain forms, on the GPU where there is one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.ops import fused
+from engine.ops.fused import Activation, Scales
+from engine.ops.linear import Format, Rows8, fp8_rows_supported, linear8, quantise
+from engine.ops.rope import rope_angles
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+# the interpreter knows no bfloat16 and rounds to float8 in another way
+FORMATS: list[Format | None] = [None, "int8", *(["fp8"] if ON_GPU else [])]
+
+
+def kernels() -> Any:
+    from engine.ops.triton import fused as module
+
+    return module
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE)
+
+
+def plain(name: str, *args: Any, **kwargs: Any) -> Any:
+    """The twin on the CPU, whatever the arguments are on."""
+
+    def home(x: Any) -> Any:
+        if isinstance(x, Scales):
+            return Scales(x.key_mean.cpu(), x.key.cpu(), x.value.cpu())
+        return x.cpu() if isinstance(x, Tensor) else x
+
+    return getattr(fused, name)(*map(home, args), **{key: home(value) for key, value in kwargs.items()})
+
+
+def same(found: Activation, expected: Activation) -> None:
+    if isinstance(expected, Rows8):
+        assert isinstance(found, Rows8)
+        torch.testing.assert_close(found.scale.cpu(), expected.scale, rtol=1e-5, atol=1e-9)
+        apart = (found.data.cpu().float() - expected.data.float()).abs()
+        assert apart.max() <= (1.0 if expected.format == "int8" else 32.0)  # neighbouring values
+        assert (apart > 0).float().mean() < 0.01
+    else:
+        assert isinstance(found, Tensor)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("into", FORMATS)
+@pytest.mark.parametrize("width", [96, 128])
+@pytest.mark.parametrize("added", ["nothing", "y", "bias", "gate", "both"])
+def test_add_norm(added: str, width: int, into: Format | None) -> None:
+    x, y, bias = random(12, width), random(12, width, seed=1), random(width, seed=2)
+    modulation = random(3, 6, width, seed=3)
+    shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 2]  # strided, as the model's are
+    options: dict[str, Any] = {
+        "y": None if added == "nothing" else y,
+        "bias": bias if added in ("bias", "both") else None,
+        "gate": gate if added in ("gate", "both") else None,
+        "into": into,
+    }
+    total, out = kernels().add_norm(x, scale, shift, 1e-6, **options)
+    expected_total, expected = plain("add_norm", x, scale, shift, 1e-6, **options)
+    torch.testing.assert_close(total.cpu(), expected_total)
+    same(out, expected)
+
+
+def test_add_norm_with_one_affine_for_all_rows() -> None:
+    x, weight, bias = random(7, 96), random(1, 96, seed=1), random(1, 96, seed=2)
+    found = kernels().add_norm(x, weight, bias, 1e-6, y=None, bias=None, gate=None, into=None)
+    same(found[1], plain("add_norm", x, weight, bias, 1e-6)[1])
+
+
+@pytest.mark.parametrize("into", FORMATS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gelu(into: Format | None, with_bias: bool) -> None:
+    x, bias = 3 * random(5, 200), random(200, seed=1) if with_bias else None
+    same(kernels().gelu(x, bias, into), plain("gelu", x, bias, into))
+
+
+@pytest.mark.parametrize("into", [f for f in FORMATS if f])
+def test_to_rows8(into: Format) -> None:
+    x = random(6, 100)
+    x[2] = 0
+    same(kernels().to_rows8(x, into), plain("to_rows8", x, into))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rms_norm(with_bias: bool) -> None:
+    x, weight, bias = random(5, 192), random(192, seed=1), random(192, seed=2) if with_bias else None
+    same(kernels().rms_norm(x, bias, weight, 1e-6), plain("rms_norm", x, bias, weight, 1e-6))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("count", "size"), [(3, 64), (2, 128)])
+def test_heads_go_to_their_slot(count: int, size: int, raw: bool) -> None:
+    """Written into a span of a longer ring, whose neighbours stay untouched."""
+    batch, tokens, width = 2, 24, count * size
+    qkv, bias = random(batch, tokens, 3 * width), random(3 * width, seed=1)
+    norms = random(width, seed=2), random(width, seed=3)
+    angles = rope_angles(torch.arange(2) + 5, 3, 4, size).to(DEVICE)
+
+    def run(function: Any, device: torch.device) -> list[Tensor]:
+        rings = [torch.full((batch, 3 * tokens, count, size), 7.0, device=device) for _ in range(3)]
+        keys, values, untouched = (ring[:, tokens : 2 * tokens] for ring in rings)
+        inputs = [x.to(device) for x in (qkv, bias, *norms)]
+        q, scale = function(
+            *inputs, 1e-6, angles.to(device), keys, values, raw_keys=untouched if raw else None, scales=None
+        )
+        assert scale is None
+        return [x.cpu() for x in (q, *rings)]
+
+    found, expected = run(kernels().heads, DEVICE), run(fused.heads, torch.device("cpu"))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+    assert (found[3][:, tokens : 2 * tokens] != 7).any() == raw
+    assert (found[1][:, :tokens] == 7).all() and (found[1][:, 2 * tokens :] == 7).all()
+
+
+def test_scales_have_room_for_later_chunks() -> None:
+    """Keys and values ten times those that set the scales are rounded as well as these."""
+    keys, values = random(2, 24, 3, 64) + 3, random(2, 24, 3, 64, seed=1)
+    scales = Scales(*(torch.zeros(2, 3, *more, device=DEVICE) for more in ((64,), (), ())))
+    scales.calibrate(keys, values)
+    for larger in (1, 10):
+        out = torch.empty(keys.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+        centred = larger * (keys - scales.key_mean[:, None])
+        fused.store(centred + scales.key_mean[:, None], out, scales.key, scales.key_mean)
+        assert (out.float() * scales.key[:, None, :, None] - centred).norm() / centred.norm() < 0.04
+        fused.store(larger * values, out, scales.value)
+        assert (out.float() * scales.value[:, None, :, None] - larger * values).norm() / (larger * values).norm() < 0.04
+
+
+@pytest.mark.gpu
+def test_heads_in_float8() -> None:
+    batch, tokens, count, size = 2, 24, 3, 128
+    width = count * size
+    qkv, bias = random(batch, tokens, 3 * width).bfloat16(), random(3 * width, seed=1).bfloat16()
+    norms = random(width, seed=2), random(width, seed=3)
+    angles = rope_angles(torch.arange(2) + 5, 3, 4, size).to(DEVICE)
+    scales = Scales(
+        random(batch, count, size, seed=4),
+        random(batch, count, seed=5).abs() + 0.01,
+        random(batch, count, seed=6).abs() + 0.01,
+    )
+    shape = batch, tokens, count, size
+    found = [torch.empty(shape, dtype=torch.float8_e4m3fn, device=DEVICE) for _ in range(2)]
+    expected = [torch.empty(shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    q, q_scale = kernels().heads(qkv, bias, *norms, 1e-6, angles, *found, raw_keys=None, scales=scales)
+    q2, q2_scale = fused.heads(
+        qkv.cpu(), bias.cpu(), *(x.cpu() for x in norms), 1e-6, angles.cpu(), *expected,
+        scales=Scales(scales.key_mean.cpu(), scales.key.cpu(), scales.value.cpu()),
+    )  # fmt: skip
+    torch.testing.assert_close(q_scale.cpu(), q2_scale, rtol=1e-4, atol=1e-7)
+    for f, e in zip((q, *found), (q2, *expected), strict=True):
+        assert (f.cpu().float() - e.float()).norm() / e.float().norm() < 5e-3
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_linear8_is_the_product_of_the_restored_rows(form: Format) -> None:
+    x, weight, bias = random(32, 64), random(48, 64, seed=1), random(48, seed=2)
+    rows, columns = quantise(x, form), quantise(weight, form)
+    expected = rows.restore() @ columns.restore().t() + bias
+    found = linear8(rows, columns, bias, torch.bfloat16 if ON_GPU else torch.float32)
+    assert (found.float() - expected).norm() / expected.norm() < (1e-2 if ON_GPU else 1e-5)
+    exact = x @ weight.t() + bias
+    assert (found.float() - exact).norm() / exact.norm() < {"fp8": 0.05, "int8": 0.02}[form]
+
+
+@pytest.mark.gpu
+def test_this_gpu_has_float8() -> None:
+    assert fp8_rows_supported(DEVICE) == (torch.cuda.get_device_capability() >= (8, 9))

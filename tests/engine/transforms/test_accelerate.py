@@ -1,0 +1,120 @@
+"""Whole pipelines under every legal set of transforms that a CPU can run, against the model as it is written."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.assemble import warm
+from engine.config import Preset
+from engine.ops.linear import Format
+from engine.pipeline import Pipeline
+from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+
+Build = Callable[..., Pipeline]
+
+
+def frames(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
+    state = pipeline.open("a blue cube", seed=3)
+    out = []
+    for index in range(chunks):
+        if index == 2:
+            pipeline.steer(state, "a red ball", "recache")
+        out.append(pipeline.next_chunk(state).frames)
+        pipeline.commit(state)
+    return torch.cat(out).float()
+
+
+@pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
+@pytest.mark.parametrize("float8_attention", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("context_pass", [True, False])
+def test_every_legal_set(
+    build: Build, toy: Preset, low_bit: Format | None, float8_attention: bool, keep: float, context_pass: bool
+) -> None:
+    """The toy's untrained frames are noise around grey, so only their distance is looked at."""
+    speed = Speed(True, low_bit, float8_attention, keep, context_pass=context_pass)
+    expected = frames(build(toy, speed=Speed(context_pass=context_pass)))
+    found = frames(build(toy, speed=speed))
+    assert found.shape == expected.shape
+    limit = 0.01 if low_bit is None and not float8_attention and keep == 1 else 2.0
+    assert (found - expected).abs().mean() < limit
+
+
+def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -> None:
+    with_pass, without = (frames(build(toy, speed=Speed(context_pass=used))) for used in (True, False))
+    first = toy.first_chunk_frames
+    assert torch.equal(with_pass[:first], without[:first])
+    assert not torch.equal(with_pass[first:], without[first:])
+
+
+@pytest.mark.parametrize("options", [{"low_bit": "fp8"}, {"float8_attention": True}, {"keep": 0.5}, {"graphs": True}])
+def test_what_needs_the_fused_model_says_so(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} can only be used together with the fused model"):
+        Speed(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
+def test_keep_is_a_share(keep: float) -> None:
+    with pytest.raises(ValueError, match="keep must be above 0 and at most 1"):
+        Speed(fused=True, keep=keep)
+
+
+def test_impossible_combinations(build: Build, toy: Preset) -> None:
+    pipeline = build(toy)
+    wan, decoder = pipeline.served.wan, pipeline.decoder
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        accelerate(wan, decoder, toy, Speed(fused=True, graphs=True))
+    with pytest.raises(ValueError, match="needs the unfused model"):
+        accelerate(wan, decoder, toy, Speed(fused=True), kv_precision="int8")
+
+
+def test_a_cpu_serves_without_graphs() -> None:
+    assert not fastest_exact(torch.device("cpu")).graphs
+    assert fastest_exact(torch.device("cuda")) == Speed(fused=True, graphs=True)
+
+
+def test_a_closed_streams_cache_serves_the_next(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True))
+    first = pipeline.open("a blue cube", seed=3)
+    reference = pipeline.next_chunk(first).frames
+    pipeline.next_chunk(first)
+    pipeline.close(first)
+    second = pipeline.open("a blue cube", seed=3)
+    assert second.cache is first.cache
+    assert torch.equal(pipeline.next_chunk(second).frames, reference)
+    assert pipeline.open("a blue cube", seed=3).cache is not first.cache
+
+
+def test_warming_up_leaves_its_cache_to_the_first_stream(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True))
+    assert warm(pipeline).chunk_seconds > 0
+    cache = pipeline.open("a blue cube", seed=3).cache
+    assert cache.written == 0
+    assert pipeline.open("a blue cube", seed=3).cache is not cache
+
+
+def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> None:
+    preset = replace(toy, steps=(1000, 750, 500, 250))
+    pipeline = build(preset)
+    calls = []
+    forward = pipeline.dit.forward  # type: ignore[attr-defined]
+
+    def counted(x: torch.Tensor, t: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(float(t[0, 0]))
+        out: torch.Tensor = forward(x, t, *rest)
+        return out
+
+    pipeline.dit.forward = counted  # type: ignore[attr-defined]
+    state = pipeline.open("a blue cube", seed=3)
+    seen = []
+    for steps in (None, 3, 2, 1, 9):
+        state.steps = steps
+        calls.clear()
+        pipeline.next_chunk(state)
+        seen.append([round(t / 1000, 3) for t in calls])
+        pipeline.commit(state)
+    all_of_them = [round(s, 3) for s in preset.sigmas]
+    a, b, c, d = all_of_them
+    assert seen == [[a, b, c, d], [a, b, c], [a, c], [a], [a, b, c, d]]
