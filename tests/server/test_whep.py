@@ -13,7 +13,9 @@ from aiortc.rtp import RTCP_PSFB_FIR, RTCP_PSFB_PLI
 from PIL import Image, ImageChops, ImageStat
 
 from server.backends.fake import FakeBackend
+from server.media.broadcast import Broadcast
 from server.media.codecs import VideoEncoder
+from server.media.packets import Frame
 
 pytestmark = pytest.mark.anyio
 
@@ -37,13 +39,29 @@ def original(gateway: Any, stream: dict[str, Any], index: int) -> Image.Image:
     return Image.frombytes("RGB", (backend.width, backend.height), rgb)
 
 
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """The playback clock's time of every frame that an encoder was shown, by the frame's index."""
+    times: dict[int, int] = {}
+    show = Broadcast.show
+
+    def noting(self: Broadcast, frame: Frame, clock: int) -> None:
+        times[frame.index] = clock
+        show(self, frame, clock)
+
+    monkeypatch.setattr(Broadcast, "show", noting)
+    return times
+
+
 def difference(one: Image.Image, other: Image.Image) -> float:
     """Mean absolute difference of all channels."""
     return sum(ImageStat.Stat(ImageChops.difference(one, other)).mean) / 3
 
 
 @pytest.mark.parametrize("codec", ["VP8", "H264"])
-async def test_pictures_come_with_the_time_of_the_stream(run_gateway: Any, rtc_viewer: Any, codec: str) -> None:
+async def test_pictures_come_with_the_time_of_the_stream(
+    run_gateway: Any, rtc_viewer: Any, clocks: dict[int, int], codec: str
+) -> None:
     async with run_gateway(FakeBackend(width=128, height=96, chunk_seconds=0.02)) as gateway:
         stream = await gateway.open()
         async with rtc_viewer(gateway, stream, codec) as viewer:
@@ -52,7 +70,10 @@ async def test_pictures_come_with_the_time_of_the_stream(run_gateway: Any, rtc_v
             assert "a=end-of-candidates" in viewer.answer
             frames = await viewer.frames(30)
             # The clock starts with the first viewer: frame 0 is the first that it gets.
-            assert [frame.pts for frame in frames] == list(range(0, 30 * 5625, 5625))
+            assert [frame.pts for frame in frames] == [clocks[index] for index in range(30)]
+            # Media time, and later only where this machine has kept the clock waiting.
+            assert clocks[0] == 0
+            assert all(clocks[index + 1] - clocks[index] >= 5625 for index in range(29))
             assert (frames[0].width, frames[0].height) == (128, 96)
             for index in (0, 15, 29):
                 assert difference(frames[index].to_image(), original(gateway, stream, index)) < 6
@@ -119,7 +140,7 @@ async def test_one_encoder_serves_every_viewer_of_a_codec(
         assert {encoder for encoder, _ in encoded[count:]} == {made[2]}
 
 
-async def test_who_joins_starts_with_a_keyframe(run_gateway: Any, rtc_viewer: Any) -> None:
+async def test_who_joins_starts_with_a_keyframe(run_gateway: Any, rtc_viewer: Any, clocks: dict[int, int]) -> None:
     async with run_gateway() as gateway:
         stream = await live(gateway)
         async with rtc_viewer(gateway, stream, "H264") as first:
@@ -131,8 +152,7 @@ async def test_who_joins_starts_with_a_keyframe(run_gateway: Any, rtc_viewer: An
             # The first viewer sees the same keyframe, and loses nothing by it.
             more = await first.frames(20)
             assert sum(frame.key_frame for frame in more) == 1
-            times = [frame.pts for frame in early + more]
-            assert times == list(range(times[0], times[0] + 40 * 5625, 5625))
+            assert [frame.pts for frame in early + more] == [clocks[index] for index in range(40)]
 
 
 @pytest.mark.parametrize("kind", [RTCP_PSFB_PLI, RTCP_PSFB_FIR])
@@ -167,7 +187,7 @@ async def test_a_picture_that_stands_still_is_sent_to_who_joins(run_gateway: Any
             assert gateway.streams.get(stream["id"]).last.index > index
 
 
-async def test_a_stall_is_time_that_passes(run_gateway: Any, rtc_viewer: Any) -> None:
+async def test_a_stall_is_time_that_passes(run_gateway: Any, rtc_viewer: Any, clocks: dict[int, int]) -> None:
     """The receiver's clock goes on: it would take every later frame for late, and wait longer for ever."""
     async with run_gateway() as gateway:
         stream = await live(gateway)
@@ -181,9 +201,8 @@ async def test_a_stall_is_time_that_passes(run_gateway: Any, rtc_viewer: Any) ->
             held, shown = round(playback.held_seconds * 90000), playback.shown
             while (frame := (await viewer.frames(1))[0]).pts < held + shown * 5625:
                 pass
-            assert playback.stalls == 1
-            assert (frame.pts - held) % 5625 == 0
-            assert frame.pts > held
+            assert frame.pts in clocks.values()
+            assert clocks[shown] >= shown * 5625 + held
 
 
 async def test_a_session_and_its_end(run_gateway: Any, rtc_viewer: Any) -> None:
