@@ -47,7 +47,7 @@ class Metrics:
         )
         self.encode_seconds = Histogram(
             "livereel_encode_seconds",
-            "Time to encode one frame, which all viewers of a codec share.",
+            "Time to encode one frame, which all viewers of a codec or picture format share.",
             ["codec"],
             buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
             registry=registry,

@@ -144,7 +144,7 @@ class Streams:
         self._lora_events = itertools.count(1)
         self._lora_changes: set[int] = set()
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="encoder")
-        self._encoder = Encoder(self._executor)
+        self._encoder = Encoder(self._executor, metrics)
         self._housekeeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.decoding = asyncio.Semaphore(1)

@@ -110,14 +110,16 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def played_and_encoded(base: str) -> tuple[int, int]:
-    """Frames that the gateway has played, and how often it has encoded one, for all viewers together."""
+def played_and_encoded(base: str, transport: str) -> tuple[int, int]:
+    """Frames that the gateway has played, and how often it has encoded one this way, for all viewers together."""
+    codec = "h264" if transport == "fmp4" else transport
     text = urllib.request.urlopen(base + "/metrics", timeout=10).read().decode()
 
     def total(name: str) -> int:
-        return sum(int(float(value)) for value in re.findall(rf"(?m)^livereel_{name}(?:{{\S*)? (\S+)", text))
+        found = re.search(rf"(?m)^livereel_{re.escape(name)} (\S+)", text)
+        return int(float(found[1])) if found else 0
 
-    return total("frames_shown_total"), total("encode_seconds_count")
+    return total("frames_shown_total"), total(f'encode_seconds_count{{codec="{codec}"}}')
 
 
 async def watch_rtc(base: str, stream: dict[str, Any], codec: str, packets: Packets) -> RTCPeerConnection:
@@ -177,13 +179,13 @@ async def measure(base: str, pid: int, transport: str, viewers: int, seconds: fl
             await asyncio.sleep(PACE_SECONDS)
         client = never_reading(base, stream) if deaf else None
         await asyncio.sleep(3)
-        played, encoded = await asyncio.to_thread(played_and_encoded, base)
+        played, encoded = await asyncio.to_thread(played_and_encoded, base, transport)
         start, before = time.monotonic(), processor_seconds(pid)
         own, size = time.process_time(), sum(got.bytes for got in received)
         await asyncio.sleep(seconds)
         end, after = time.monotonic(), processor_seconds(pid)
         own, size = time.process_time() - own, sum(got.bytes for got in received) - size
-        counts = await asyncio.to_thread(played_and_encoded, base)
+        counts = await asyncio.to_thread(played_and_encoded, base, transport)
         await asyncio.sleep(1)
         for task in readers:
             task.cancel()

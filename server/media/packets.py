@@ -8,11 +8,14 @@ MP4.
 import asyncio
 import io
 import struct
+import time
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
 from PIL import Image
+
+from server.metrics import Metrics
 
 Format = Literal["mjpeg", "rgb24"]
 NUMBERS: dict[Format, int] = {"mjpeg": 1, "rgb24": 2}
@@ -52,16 +55,23 @@ class Frame:
 class Encoder:
     """Turns frames into packets in a thread, so that the event loop never waits for a JPEG."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, metrics: Metrics) -> None:
         self._executor = executor
+        self._metrics = metrics
 
     def packet(self, frame: Frame, format: Format) -> asyncio.Future[bytes]:
         """The frame's packet, encoded on the first call and shared by every later one."""
         if (packet := frame.packets.get(format)) is None:
             loop = asyncio.get_running_loop()
-            packet = frame.packets[format] = loop.run_in_executor(self._executor, encode, frame, format)
+            packet = frame.packets[format] = loop.run_in_executor(self._executor, self._encode, frame, format)
         # Whoever stops waiting must not cancel it for the others.
         return asyncio.shield(packet)
+
+    def _encode(self, frame: Frame, format: Format) -> bytes:
+        start = time.monotonic()
+        packet = encode(frame, format)
+        self._metrics.encode_seconds.labels(format).observe(time.monotonic() - start)
+        return packet
 
 
 def encode(frame: Frame, format: Format) -> bytes:

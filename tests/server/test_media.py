@@ -48,7 +48,8 @@ async def test_a_frame_is_encoded_once_per_format(monkeypatch: pytest.MonkeyPatc
     calls = []
     monkeypatch.setattr(packets, "encode", lambda frame, format: calls.append(format) or b"packet")
     with ThreadPoolExecutor(2) as executor:
-        encoder, one = Encoder(executor), frame()
+        metrics = Metrics()
+        encoder, one = Encoder(executor, metrics), frame()
         results = await asyncio.gather(*(encoder.packet(one, format) for format in ("mjpeg", "rgb24", "mjpeg")))
         # One viewer that gives up does not take the packet from the others.
         waiting = asyncio.ensure_future(encoder.packet(one, "mjpeg"))
@@ -56,6 +57,8 @@ async def test_a_frame_is_encoded_once_per_format(monkeypatch: pytest.MonkeyPatc
         assert await encoder.packet(one, "mjpeg") == b"packet"
     assert results == [b"packet"] * 3
     assert sorted(calls) == ["mjpeg", "rgb24"]
+    text = metrics.render().decode()
+    assert 'livereel_encode_seconds_count{codec="mjpeg"} 1.0' in text
 
 
 async def test_a_viewer_gets_everything_in_order() -> None:
