@@ -32,6 +32,9 @@ async def test_names_taken_from_inside_aiortc() -> None:
         "timeout",
     ]
     assert list(inspect.signature(RTCCertificate._create_ssl_context).parameters) == ["self", "srtp_profiles"]
+    # Of the fan-out benchmark, whose viewers take packets from there.
+    assert list(inspect.signature(sender.transport._handle_rtp_data).parameters) == ["data", "arrival_time_ms"]
+    assert "self._handle_rtp_data(" in inspect.getsource(type(sender.transport)._recv_next)
     await peer.close()
 
 
