@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -210,6 +210,9 @@ class Heartbeat(Message, frozen=True):
     """Seconds since the step loop last moved: a large value with work to do means that the loop hangs."""
     streams: int
     resident_bytes: int
+    slots_used: int = 0
+    slots: int = 0
+    """Of the ring; both are 0 before `Layout`."""
 
 
 ToEngine = Open | Steer | Credit | Close | SetLoras | Layout | Release | Shutdown

@@ -2,9 +2,7 @@
 
 import asyncio
 import functools
-import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -14,26 +12,17 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server import connections, keys
+from server import connections, keys, logs
 from server.app import create_app, reload_keys
-from server.auth import MAX_HEAD_BYTES, TOKEN_PREFIX
+from server.auth import MAX_HEAD_BYTES
 from server.backends.base import Backend
 from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
-from server.keys import PREFIX
 from server.streams import Streams
 
 SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
-SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")
-
-
-class RedactingFormatter(logging.Formatter):
-    """No key and no token is ever written down, whoever logs it and at whatever level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return SECRETS.sub(r"\1[redacted]", super().format(record))
 
 
 class Server(uvicorn.Server):
@@ -146,9 +135,7 @@ def main() -> int:
     if sys.argv[1:2] == ["keys"]:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
-    log = logging.StreamHandler(sys.stderr)
-    log.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[log])
+    logs.set_up(config.log)
     return asyncio.run(serve(config))
 
 

@@ -45,17 +45,21 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     """Put the gateway together. The backend starts and stops with the application's lifespan."""
     metrics = Metrics()
     streams = Streams(config, backend, metrics)
-    sessions = whep.Sessions(config, streams)
+    sessions = whep.Sessions(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
-        watcher = asyncio.create_task(watch_keys(access, streams), name="keys")
+        watchers = [
+            asyncio.create_task(watch_keys(access, streams), name="keys"),
+            asyncio.create_task(watch_lag(metrics), name="event loop lag"),
+        ]
         try:
             yield
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             await streams.stop()
             await sessions.stop()
 
@@ -99,6 +103,19 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
     app.mount("/assets", StaticFiles(directory=http.WEB))
     return app
+
+
+LAG_SECONDS = 0.05
+"""How often the event loop is asked how late it is."""
+
+
+async def watch_lag(metrics: Metrics) -> None:
+    """Measure how late the event loop runs what is due."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
 
 
 KEYS_SECONDS = 1.0

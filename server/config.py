@@ -50,6 +50,8 @@ class Config:
     """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
     keys: Path | None = None
     """File of API keys (see `server.keys`); without one only this machine is served."""
+    log: Literal["text", "json"] = "text"
+    """How lines of the log are written: for people, or a JSON object each."""
     origins: tuple[str, ...] = ()
     """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
@@ -199,6 +201,12 @@ class Config:
             default=default("origins", ""),
             help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
         )
+        add(
+            "--log",
+            choices=("text", "json"),
+            default=default("log", cls.log),
+            help="how lines of the log are written: for people, or a JSON object each (%(default)s)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -220,6 +228,7 @@ class Config:
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
                 keys=options.keys,
+                log=options.log,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,
                 engine_start_timeout_s=options.engine_start_timeout,

@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import wire
 from server import admission, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError
+from server.errors import ApiError, request_id
+from server.logs import redact
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
 
@@ -339,44 +340,53 @@ class Envelope:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
-            request_id = f"req_{secrets.token_hex(12)}"
-        started = False
+        id = headers.get("x-request-id", "")
+        # Not even as somebody's id is a key or a token ever logged.
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id) or id != redact(id):
+            id = f"req_{secrets.token_hex(12)}"
+        request_id.set(id)
+        started, begun = False, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
+            if message["type"] == "websocket.accept":
+                MutableHeaders(scope=message)["x-request-id"] = id
+                self._log(scope, 101, begun)
+            elif message["type"] == "http.response.start":
                 started = True
                 response_headers = MutableHeaders(scope=message)
-                response_headers["x-request-id"] = request_id
+                response_headers["x-request-id"] = id
                 for name, value in (*security_headers(scope, headers), *self._access.cors(headers)):
                     response_headers.setdefault(name, value)
-                self._log(scope, message["status"], request_id)
+                self._log(scope, message["status"], begun)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except ApiError as error:
-            await error_response(error)(scope, receive, send_with_headers)
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            if started:
+        except Exception as error:
+            if isinstance(error, ApiError) and scope["type"] == "http":
+                await error_response(error)(scope, receive, send_with_headers)
+                return
+            logger.exception("request %s failed", id)
+            if started or scope["type"] == "websocket":
                 raise
-            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
             await error_response(failure)(scope, receive, send_with_headers)
 
-    def _log(self, scope: Scope, status: int, request_id: str) -> None:
+    def _log(self, scope: Scope, status: int, begun: float) -> None:
         """Who did what, where there is anybody to tell apart. Never the query, which may hold a token."""
         principal = scope.get("state", {}).get("principal")
         if self._access.keys is not None and (principal or status >= 400):
             path = scope["raw_path"].decode("ascii", "replace")[:200]
             who = principal.name if principal else "-"
-            logger.info("%s %s %s %d %s", who, scope["method"], path, status, request_id)
+            method = scope.get("method", "GET")
+            seconds = round(time.monotonic() - begun, 4)
+            extra = {"principal": who, "method": method, "path": path, "status": status, "seconds": seconds}
+            logger.info("%s %s %s %d", who, method, path, status, extra=extra)
 
 
 class Bodies:

@@ -133,6 +133,10 @@ class Playback:
         ongoing = now - self._stalled_since if self._stalled_since is not None else 0.0
         return self._stalled_seconds + ongoing
 
+    def slack(self, now: float) -> float | None:
+        """Seconds until the first frame that has not arrived is due; None while no clock runs."""
+        return None if self._anchor is None or self.paused else self._due(self.received) - now
+
     def arrive(self, frames: int, gen_seconds: float, now: float) -> None:
         """The next chunk is there, with this many frames, which took this long to generate."""
         self._generation.append(gen_seconds)

@@ -6,10 +6,12 @@ owns one more, which looks after idle streams and old records.
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 import math
 import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Coroutine
@@ -65,6 +67,12 @@ class Stream:
     created: float
     """When it was asked for, on the monotonic clock."""
     unwatched_since: float
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """Of the request that opened it: what is logged and traced of the stream belongs to that."""
+    admitted_at: float = 0.0
+    started_at: float = 0.0
+    first_chunk_at: float = 0.0
+    """When it had got so far, on the monotonic clock."""
     playback: pacing.Playback | None = None
     max_frames: int | None = None
     opened: bool = False
@@ -267,11 +275,12 @@ class Streams:
         )
         stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
-            self._metrics.refused.inc()
             headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
+                self._metrics.refused.labels("stream_limit").inc()
                 message = f"This key may have {refusal.limit} streams at once: end one first."
                 raise ApiError(429, "stream_limit", message, headers=headers)
+            self._metrics.refused.labels("queue_full").inc()
             message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
             raise ApiError(429, "queue_full", message, headers=headers)
         self._streams[session.id] = stream
@@ -360,7 +369,7 @@ class Streams:
             viewer.finish(_close_code(session))
         else:
             stream.viewers.add(viewer)
-            self._metrics.viewers.inc(viewer.format != "events")
+            self._metrics.viewers.labels(viewer.format).inc()
             self._tune_in(stream, viewer)
             stream.wake.set()
 
@@ -369,7 +378,7 @@ class Streams:
         if viewer not in stream.viewers:
             return
         stream.viewers.remove(viewer)
-        self._metrics.viewers.dec(viewer.format != "events")
+        self._metrics.viewers.labels(viewer.format).dec()
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
             broadcast.leave(viewer)
@@ -405,7 +414,10 @@ class Streams:
             case Lost():
                 self._on_lost(event)
             case wire.Heartbeat():
-                pass
+                self._metrics.engine_resident_bytes.set(event.resident_bytes)
+                self._metrics.engine_step_age_seconds.set(event.step_age)
+                self._metrics.ring_slots.labels("used").set(event.slots_used)
+                self._metrics.ring_slots.labels("free").set(event.slots - event.slots_used)
             case wire.Loras():
                 if event.event in self._lora_changes:
                     self._lora_changes.remove(event.event)
@@ -420,15 +432,21 @@ class Streams:
                 stream = self._streams.get(event.stream or "")
                 if stream is None or stream.session.state.over or not stream.opened:
                     return  # sent before the engine heard that the stream is over
-                match event:
-                    case wire.Frames():
-                        self._on_frames(stream, event, pixels)
-                    case wire.Steered():
-                        self._on_steered(stream, event)
-                    case wire.Ended():
-                        self._on_ended(stream, event)
-                    case wire.Fault():
-                        self._on_fault(stream, event)
+                # In a copy: the context itself may be the one that runs, and cannot be entered twice.
+                stream.context.copy().run(self._on_stream, stream, event, pixels)
+
+    def _on_stream(self, stream: Stream, event: EngineEvent, pixels: bytes) -> None:
+        match event:
+            case wire.Started():
+                stream.started_at = time.monotonic()
+            case wire.Frames():
+                self._on_frames(stream, event, pixels)
+            case wire.Steered():
+                self._on_steered(stream, event)
+            case wire.Ended():
+                self._on_ended(stream, event)
+            case wire.Fault():
+                self._on_fault(stream, event)
 
     def _set_loras(self, event: int, strengths: dict[str, float] | None) -> None:
         if strengths is not None:
@@ -509,6 +527,7 @@ class Streams:
         assert session.fps is not None
         if chunk.chunk != playback.next_chunk or (chunk.width, chunk.height) != (session.width, session.height):
             logger.warning("dropped chunk %d of stream %s: not the one expected", chunk.chunk, session.id)
+            self._metrics.frames_dropped.labels("unexpected_chunk").inc(chunk.frames)
             return
         now, ts = time.monotonic(), time.time()
         first, count = playback.received, chunk.frames
@@ -521,6 +540,9 @@ class Streams:
             pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
             rgb = view[k * size : (k + 1) * size]
             stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+        if (slack := playback.slack(now)) is not None:
+            self._metrics.slack_seconds.observe(slack)
+        stream.first_chunk_at = stream.first_chunk_at or now
         playback.arrive(count, chunk.gen_seconds, now)
         stream.picture = b""
         self._encode_ahead(stream)
@@ -583,9 +605,10 @@ class Streams:
     def _admit(self) -> None:
         for id in self._admission.admit():
             stream = self._streams[id]
-            stream.unwatched_since = max(stream.unwatched_since, time.monotonic())
+            stream.admitted_at = time.monotonic()
+            stream.unwatched_since = max(stream.unwatched_since, stream.admitted_at)
             self._publish(stream, stream.session.admit(time.time()))
-            stream.player = self._spawn(self._play(stream), f"player {id}")
+            stream.player = self._spawn(self._play(stream), f"player {id}", stream.context)
             self._open(stream)
         self._tell_places()
 
@@ -753,6 +776,7 @@ class Streams:
             if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
         self._metrics.frames_shown.inc()
+        self._metrics.played_seconds.inc(1 / playback.fps)
         self._metrics.frame_late_seconds.observe(action.late)
         if frame.index == 0:
             self._expect_end(stream)
@@ -783,8 +807,13 @@ class Streams:
 
     def _first_frame_ready(self, stream: Stream) -> None:
         if stream.session.time_to_first_frame_s is None:
-            seconds = stream.session.time_to_first_frame_s = time.monotonic() - stream.created
-            self._metrics.first_frame_seconds.observe(seconds)
+            now = time.monotonic()
+            stream.session.time_to_first_frame_s = now - stream.created
+            self._metrics.first_frame_seconds.observe(now - stream.created)
+            times = stream.created, stream.admitted_at, stream.started_at, stream.first_chunk_at, now
+            phases = zip(("queue", "start", "generate", "encode"), itertools.pairwise(times), strict=True)
+            for phase, (start, end) in phases:
+                self._metrics.first_frame_phase_seconds.labels(phase).observe(end - start)
 
     def _stall_ended(self, stream: Stream, seconds: float) -> None:
         self._metrics.stalled_seconds.inc(seconds)
@@ -825,10 +854,14 @@ class Streams:
 
     def count(self) -> None:
         """Bring the gauges up to date."""
+        self._metrics.engine_ready.set(self.readiness()[0])
+        self._metrics.engine_load.set(self._admission.load)
+        self._metrics.tasks.set(len(asyncio.all_tasks()))
+        self._metrics.threads.set(threading.active_count())
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str, context: contextvars.Context) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

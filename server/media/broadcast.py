@@ -111,6 +111,7 @@ class Broadcast:
                 again = max(self._shown_at + KEY_WAIT_SECONDS, self._key_at + KEY_SECONDS)
             now = time.monotonic()
             if now >= again:
+                self._metrics.frames_repeated.labels("keyframe" if self._key_wanted else "held").inc()
                 return self._last, self._clock + round((now - self._shown_at) * CLOCK_RATE)
             # Unlike `wait_for`, this never takes a cancellation for an answer.
             with contextlib.suppress(TimeoutError):

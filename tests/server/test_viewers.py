@@ -146,7 +146,7 @@ async def test_clients_that_vanish(run_gateway: Any) -> None:
                 viewer.transport.abort()
         await gateway.until(lambda: not live.viewers)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-        assert "livereel_viewers 0.0" in (await gateway.http.get("/metrics")).text
+        assert 'livereel_viewers{format="mjpeg"} 0.0' in (await gateway.http.get("/metrics")).text
         assert (await gateway.get(stream))["state"] == "live"
 
 
