@@ -354,6 +354,7 @@ class Envelope:
         async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "websocket.accept":
+                message.setdefault("headers", [])
                 MutableHeaders(scope=message)["x-request-id"] = id
                 self._log(scope, 101, begun)
             elif message["type"] == "http.response.start":
@@ -368,11 +369,13 @@ class Envelope:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            if isinstance(error, ApiError) and scope["type"] == "http":
+            if scope["type"] == "websocket":
+                raise
+            if isinstance(error, ApiError):
                 await error_response(error)(scope, receive, send_with_headers)
                 return
             logger.exception("request %s failed", id)
-            if started or scope["type"] == "websocket":
+            if started:
                 raise
             failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
             await error_response(failure)(scope, receive, send_with_headers)
