@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +66,65 @@ def quantile(before: Mapping[str, float], after: Mapping[str, float], name: str,
         if found := re.fullmatch(rf'{name}_bucket{{le="(.+)"}}', key):
             buckets.append((float(found[1]), count - before.get(key, 0.0)))
     total = max((count for _, count in buckets), default=0.0)
-    return min((bound for bound, count in buckets if count >= share * total), default=0.0)
+    return min((bound for bound, count in buckets if count and count >= share * total), default=0.0)
+
+
+SETTLE_SECONDS = 20.0
+"""How long a gateway may take to let go of what its clients left behind."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a gateway held at a time."""
+
+    at: float
+    """On the monotonic clock."""
+    resident: float
+    engine: float
+    """Bytes in memory of the two processes."""
+    descriptors: int
+    tasks: int
+    threads: int
+
+
+def look(gateway: Gateway) -> Sample:
+    """What the gateway holds now."""
+    figures = gateway.figures()
+    return Sample(
+        time.monotonic(),
+        figures["process_resident_memory_bytes"],
+        figures["livereel_engine_resident_bytes"],
+        len(gateway.descriptors()),
+        int(figures["livereel_tasks"]),
+        int(figures["livereel_threads"]),
+    )
+
+
+async def settled(gateway: Gateway, before: Sample) -> Sample:
+    """What the gateway holds once it had time to let go: as little as before, it is hoped."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while True:
+        await asyncio.sleep(1)
+        now = await asyncio.to_thread(look, gateway)
+        small = now.tasks <= before.tasks and now.descriptors <= before.descriptors and now.threads <= before.threads
+        if small or time.monotonic() > until:
+            return now
+
+
+def growth(samples: list[Sample], name: str) -> float:
+    """MiB a minute, over the second half, as the line through it has it."""
+    later = samples[len(samples) // 2 :]
+    if len(later) < 3:
+        return 0.0
+    minutes = [sample.at / 60 for sample in later]
+    return statistics.linear_regression(minutes, [getattr(sample, name) / 2**20 for sample in later]).slope
+
+
+def report(found: list[tuple[str, object, bool]]) -> int:
+    """Print it; returns the exit status."""
+    for name, figure, good in found:
+        print(f"{name:52s} {figure!s}{'' if good else '   <- NOT AS IT SHOULD BE'}")
+    return int(not all(good for _, _, good in found))
 
 
 def serve(

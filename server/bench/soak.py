@@ -32,31 +32,18 @@ from server.backends.base import Backend
 from server.backends.local import SILENT_SECONDS, LocalBackend
 from server.bench.clients import SOCKETS, Client, Noted
 from server.bench.engine import COMMAND
-from server.bench.gateway import Gateway, quantile, running
+from server.bench.gateway import Gateway, Sample, growth, look, quantile, report, running, settled
 
 RESUME_SECONDS = 5.0
 """From the news that the engine is lost to the first chunk of the next one."""
 GRACE_SECONDS = 3.0
 """After it has resumed, a stream may still stall until its lead is back."""
-SETTLE_SECONDS = 20.0
 GROWTH_MIB_PER_MINUTE = 1.0
 
 
 def backend(engine: str) -> Backend:
     """The engine by name: `mini`, or `pretended` in a process of its own."""
     return LocalBackend("mini") if engine == "mini" else LocalBackend("mini", command=COMMAND)
-
-
-@dataclass
-class Sample:
-    """What the gateway held at a time."""
-
-    at: float
-    resident: float
-    engine: float
-    descriptors: int
-    tasks: int
-    threads: int
 
 
 @dataclass
@@ -117,21 +104,9 @@ class Soak:
 
     async def _sample(self, ends_at: float) -> None:
         while time.monotonic() < ends_at - 2:
-            self.samples.append(await asyncio.to_thread(self.look))
+            self.engines |= set(self.gateway.children())
+            self.samples.append(await asyncio.to_thread(look, self.gateway))
             await asyncio.sleep(5)
-
-    def look(self) -> Sample:
-        """What the gateway holds now."""
-        figures = self.gateway.figures()
-        self.engines |= set(self.gateway.children())
-        return Sample(
-            time.monotonic(),
-            figures["process_resident_memory_bytes"],
-            figures["livereel_engine_resident_bytes"],
-            len(self.gateway.descriptors()),
-            int(figures["livereel_tasks"]),
-            int(figures["livereel_threads"]),
-        )
 
     async def _kill(self, every: float, ends_at: float) -> None:
         for fate in itertools.cycle((signal.SIGKILL, signal.SIGSTOP)):
@@ -157,26 +132,6 @@ def disturbed(soak: Soak, at: float) -> bool:
     return False
 
 
-def growth(samples: list[Sample], name: str) -> float:
-    """MiB a minute, over the second half, as the line through it has it."""
-    later = samples[len(samples) // 2 :]
-    if len(later) < 3:
-        return 0.0
-    minutes = [sample.at / 60 for sample in later]
-    return statistics.linear_regression(minutes, [getattr(sample, name) / 2**20 for sample in later]).slope
-
-
-async def settled(soak: Soak, before: Sample) -> Sample:
-    """What the gateway holds once it had time to let go."""
-    until = time.monotonic() + SETTLE_SECONDS
-    while True:
-        await asyncio.sleep(1)
-        now = await asyncio.to_thread(soak.look)
-        small = now.tasks <= before.tasks and now.descriptors <= before.descriptors and now.threads <= before.threads
-        if small or time.monotonic() > until:
-            return now
-
-
 async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, list[tuple[str, object, bool]]]:
     """Run it; returns what was found as name, figure, and whether that is as it should be."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -189,9 +144,9 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
             await warm.call("closed", "DELETE", f"/v1/streams/{stream['id']}")
         await asyncio.sleep(5)
         soak = Soak(gateway, http)
-        before, figures = await asyncio.to_thread(soak.look), await asyncio.to_thread(gateway.figures)
+        before, figures = await asyncio.to_thread(look, gateway), await asyncio.to_thread(gateway.figures)
         await soak.run(options.minutes, options.kill_every, options.streams)
-        after, later = await settled(soak, before), await asyncio.to_thread(gateway.figures)
+        after, later = await settled(gateway, before), await asyncio.to_thread(gateway.figures)
     noted = soak.noted
     calm = [at for at, _ in noted.stalls if not disturbed(soak, at)]
     took = [
@@ -262,9 +217,7 @@ def main() -> int:
         ("folders of engines, while serving / afterwards", [held, left], held == 1 and not left),
         ("processes left", alive := [pid for pid in soak.engines if Path(f"/proc/{pid}").exists()], not alive),
     ]
-    for name, figure, good in found:
-        print(f"{name:52s} {figure!s}{'' if good else '   <- NOT AS IT SHOULD BE'}")
-    return int(not all(good for _, _, good in found))
+    return report(found)
 
 
 if __name__ == "__main__":
