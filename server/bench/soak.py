@@ -132,6 +132,11 @@ def disturbed(soak: Soak, at: float) -> bool:
     return False
 
 
+def shared(gateway: Gateway) -> int:
+    """How many of its descriptors are of memory that it shares with an engine."""
+    return sum("memfd" in name for name in gateway.descriptors())
+
+
 async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, list[tuple[str, object, bool]]]:
     """Run it; returns what was found as name, figure, and whether that is as it should be."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -143,7 +148,7 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
                 await asyncio.gather(*(warm.watch(stream, format, 4) for format in formats))
             await warm.call("closed", "DELETE", f"/v1/streams/{stream['id']}")
         await asyncio.sleep(5)
-        soak = Soak(gateway, http)
+        soak, rings = Soak(gateway, http), shared(gateway)
         before, figures = await asyncio.to_thread(look, gateway), await asyncio.to_thread(gateway.figures)
         await soak.run(options.minutes, options.kill_every, options.streams)
         after, later = await settled(gateway, before), await asyncio.to_thread(gateway.figures)
@@ -155,7 +160,7 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
         if of in soak.lasting  # of the others nobody may be watching any more
     ]
     slope, engine = growth(soak.samples, "resident"), growth(soak.samples, "engine")
-    memory = [name for name in gateway.descriptors() if "memfd" in name]
+    memory = shared(gateway)
     engines = gateway.children()
     return soak, [
         (
@@ -189,7 +194,7 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
             after.descriptors <= before.descriptors,
         ),
         ("threads before / after", [before.threads, after.threads], after.threads <= before.threads),
-        ("shared memory of engines", memory, len(memory) == 1),
+        ("descriptors of shared memory before / after", [rings, memory], memory <= rings),
         ("engine processes", engines, len(engines) == 1),
     ]
 
