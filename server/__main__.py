@@ -21,6 +21,9 @@ from server.backends.local import LocalBackend
 from server.config import Config
 from server.streams import Streams
 
+KEEP_ALIVE_SECONDS = 20
+"""How long an idle connection is kept: longer than clients keep theirs (httpx 5 s, aiohttp 15 s), for whoever sends a
+request just as it is closed gets a reset for an answer."""
 SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
 
@@ -82,6 +85,7 @@ def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, St
         log_level="error",  # of what peers do wrong it would write a line each
         access_log=False,  # ours, with the names of keys and without queries, is in `server.http`
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
     )
     return settings, app.state.streams

@@ -47,7 +47,11 @@ class Client:
 
     async def call(self, what: str, method: str, path: str, **request: Any) -> httpx.Response | None:
         """The response, or None when the server refused, as it may."""
-        response = await self.http.request(method, path, **request)
+        try:
+            response = await self.http.request(method, path, **request)
+        except httpx.TransportError as error:
+            self.noted.faults[f"{what}: {type(error).__name__}"] += 1
+            return None
         if response.is_success:
             self.noted.done[what] += 1
             return response
@@ -75,11 +79,15 @@ class Client:
 
     async def watch(self, stream: dict[str, Any], format: str, seconds: float) -> int:
         """Watch for so long, or until the stream is over; returns the frames that came."""
-        if format == "img":
-            return await self._images(stream, seconds)
-        if format in CODECS:
-            return await self._rtc(stream, format, seconds)
-        return await self._socket(stream, format, seconds)
+        try:
+            if format == "img":
+                return await self._images(stream, seconds)
+            if format in CODECS:
+                return await self._rtc(stream, format, seconds)
+            return await self._socket(stream, format, seconds)
+        except (httpx.TransportError, OSError, websockets.WebSocketException) as error:
+            self.noted.faults[f"{format}: {type(error).__name__} {error}"[:80]] += 1
+            return 0
 
     async def _socket(self, stream: dict[str, Any], format: str, seconds: float) -> int:
         frames, lost = 0, False
