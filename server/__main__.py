@@ -20,6 +20,7 @@ from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
 from server.streams import Streams
+from server.tracing import Tracing, from_environment
 
 KEEP_ALIVE_SECONDS = 20
 """How long an idle connection is kept: longer than clients keep theirs (httpx 5 s, aiohttp 15 s), for whoever sends a
@@ -71,9 +72,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, Streams]:
+def uvicorn_config(
+    config: Config, backend: Backend, tracing: Tracing | None = None
+) -> tuple[uvicorn.Config, Streams]:
     """The application under the server settings that it needs. Raises `ValueError` when the keys cannot be read."""
-    app = create_app(config, backend)
+    app = create_app(config, backend, tracing)
     settings = uvicorn.Config(
         app,
         http=connections.HttpProtocol,
@@ -91,7 +94,7 @@ def uvicorn_config(config: Config, backend: Backend) -> tuple[uvicorn.Config, St
     return settings, app.state.streams
 
 
-async def serve(config: Config) -> int:
+async def serve(config: Config, tracing: Tracing) -> int:
     """Run until a signal comes; returns the exit status."""
     backend: Backend
     if config.backend == "fake":
@@ -111,7 +114,7 @@ async def serve(config: Config) -> int:
         print(f"cannot listen on {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
         return 1
     host, port = listener.getsockname()[:2]
-    settings, streams = uvicorn_config(config, backend)
+    settings, streams = uvicorn_config(config, backend, tracing)
     assert isinstance(settings.app, FastAPI)
     access = settings.app.state.access
     server = Server(settings, streams, config.drain_timeout_s)
@@ -140,7 +143,12 @@ def main() -> int:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
     logs.set_up(config.log)
-    return asyncio.run(serve(config))
+    try:
+        tracing = from_environment(os.environ)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return asyncio.run(serve(config, tracing))
 
 
 if __name__ == "__main__":

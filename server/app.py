@@ -19,6 +19,7 @@ from server.config import Config
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
+from server.tracing import Tracing
 from server.websocket import refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
@@ -41,10 +42,11 @@ carries one already."""
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
 
 
-def create_app(config: Config, backend: Backend) -> FastAPI:
-    """Put the gateway together. The backend starts and stops with the application's lifespan."""
+def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> FastAPI:
+    """Put the gateway together. The backend and the traces start and stop with the application's lifespan."""
+    tracing = tracing or Tracing()
     metrics = Metrics()
-    streams = Streams(config, backend, metrics)
+    streams = Streams(config, backend, metrics, tracing)
     sessions = whep.Sessions(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
 
@@ -62,6 +64,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
                 watcher.cancel()
             await streams.stop()
             await sessions.stop()
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Livereel",
@@ -69,7 +72,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
-            Middleware(http.Envelope, access=access),
+            Middleware(http.Envelope, access=access, tracing=tracing),
             Middleware(Gate, access=access, streams=streams, refuse_socket=refuse_handshake),
             Middleware(http.Bodies, access=access),
         ],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -27,6 +27,10 @@ from server.errors import ApiError, request_id
 from server.logs import redact
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
+from server.tracing import Tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger("livereel.http")
 
@@ -335,9 +339,10 @@ def routes_at(scope: Scope) -> Sequence[Route]:
 class Envelope:
     """Outermost layer: request ids, security headers, the log of requests, and an error object when all else failed."""
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, tracing: Tracing) -> None:
         self._app = app
         self._access = access
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -349,7 +354,12 @@ class Envelope:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id) or id != redact(id):
             id = f"req_{secrets.token_hex(12)}"
         request_id.set(id)
-        started, begun = False, time.monotonic()
+        path = scope["raw_path"].decode("ascii", "replace")[:200]
+        with self._tracing.request(scope.get("method", "GET"), path, headers) as span:
+            await self._serve(scope, receive, send, headers, span)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: "Span | None") -> None:
+        id, started, begun = request_id.get(), False, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
@@ -364,6 +374,8 @@ class Envelope:
                 for name, value in (*security_headers(scope, headers), *self._access.cors(headers)):
                     response_headers.setdefault(name, value)
                 self._log(scope, message["status"], begun)
+                if span is not None:
+                    span.set_attribute("http.response.status_code", message["status"])
             await send(message)
 
         try:

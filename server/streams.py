@@ -32,6 +32,7 @@ from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
 from server.media.viewer import Viewer
 from server.metrics import Metrics
 from server.session import Event, Session, State
+from server.tracing import Chunks, Tracing
 
 logger = logging.getLogger("livereel.streams")
 
@@ -96,6 +97,8 @@ class Stream:
     """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     player: asyncio.Task[None] | None = None
+    chunks: Chunks = field(kw_only=True)
+    """For who traces them."""
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
     owner: str | None = None
@@ -140,8 +143,9 @@ class Stream:
 class Streams:
     """All streams of one gateway. Start it once, stop it once."""
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics, tracing: Tracing) -> None:
         self._config = config
+        self._tracing = tracing
         self._backend = backend
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
@@ -273,7 +277,8 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
+        chunks = Chunks(self._tracing, session.id)
+        stream = Stream(session, created=now, unwatched_since=now, chunks=chunks, picture=picture, owner=owner)
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
             headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
@@ -535,11 +540,14 @@ class Streams:
             count = min(count, stream.max_frames - first)
         size = chunk.width * chunk.height * 3
         view = memoryview(pixels)
+        frames = []
         for k in range(count):
             flags = DISCONTINUITY if chunk.discontinuity and k == 0 else 0
             pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
             rgb = view[k * size : (k + 1) * size]
-            stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+            frames.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+        stream.buffer += frames
+        stream.chunks.arrived(chunk.chunk, frames, (now - chunk.gen_seconds, now))
         if (slack := playback.slack(now)) is not None:
             self._metrics.slack_seconds.observe(slack)
         stream.first_chunk_at = stream.first_chunk_at or now
@@ -606,6 +614,8 @@ class Streams:
         for id in self._admission.admit():
             stream = self._streams[id]
             stream.admitted_at = time.monotonic()
+            period = stream.created, stream.admitted_at
+            stream.context.copy().run(self._tracing.span, "admit", period, {"livereel.stream": id})
             stream.unwatched_since = max(stream.unwatched_since, stream.admitted_at)
             self._publish(stream, stream.session.admit(time.time()))
             stream.player = self._spawn(self._play(stream), f"player {id}", stream.context)
@@ -713,6 +723,7 @@ class Streams:
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
         stream.marks.clear()
+        stream.context.copy().run(stream.chunks.over)
         stream.picture = b""
         stream.buffer.clear()
         if stream.player is not None and stream.player is not asyncio.current_task():
@@ -755,7 +766,7 @@ class Streams:
                 self._fail(stream, "internal_error", "The server failed to play the stream.")
 
     async def _show(self, stream: Stream, action: pacing.Show) -> None:
-        frame, playback = stream.buffer.popleft(), stream.playback
+        begun, frame, playback = time.monotonic(), stream.buffer.popleft(), stream.playback
         assert playback is not None
         first, stream.last = stream.last is None, frame
         stream.clock = frame.pts + round(playback.held_seconds * wire.CLOCK_RATE)
@@ -775,6 +786,7 @@ class Streams:
             format = viewer.picture
             if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
+        stream.chunks.sent(frame, (begun, time.monotonic()))
         self._metrics.frames_shown.inc()
         self._metrics.played_seconds.inc(1 / playback.fps)
         self._metrics.frame_late_seconds.observe(action.late)

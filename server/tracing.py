@@ -39,7 +39,7 @@ class Chunk:
 
 
 class Tracing:
-    """Makes spans. Without a provider every method returns at once, and OpenTelemetry is not loaded."""
+    """Makes spans. Without a provider every method returns at once, and the SDK is not loaded."""
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
         self._provider = provider
@@ -82,7 +82,7 @@ class Tracing:
             return
         from opentelemetry.trace import use_span
 
-        about = {"livereel.stream": stream, "livereel.chunk": chunk.index, "livereel.frames": chunk.frames}
+        about: Attributes = {"livereel.stream": stream, "livereel.chunk": chunk.index, "livereel.frames": chunk.frames}
         whole = self.span("chunk", (chunk.generated[0], chunk.sent[1]), about)
         assert whole is not None
         with use_span(whole):

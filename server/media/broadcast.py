@@ -94,7 +94,9 @@ class Broadcast:
                 self._media = max(frame.pts, self._media + 1)
                 work = partial(self._encoder.encode, frame.rgb, self._clock, key=key)
                 coded = await loop.run_in_executor(self._executor, work)
-                self._metrics.encode_seconds.labels(self._codec).observe(time.monotonic() - self._shown_at)
+                end = time.monotonic()
+                frame.encoded = frame.encoded or (self._shown_at, end)
+                self._metrics.encode_seconds.labels(self._codec).observe(end - self._shown_at)
                 if coded is not None:
                     self._deliver(frame, coded)
         except Exception:

@@ -49,6 +49,8 @@ class Frame:
     flags: int
     rgb: memoryview
     """height x width x 3 bytes, a slice of the chunk that it came in."""
+    encoded: tuple[float, float] | None = None
+    """When it was first being encoded, on the monotonic clock; None before that."""
     packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
 
 
@@ -70,7 +72,9 @@ class Encoder:
     def _encode(self, frame: Frame, format: Format) -> bytes:
         start = time.monotonic()
         packet = encode(frame, format)
-        self._metrics.encode_seconds.labels(format).observe(time.monotonic() - start)
+        end = time.monotonic()
+        frame.encoded = frame.encoded or (start, end)
+        self._metrics.encode_seconds.labels(format).observe(end - start)
         return packet
 
 
