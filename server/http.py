@@ -366,16 +366,14 @@ class Envelope:
             if message["type"] == "websocket.accept":
                 message.setdefault("headers", [])
                 MutableHeaders(scope=message)["x-request-id"] = id
-                self._log(scope, 101, begun)
+                self._note(scope, 101, begun, span)
             elif message["type"] == "http.response.start":
                 started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = id
                 for name, value in (*security_headers(scope, headers), *self._access.cors(headers)):
                     response_headers.setdefault(name, value)
-                self._log(scope, message["status"], begun)
-                if span is not None:
-                    span.set_attribute("http.response.status_code", message["status"])
+                self._note(scope, message["status"], begun, span)
             await send(message)
 
         try:
@@ -392,8 +390,10 @@ class Envelope:
             failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
             await error_response(failure)(scope, receive, send_with_headers)
 
-    def _log(self, scope: Scope, status: int, begun: float) -> None:
+    def _note(self, scope: Scope, status: int, begun: float, span: "Span | None") -> None:
         """Who did what, where there is anybody to tell apart. Never the query, which may hold a token."""
+        if span is not None:
+            span.set_attribute("http.response.status_code", status)
         principal = scope.get("state", {}).get("principal")
         if self._access.keys is not None and (principal or status >= 400):
             path = scope["raw_path"].decode("ascii", "replace")[:200]
