@@ -7,6 +7,7 @@ owns one more, which looks after idle streams and old records.
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import logging
 import math
@@ -39,6 +40,8 @@ logger = logging.getLogger("livereel.streams")
 RECORD_SECONDS = 600.0
 """How long a stream can still be asked about after its end."""
 MAX_RECORDS = 256
+MAX_LAST_FRAMES = 16
+"""Streams that are over and still show their last frame: the newest."""
 MAX_VIEWERS = 256
 """Per stream."""
 STEER_SECONDS = 15.0
@@ -725,6 +728,9 @@ class Streams:
         stream.marks.clear()
         stream.context.copy().run(stream.chunks.over)
         stream.picture = b""
+        if last := stream.last:
+            # Who comes now is shown where it ended. The record stays for minutes: the rest of the chunk must not.
+            stream.last = dataclasses.replace(last, rgb=memoryview(bytes(last.rgb)))
         stream.buffer.clear()
         if stream.player is not None and stream.player is not asyncio.current_task():
             stream.player.cancel()
@@ -862,6 +868,8 @@ class Streams:
             for stream in ended[-MAX_RECORDS:]:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
+            for stream in ended[:-MAX_LAST_FRAMES]:
+                stream.last = None
             self._tell_places()
 
     def count(self) -> None:
