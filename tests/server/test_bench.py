@@ -1,6 +1,7 @@
 """What the benchmarks of serving count, and the engine that they kill."""
 
 import asyncio
+import io
 import os
 import random
 import signal
@@ -10,10 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image, ImageDraw
 
-from server.backends.fake import FakeBackend
+from server.backends.fake import FakeBackend, stamp
 from server.backends.local import LocalBackend
-from server.bench import churn, soak
+from server.bench import churn, latency, soak
 from server.bench.clients import Client, Noted
 from server.bench.engine import COMMAND
 from server.bench.gateway import Gateway, Sample, children, growth, quantile, report
@@ -108,3 +110,36 @@ async def test_a_fault_is_noted(run_gateway: Any) -> None:
         assert await client.watch(nothing, "mjpeg", 2) == 0
     assert list(noted.faults) == ["opened: 400 invalid_value"]
     assert list(noted.refused) == ["stream_not_found"]
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_stamps_are_read_as_they_were_written(damage: bool) -> None:
+    image = Image.new("RGB", (256, 256), (90, 90, 90))
+    stamp(ImageDraw.Draw(image), 256, 65536 + 77, 2**32 + 123_456, 200)
+    if damage:
+        ImageDraw.Draw(image).rectangle((0, 0, 256, 8), (0, 0, 0))
+    image.save(out := io.BytesIO(), "JPEG", quality=40)  # as codecs leave them
+    rgb = Image.open(out).convert("RGB").tobytes()
+    assert latency.read_stamp(rgb, 256) == (None if damage else (77, 123_456, 200))
+
+
+def test_latency_is_from_a_frames_making_to_its_showing() -> None:
+    end = latency.CYCLE_MS
+    canvas: latency.Seen = [(1, 1000, 0, end + 1300.0), (2, end - 50, 0, 2 * end + 150.0), (3, 5, 0, 25.0)]
+    raw: latency.Seen = [(1, 1000, 0, end + 1250.0), (3, 5, 0, 15.0)]
+    found = latency.Watched(canvas, raw, 0)
+    assert found.from_engine == [300.0, 200.0, 20.0]
+    assert found.from_gateway == [50.0, 10.0]
+    assert latency.spread([4.0, 1.0, 3.0, 2.0]) == "3 / 4"
+    assert latency.spread([]) == "-"
+
+
+async def test_stamped_pictures_say_when_they_were_made(run_gateway: Any) -> None:
+    async with run_gateway(FakeBackend(stamped=True, chunk_seconds=0.1)) as gateway:
+        stream = await gateway.open("a", seed=1)
+        before = time.time() * 1000
+        seen = await gateway.watch(stream, "?format=rgb24", until=lambda seen: len(seen.frames) >= 12)
+        after = time.time() * 1000
+    stamps = [latency.read_stamp(packet[16:], 256) for _, packet in seen.frames]
+    assert [each[0] for each in stamps] == list(range(len(stamps)))
+    assert all(-500 < latency.milliseconds(each[1], after) <= after - before + 500 for each in stamps)
