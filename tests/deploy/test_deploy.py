@@ -14,6 +14,8 @@ from server.backends.fake import FakeBackend
 from server.backends.local import STOP_SECONDS
 from server.config import Config
 from server.http import ROUTES
+from server.keys import PREFIX, read_keys
+from server.keys import main as keys_command
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -256,3 +258,16 @@ def test_the_pod() -> None:
     mount = next(mount for mount in server["volumeMounts"] if mount["name"] == "keys")["mountPath"]
     assert f"{mount}/{keys['items'][0]['path']}" == environment()["LIVEREEL_KEYS"]
     assert keys["defaultMode"] & 0o027 == 0  # the server refuses a file that others can read or the group can write
+
+
+def test_the_commands_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DEPLOY / "README.md").read_text()
+    commands = re.findall(r"(?m)^python -m server (keys .*?)(?: +[>#].*)?$", text)
+    assert len(commands) == 2
+    file = tmp_path / "keys.toml"
+    for command in commands:
+        assert keys_command(command.replace("keys.toml", str(file)).split()[1:], {}) == 0
+        assert capsys.readouterr().out.strip().startswith(PREFIX)
+    assert [sorted(key.scopes) for key in read_keys(file)] == [["control", "view"], ["metrics"]]
+    for name in re.findall(r"`(LIVEREEL_\w+)[=`]", text):
+        assert name in (ROOT / "docker-compose.yml").read_text()
