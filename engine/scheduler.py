@@ -1,4 +1,4 @@
-"""Which stream gets the next chunk: the one whose playback runs dry first, and a clip only when no stream would wait."""
+"""Which stream gets the next chunk: the one whose playback runs dry first; a clip only when no stream would wait."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

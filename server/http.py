@@ -32,11 +32,15 @@ logger = logging.getLogger("livereel.http")
 WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
-"""Of a request to open a stream, which may bring a picture; base64 takes four bytes for three."""
+"""Of a request that may bring a picture; base64 takes four bytes for three."""
+UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
 
-NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
+ABORT = "livereel.abort"
+"""ASGI extension of our own server (see `server.connections`): drops the connection without waiting for the peer."""
+
+NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -69,14 +73,11 @@ def streams_of(connection: HTTPConnection) -> Streams:
 async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     """Open a stream: it starts at once, or waits in the queue for a place in the engine."""
     streams = streams_of(request)
-    fields, upload = await read_form(request) if is_form(request.headers) else (await read_json(request), None)
-    body = schemas.read_create(fields)
+    fields, upload = await read_fields(request, "image", ("seed", "duration_s"))
+    body = schemas.read(schemas.CreateStream, fields)
     picture = b""
     if upload is not None or body.image is not None:
-        info = streams.info(body.model)
-        data = upload if upload is not None else pictures.from_data_url(body.image or "")
-        async with streams.decoding:
-            picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+        picture = await read_picture(streams, streams.info(body.model), upload, body.image)
     principal = principal_of(request)
     limit = principal.key.streams if principal.key else None
     stream = streams.open(
@@ -95,22 +96,38 @@ async def read_json(request: Request) -> Any:
         raise ApiError(400, "invalid_json", "The body is not valid JSON in UTF-8.") from None
 
 
-async def read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """The fields of a form, numbers as numbers, and the uploaded picture apart."""
+async def read_fields(request: Request, file: str, numbers: Sequence[str]) -> tuple[Any, bytes | None]:
+    """The fields of a form or of JSON, and the uploaded file of this name apart."""
+    return await read_form(request, file, numbers) if is_form(request.headers) else (await read_json(request), None)
+
+
+async def read_picture(streams: Streams, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
+    """Frames of the model's size of what came as a file or as a data URL."""
+    data = upload if upload is not None else pictures.from_data_url(url or "")
+    async with streams.decoding:
+        return await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+
+
+async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tuple[dict[str, Any], bytes | None]:
+    """The fields of a form, `numbers` as numbers, and the uploaded file apart. `a[b]` is field `b` of object `a`."""
     fields: dict[str, Any] = {}
     upload: bytes | None = None
     try:
         async with request.form(max_files=1, max_fields=8, max_part_size=MAX_BODY_BYTES) as form:
             for name, value in form.multi_items():
-                if name in fields or (name == "image" and upload is not None):
+                into, key = fields, name
+                if inner := re.fullmatch(r"(\w+)\[(\w+)\]", name):
+                    outer, key = fields.setdefault(inner[1], {}), inner[2]
+                    into = outer if isinstance(outer, dict) else fields
+                if key in into or (name == file and upload is not None):
                     shown = name.encode("ascii", "backslashreplace").decode()[:64]
                     raise ApiError(400, "invalid_form", f"`{shown}` is there twice: send it once.", param=shown)
-                if isinstance(value, UploadFile) and name == "image":
+                if isinstance(value, UploadFile) and name == file:
                     upload = await value.read()
-                elif name in ("seed", "duration_s") and isinstance(value, str) and NUMBER.fullmatch(value):
-                    fields[name] = json.loads(value)
+                elif key in numbers and isinstance(value, str) and NUMBER.fullmatch(value):
+                    into[key] = json.loads(value)
                 else:
-                    fields[name] = value
+                    into[key] = value
     except ApiError:
         raise
     except HTTPException:  # what Starlette makes of a form that is damaged or over a limit
@@ -268,7 +285,7 @@ ROUTES = [
         schemas.StreamObject,
         201,
         (400, 404, 413, 415, 429, 503),
-        {"openapi_extra": {"requestBody": schemas.BODY_SCHEMA}},
+        {"openapi_extra": {"requestBody": schemas.body_schema(schemas.CreateStream, "image")}},
     ),
     Route("GET", "/v1/streams", list_streams, schemas.StreamList),
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
@@ -286,6 +303,45 @@ ROUTES = [
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]
+
+
+# responses that go on
+
+
+class Lasting(Response):
+    """A response that goes on for as long as there is something to send, or its reader wants it."""
+
+    def __init__(self, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status_code=status_code, headers=headers)
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = [asyncio.create_task(self.send_all(scope, send)), asyncio.create_task(gone(receive))]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def send_all(self, scope: Scope, send: Send) -> None:
+        """Send the response, from its head to its end."""
+        raise NotImplementedError
+
+
+async def gone(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def abort(scope: Scope) -> None:
+    """Break a response off, so that its client does not take it for complete. Ends only by being cancelled."""
+    if extension := scope.get("extensions", {}).get(ABORT):
+        extension["call"]()
+    await asyncio.Event().wait()  # until the client is known to be gone
 
 
 # errors
@@ -453,7 +509,7 @@ def is_form(headers: Headers) -> bool:
 
 def body_limit(scope: Scope) -> int:
     """Bytes that the body of this request may have."""
-    return MAX_UPLOAD_BYTES if (scope["method"], scope["path"]) == ("POST", "/v1/streams") else MAX_BODY_BYTES
+    return MAX_UPLOAD_BYTES if (scope["method"], scope["path"]) in UPLOADS else MAX_BODY_BYTES
 
 
 def body_too_large(limit: int) -> ApiError:

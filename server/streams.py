@@ -22,14 +22,16 @@ import msgspec
 from engine import wire
 from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
+from server.clips import Clips
 from server.config import Config
-from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.errors import ApiError, busy, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
 from server.media.viewer import Viewer
 from server.metrics import Metrics
 from server.session import Event, Session, State
+from server.store import Store
 
 logger = logging.getLogger("livereel.streams")
 
@@ -136,6 +138,8 @@ class Streams:
         self._config = config
         self._backend = backend
         self._metrics = metrics
+        self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
+        self.clips = Clips(backend, self._store, metrics)
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._models: dict[str, wire.ModelInfo] = {}
@@ -154,7 +158,9 @@ class Streams:
         self._settled = asyncio.Event()
 
     async def start(self) -> None:
-        """Bring the backend up, without waiting for it."""
+        """Bring the backend up, without waiting for it. Raises OSError when the data folder is of no use."""
+        self._store.open()
+        self.clips.load()
         await self._backend.start(self._on_engine)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
 
@@ -170,6 +176,8 @@ class Streams:
         self._housekeeper = None
         await self._backend.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.clips.stop()
+        self._store.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def engine_came_up(self) -> bool:
@@ -180,6 +188,7 @@ class Streams:
     def drain(self, seconds: float) -> None:
         """Take no new stream, end those that wait, and tell the others' viewers how long they may still play."""
         self._draining = True
+        self.clips.drain()
         for stream in list(self._streams.values()):
             if stream.session.state is State.QUEUED:
                 self._end(stream, SHUTTING_DOWN)
@@ -188,12 +197,13 @@ class Streams:
 
     @property
     def playing(self) -> bool:
-        """Whether a stream is not over yet."""
-        return any(not stream.session.state.over for stream in self._streams.values())
+        """Whether a stream is not over yet, or a clip is being made."""
+        return self.clips.recording or any(not stream.session.state.over for stream in self._streams.values())
 
     def end(self) -> None:
         """End what `drain` let play: viewers hear it before their sockets close."""
         self._forget_loras()
+        self.clips.end()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
                 self._end(stream, SHUTTING_DOWN)
@@ -217,13 +227,22 @@ class Streams:
         health = self._backend.health()
         return health.ready, health.reason
 
-    def info(self, model: str | None) -> wire.ModelInfo:
-        """What the engine says of a model, which it must be up for."""
+    def info(self, model: str | None, param: str = "image") -> wire.ModelInfo:
+        """What the engine says of a model, which it must be up for; `param` is the field that asks."""
         name = self._named(model)
         if name not in self._models:
-            message = "The engine is still starting, and a picture is cut to its model's size: try again soon."
-            raise ApiError(503, "engine_starting", message, param="image", headers={"Retry-After": "5"})
+            message = f"The engine is still starting, and only then is known what size `{param}` gets: try again soon."
+            raise ApiError(503, "engine_starting", message, param=param, headers={"Retry-After": "5"})
         return self._models[name]
+
+    def check_open(self) -> None:
+        """Raises `ApiError` unless something new can be begun, now or when the engine is up."""
+        if self._draining:
+            message = "The server is shutting down: try another one."
+            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+        if self._failure:
+            message = f"No stream can start: {self._failure}."
+            raise ApiError(503, "engine_failed", message, headers={"Retry-After": "60"})
 
     def _named(self, model: str | None) -> str:
         model = self._config.model if model is None else model
@@ -248,14 +267,8 @@ class Streams:
 
         `owner` shares the engine with others fairly, and may have `limit` streams at once.
         """
-        if self._draining:
-            message = "The server is shutting down: try another one."
-            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+        self.check_open()
         model = self._named(model)
-        if self._failure:
-            raise ApiError(
-                503, "engine_failed", f"No stream can start: {self._failure}.", headers={"Retry-After": "60"}
-            )
         now = time.monotonic()
         session = Session(
             id=f"st_{secrets.token_hex(12)}",
@@ -268,12 +281,11 @@ class Streams:
         stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
             self._metrics.refused.inc()
-            headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
                 message = f"This key may have {refusal.limit} streams at once: end one first."
+                headers = {"Retry-After": str(refusal.retry_after)}
                 raise ApiError(429, "stream_limit", message, headers=headers)
-            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
-            raise ApiError(429, "queue_full", message, headers=headers)
+            raise busy(refusal.retry_after)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -291,15 +303,16 @@ class Streams:
         return stream
 
     def owner(self, id: str) -> str | None:
-        """Whose the stream is; None also when there is none."""
+        """Whose the stream or clip is; None also when there is none."""
         stream = self._streams.get(id)
-        return stream.owner if stream else None
+        return stream.owner if stream else self.clips.owner(id)
 
     def keep_owners(self, owners: Collection[str]) -> None:
         """End the streams of everybody else: their keys were taken away."""
         for stream in list(self._streams.values()):
             if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
                 self._end(stream, "revoked")
+        self.clips.keep_owners(owners)
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -418,6 +431,8 @@ class Streams:
                 logger.error("engine fault %s: %s", event.code, event.message)
             case _:
                 stream = self._streams.get(event.stream or "")
+                if stream is None and event.stream:
+                    self.clips.on_message(event.stream, event, pixels)
                 if stream is None or stream.session.state.over or not stream.opened:
                     return  # sent before the engine heard that the stream is over
                 match event:
@@ -479,6 +494,7 @@ class Streams:
                     self._publish(stream, [session.event("engine.restarted", time.time(), generation=generation)])
                 self._open(stream)
         self._admit()
+        self.clips.on_ready(ready.models)
         self._settled.set()
 
     def _on_lost(self, lost: Lost) -> None:
@@ -500,6 +516,7 @@ class Streams:
                     "error", time.time(), code="engine_restarted", message=message, retryable=True
                 )
                 self._publish(stream, [event])
+        self.clips.on_lost(lost)
         if not lost.retrying:
             self._settled.set()
 
@@ -822,9 +839,12 @@ class Streams:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
             self._tell_places()
+            self.clips.expire(ts)
+            await asyncio.to_thread(self._store.measure)
 
     def count(self) -> None:
         """Bring the gauges up to date."""
+        self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

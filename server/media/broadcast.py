@@ -142,5 +142,6 @@ class Broadcast:
             head = fmp4.init_segment(parameters[fmp4.SPS], parameters[fmp4.PPS], frame.width, frame.height)
             self._head = fmp4_packet(frame, frame.pts, head, head=True)
         self._fragments += 1
-        body = fmp4.fragment(self._fragments, units, self._media, CLOCK_RATE // self._fps, key=coded.key)
+        sample = fmp4.sample(units, CLOCK_RATE // self._fps, key=coded.key)
+        body = fmp4.fragment(self._fragments, self._media, [sample])
         return fmp4_packet(frame, self._media, body, key=coded.key)

@@ -31,7 +31,7 @@ def clip(chunk: int, limit: int) -> Claim:
         ({"clip": clip(3, 4), "other": clip(0, 1)}, "clip"),
         # Behind every stream that may generate, however far off its deadline.
         ({"clip": clip(0, 1), "a": Claim(0, 1, 99.0)}, "a"),
-        # A stream that has run ahead: its next chunk takes 2 s after the clip's 2 s, and is due at 10 + 4 at the earliest.
+        # A stream that has run ahead: its next chunk takes 2 s after the clip's 2 s, so it may not be due before 14.
         ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0)}, "clip"),
         ({"clip": clip(0, 1), "a": Claim(2, 2, 13.9)}, None),
         # Of two such streams, the second waits for the first.
