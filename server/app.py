@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, videos, whep
+from server import http, mjpeg, recordings, videos, whep
 from server.auth import Access, Gate
 from server.backends.base import Backend
 from server.config import Config
@@ -38,7 +38,7 @@ token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the sa
 carries one already."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES]
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES, *recordings.ROUTES]
 
 
 def create_app(config: Config, backend: Backend) -> FastAPI:

@@ -42,7 +42,7 @@ RULES: tuple[tuple[str, str, key_files.Scope], ...] = (
 )
 """Method, path and scope of what does not follow from the method: reading needs `view`, everything else `control`."""
 
-OWNED_PATH = re.compile(r"/v1/(stream|video)s/([^/]+)(?:/.*)?", re.DOTALL)
+OWNED_PATH = re.compile(r"/v1/(stream|video|recording)s/([^/]+)(?:/.*)?", re.DOTALL)
 """What belongs to somebody, and its id."""
 
 TOKEN_PREFIX = "lrt_"
@@ -78,7 +78,7 @@ class Principal:
         return self.key.owner if self.key else None
 
     def sees(self, id: str, owner: str | None) -> bool:
-        """Whether a stream or clip of this owner exists for it."""
+        """Whether a stream, clip or recording of this owner exists for it."""
         if self.stream is not None:
             return id == self.stream
         return "admin" in self.scopes or owner == self.owner

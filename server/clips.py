@@ -22,7 +22,7 @@ from server.clip import Clip, Failure, Status, Take, UnexpectedError
 from server.errors import ApiError, busy, not_found
 from server.media.files import ClipFile, Growth, webp
 from server.metrics import Metrics
-from server.store import RECORD, Store
+from server.store import Store
 
 logger = logging.getLogger("livereel.clips")
 T = TypeVar("T")
@@ -84,16 +84,11 @@ class Clips:
 
     def load(self) -> None:
         """Take over what the store has from an earlier server. Raises OSError."""
-        for id, record in self._store.records(PREFIX):
-            try:
-                clip = msgspec.json.decode(record, type=Clip)
-            except msgspec.MsgspecError as error:
-                logger.error("clip %s is left out, for its record is damaged: %s", id, error)
-                continue
+        for id, clip in self._store.records(PREFIX, Clip):
             self._clips[id] = clip
             if not clip.status.over:
                 clip.finish(time.time(), self._store.keep_seconds, RESTARTED)
-                self._save(clip)
+                self._store.update_record(id, clip)
 
     async def stop(self) -> None:
         """After `end`: wait until the last file is closed."""
@@ -128,7 +123,7 @@ class Clips:
         try:
             if picture:
                 self._store.save(clip.id, START, picture)
-            self._save(clip)
+            self._store.save_record(clip.id, clip)
         except OSError as error:
             self._admission.release(clip.id)
             self._store.remove(clip.id)
@@ -324,13 +319,10 @@ class Clips:
         clip.finish(time.time(), self._store.keep_seconds, failure)
         self._metrics.clips.labels(clip.status).inc()
         self._leave(clip)
-        try:
-            self._save(clip)
-            if failure:
-                # What is there of it is no whole film, and nobody can ask for it.
-                self._store.path(clip.id, FILM).unlink(missing_ok=True)
-        except OSError as error:
-            logger.error("the record of clip %s could not be written: %s", clip.id, error)
+        self._store.update_record(clip.id, clip)
+        if failure:
+            # What is there of it is no whole film, and nobody can ask for it.
+            self._store.path(clip.id, FILM).unlink(missing_ok=True)
 
     def _leave(self, clip: Clip) -> None:
         """It is over, or not wanted any more: the next one's turn."""
@@ -343,9 +335,6 @@ class Clips:
 
     def _unfinished(self) -> list[Clip]:
         return [clip for clip in self._clips.values() if not clip.status.over]
-
-    def _save(self, clip: Clip) -> None:
-        self._store.save(clip.id, RECORD, msgspec.json.encode(clip))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

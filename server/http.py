@@ -57,7 +57,7 @@ class Route:
     errors: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     accepts: str = "application/json"
-    """Media type of a request body."""
+    """Media type of a request body; empty where none is read."""
 
 
 def streams_of(connection: HTTPConnection) -> Streams:
@@ -487,7 +487,7 @@ def check_body(scope: Scope, headers: Headers, ours: bool) -> None:
     if length.isdecimal() and int(length[:20]) > limit:
         raise body_too_large(limit)
     if route := next((route for route in routes_at(scope) if route.method == scope["method"]), None):
-        if media_type(headers) == route.accepts:
+        if route.accepts in ("", media_type(headers)):
             return
         # A type that a form can send would let any web page open streams on the visitor's own machine: such a request
         # must come from our own page, or from no browser at all.

@@ -50,6 +50,7 @@ REQUIREMENTS = {
     "order": "asc or desc",
     "after": "the id of a video in the list",
     "variant": "video or thumbnail",
+    "format": "mp4 or webm",
     "scope": "view or control",
     "expires_in_s": f"an integer of seconds from 1 to {MAX_TOKEN_SECONDS}",
     "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
@@ -191,10 +192,21 @@ class RemixVideo(Request):
     extra: RemixOptions = RemixOptions(at_s=0.0)
 
 
+def inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """The schema with what it refers to in its place: the references of a body go nowhere in OpenAPI."""
+    if isinstance(schema, list):
+        return [inline(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return inline(definitions[schema["$ref"]], definitions)
+    return {name: inline(each, definitions) for name, each in schema.items()}
+
+
 def body_schema(kind: type[Request], file: str) -> dict[str, Any]:
     """The two forms of a request that may bring a file, for OpenAPI: the endpoint reads the body itself."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = kind.model_json_schema(ref_template="{model}")
+    schema = inline(schema, schema.pop("$defs", {}))
     upload = {"type": "string", "format": "binary", "description": f"A file: {WANTED}."}
     form = {"type": "object", "required": ["prompt"], "properties": {**schema["properties"], file: upload}}
     return {
@@ -303,6 +315,37 @@ class StreamChanged(StreamObject):
     """The stream after the change; `chunk_index` is where it takes effect."""
 
     chunk_index: int = Field(description="The chunk where the change takes effect.")
+
+
+class CreateRecording(Request):
+    """A recording to begin."""
+
+    format: Literal["mp4", "webm"] = Field("mp4", description="`mp4` is H.264 as viewers get it, `webm` is VP9.")
+
+
+class RecordingObject(BaseModel):
+    """One recording. Times are unix times."""
+
+    id: str
+    object: Literal["recording"] = "recording"
+    stream_id: str
+    status: Literal["recording", "completed", "failed"]
+    format: Literal["mp4", "webm"]
+    created_at: float
+    ended_at: float | None
+    expires_at: float | None = Field(description="When it is deleted; null until it is over.")
+    ended_reason: (
+        Literal["stopped", "stream_ended", "storage_full", "too_slow", "failed", "server_restarted"] | None
+    ) = Field(description="Why it is over. Whatever it is, a completed recording is a whole film.")
+    frames: int
+    frames_lost: int = Field(description="Shown meanwhile, and missed because the encoder could not keep up.")
+    duration_s: float = Field(description="Playback time: stalls and pauses are left out.")
+    bytes: int
+
+
+class RecordingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RecordingObject]
 
 
 class VideoFailure(BaseModel):

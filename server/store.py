@@ -7,13 +7,20 @@ that starts again knows what it has. Names of files are ids of our own making.
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from server.errors import ApiError
+
+logger = logging.getLogger("livereel.store")
+R = TypeVar("R", bound=msgspec.Struct)
 
 RECORD = ".json"
 LOCK = "lock"
@@ -119,12 +126,29 @@ class Store:
         for path in self._at.glob(f"{id}.*"):
             path.unlink(missing_ok=True)
 
-    def records(self, prefix: str) -> Iterator[tuple[str, bytes]]:
-        """Id and record of everything whose id starts so. Files without a record are of no use, and deleted."""
+    # records
+
+    def save_record(self, id: str, record: msgspec.Struct) -> None:
+        """Write it down. Raises OSError."""
+        self.save(id, RECORD, msgspec.json.encode(record))
+
+    def update_record(self, id: str, record: msgspec.Struct) -> None:
+        """Write it down, if there is room; an older one stays otherwise."""
+        try:
+            self.save_record(id, record)
+        except OSError as error:
+            logger.error("the record of %s could not be written: %s", id, error)
+
+    def records(self, prefix: str, kind: type[R]) -> Iterator[tuple[str, R]]:
+        """Id and record of everything whose id starts so. Files without a record are of no use, and deleted; what is
+        damaged stays for the operator to see. Raises OSError."""
         ids = {path.name.partition(".")[0] for path in self._at.glob(f"{prefix}*")}
         for id in sorted(ids):
             record = self.path(id, RECORD)
-            if record.is_file():
-                yield id, record.read_bytes()
-            else:
+            if not record.is_file():
                 self.remove(id)
+                continue
+            try:
+                yield id, msgspec.json.decode(record.read_bytes(), type=kind)
+            except msgspec.MsgspecError as error:
+                logger.error("%s is left out, for its record is damaged: %s", id, error)

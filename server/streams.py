@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,8 +29,10 @@ from server.errors import ApiError, busy, engine_unavailable, stream_ended, stre
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
+from server.media.tape import Container, Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
+from server.recorder import Recorder, Recording
 from server.session import Event, Session, State
 from server.store import Store
 
@@ -83,6 +86,8 @@ class Stream:
     viewers: set[Viewer] = field(default_factory=set)
     broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
     """What the viewers of each codec are served from."""
+    tapes: set[Tape] = field(default_factory=set)
+    """Of the recordings that run."""
     steers: dict[int, _Steer] = field(default_factory=dict)
     """By event number: those that are not on screen yet."""
     next_event: int = 1
@@ -99,6 +104,11 @@ class Stream:
     def watching(self) -> int:
         """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
         return sum(viewer.format != "events" for viewer in self.viewers)
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody watches or listens, or it is recorded."""
+        return bool(self.viewers or self.tapes)
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -140,6 +150,7 @@ class Streams:
         self._metrics = metrics
         self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
         self.clips = Clips(backend, self._store, metrics)
+        self.recorder = Recorder(self._store, metrics)
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._models: dict[str, wire.ModelInfo] = {}
@@ -161,6 +172,7 @@ class Streams:
         """Bring the backend up, without waiting for it. Raises OSError when the data folder is of no use."""
         self._store.open()
         self.clips.load()
+        self.recorder.load()
         await self._backend.start(self._on_engine)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
 
@@ -177,6 +189,7 @@ class Streams:
         await self._backend.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.clips.stop()
+        await self.recorder.stop()
         self._store.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -303,9 +316,9 @@ class Streams:
         return stream
 
     def owner(self, id: str) -> str | None:
-        """Whose the stream or clip is; None also when there is none."""
+        """Whose the stream, clip or recording is; None also when there is none."""
         stream = self._streams.get(id)
-        return stream.owner if stream else self.clips.owner(id)
+        return stream.owner if stream else self.clips.owner(id) or self.recorder.owner(id)
 
     def keep_owners(self, owners: Collection[str]) -> None:
         """End the streams of everybody else: their keys were taken away."""
@@ -386,9 +399,38 @@ class Streams:
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
             broadcast.leave(viewer)
-            if not len(broadcast):
-                broadcast.close()
-                del stream.broadcasts[viewer.codec]
+            self._close_unused(stream, viewer.codec)
+
+    def _close_unused(self, stream: Stream, codec: Codec) -> None:
+        if not len(stream.broadcasts[codec]):
+            stream.broadcasts.pop(codec).close()
+
+    def record(self, stream: Stream, container: Container) -> Recording:
+        """Record the stream from now on, or from its first frame. Raises `ApiError`."""
+        session = stream.session
+        if session.state.over:
+            raise stream_ended(session.ended_reason)
+        if session.fps is None:
+            raise engine_unavailable()
+        recording, tape = self.recorder.begin(session.id, stream.owner, container, session.fps)
+        stream.tapes.add(tape)
+        tape.on_end = partial(self._unload, stream, tape)
+        self._load(stream, tape)
+        stream.wake.set()
+        return recording
+
+    def _load(self, stream: Stream, tape: Tape) -> None:
+        """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
+        if tape.container == "mp4" and (broadcast := self._broadcast(stream, "h264")):
+            broadcast.record(tape)
+
+    def _unload(self, stream: Stream, tape: Tape) -> None:
+        """The recording is over, or the stream. Safe to call again."""
+        stream.tapes.discard(tape)
+        stream.unwatched_since = time.monotonic()
+        if broadcast := stream.broadcasts.get("h264"):
+            broadcast.stop_recording(tape)
+            self._close_unused(stream, "h264")
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
@@ -397,13 +439,18 @@ class Streams:
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        codec, last, fps = viewer.codec, stream.last, stream.session.fps
-        if codec is None or last is None or fps is None:
-            return
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec)):
+            broadcast.join(viewer)
+
+    def _broadcast(self, stream: Stream, codec: Codec) -> Broadcast | None:
+        """The stream's encoder of this codec, from the first frame on."""
+        last, fps = stream.last, stream.session.fps
+        if last is None or fps is None:
+            return None
         if codec not in stream.broadcasts:
             kbps = self._config.bitrate_kbps
             stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
-        stream.broadcasts[codec].join(viewer)
+        return stream.broadcasts[codec]
 
     def viewer_too_slow(self) -> None:
         """Count a viewer that had to be disconnected."""
@@ -703,6 +750,11 @@ class Streams:
         for viewer in list(stream.viewers):
             viewer.finish(_close_code(session))
             self.detach(stream, viewer)
+        if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)):
+            broadcast.finish()  # what is shown is encoded yet, and then its recordings end
+        for tape in list(stream.tapes):
+            if tape.container == "webm" or stream.last is None:
+                tape.finish("stream_ended")
         for steer in stream.steers.values():
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
@@ -728,7 +780,11 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = playback.tick(time.monotonic(), watched=stream.watching > 0) if playback else pacing.Wait(None)
+                action = (
+                    playback.tick(time.monotonic(), watched=stream.watching > 0 or bool(stream.tapes))
+                    if playback
+                    else pacing.Wait(None)
+                )
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -756,8 +812,13 @@ class Streams:
         if first:
             for viewer in stream.viewers:
                 self._tune_in(stream, viewer)
+            for tape in stream.tapes:
+                self._load(stream, tape)
         for broadcast in stream.broadcasts.values():
             broadcast.show(frame, stream.clock)
+        for tape in list(stream.tapes):
+            if tape.container == "webm":
+                tape.take(frame)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
         packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
@@ -830,7 +891,7 @@ class Streams:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             now, ts, idle = time.monotonic(), time.time(), self._config.idle_timeout_s
             for stream in list(self._streams.values()):
-                if not stream.session.state.over and not stream.viewers and 0 < idle < now - stream.unwatched_since:
+                if not stream.session.state.over and not stream.wanted and 0 < idle < now - stream.unwatched_since:
                     self._end(stream, "idle")
             ended = [stream for stream in self._streams.values() if stream.session.state.over]
             for stream in ended[: max(0, len(ended) - MAX_RECORDS)]:
@@ -840,6 +901,7 @@ class Streams:
                     del self._streams[stream.session.id]
             self._tell_places()
             self.clips.expire(ts)
+            self.recorder.keep_house(ts)
             await asyncio.to_thread(self._store.measure)
 
     def count(self) -> None:

@@ -54,19 +54,23 @@ class VideoEncoder:
 
         `clock` is its time in 1/90000 s, later than that of the frame before.
         """
-        width, height = self._context.width, self._context.height
-        frame = av.VideoFrame(width, height, "rgb24")
-        plane = frame.planes[0]
-        if padding := plane.line_size - 3 * width:
-            rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
-            plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
-        else:
-            plane.update(bytes(rgb))
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+        frame = picture(rgb, self._context.width, self._context.height)
         frame.pts, frame.time_base = clock, TIME_BASE
         frame.pict_type = PictureType.I if key else PictureType.NONE
         packets = self._context.encode(frame)
         return Coded(packets[0], packets[0].is_keyframe) if packets else None
+
+
+def picture(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
+    """A frame as encoders want it, YUV 4:2:0 from height x width x 3 bytes."""
+    frame = av.VideoFrame(width, height, "rgb24")
+    plane = frame.planes[0]
+    if padding := plane.line_size - 3 * width:
+        rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
+        plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
+    else:
+        plane.update(bytes(rgb))
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
 
 
 def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
