@@ -26,6 +26,9 @@ MAX_RECORDINGS = 4096
 SAVE_SECONDS = 5.0
 """How old the figures of a recording may be that a server left behind that was killed."""
 
+STOP_SECONDS = 3.0
+"""How long an encoder may take over the last frames when the server ends."""
+
 Status = Literal["recording", "completed", "failed"]
 
 
@@ -80,6 +83,10 @@ class Recorder:
 
     async def stop(self) -> None:
         """After the streams have ended: wait until the last file is closed."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=STOP_SECONDS)
+        for tape in list(self._tapes.values()):
+            tape.finish("stream_ended")
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def begin(self, stream: str, owner: str | None, container: Container, fps: int) -> tuple[Recording, Tape]:

@@ -421,14 +421,14 @@ class Streams:
 
     def _load(self, stream: Stream, tape: Tape) -> None:
         """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
-        if tape.container == "mp4" and (broadcast := self._broadcast(stream, "h264")):
+        if tape.container == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
             broadcast.record(tape)
 
     def _unload(self, stream: Stream, tape: Tape) -> None:
         """The recording is over, or the stream. Safe to call again."""
         stream.tapes.discard(tape)
         stream.unwatched_since = time.monotonic()
-        if broadcast := stream.broadcasts.get("h264"):
+        if (broadcast := stream.broadcasts.get("h264")) is not None:
             broadcast.stop_recording(tape)
             self._close_unused(stream, "h264")
 
@@ -439,7 +439,7 @@ class Streams:
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec)):
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec)) is not None:
             broadcast.join(viewer)
 
     def _broadcast(self, stream: Stream, codec: Codec) -> Broadcast | None:
@@ -750,7 +750,7 @@ class Streams:
         for viewer in list(stream.viewers):
             viewer.finish(_close_code(session))
             self.detach(stream, viewer)
-        if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)):
+        if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)) is not None:
             broadcast.finish()  # what is shown is encoded yet, and then its recordings end
         for tape in list(stream.tapes):
             if tape.container == "webm" or stream.last is None:
