@@ -19,7 +19,7 @@ from server.config import Config
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
-from server.websocket import refuse_handshake, watch
+from server.websocket import cut_off, refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
 
@@ -47,11 +47,12 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     streams = Streams(config, backend, metrics)
     sessions = whep.Sessions(config, streams)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
+    access.holders += [streams.keep_keys, sessions.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
-        watcher = asyncio.create_task(watch_keys(access, streams), name="keys")
+        watcher = asyncio.create_task(watch_keys(access), name="keys")
         try:
             yield
         finally:
@@ -66,7 +67,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
         lifespan=lifespan,
         middleware=[
             Middleware(http.Envelope, access=access),
-            Middleware(Gate, access=access, streams=streams, refuse_socket=refuse_handshake),
+            Middleware(Gate, access=access, streams=streams, refuse=refuse_handshake, cut_off=cut_off),
             Middleware(http.Bodies, access=access),
         ],
         exception_handlers={
@@ -101,24 +102,21 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     return app
 
 
-KEYS_SECONDS = 1.0
+KEYS_SECONDS = 0.5
 """How often the file of keys is looked at."""
 
 
-async def watch_keys(access: Access, streams: Streams) -> None:
+async def watch_keys(access: Access) -> None:
     """Notice when the file of keys changes."""
     while access.keys is not None:
         await asyncio.sleep(KEYS_SECONDS)
-        reload_keys(access, streams)
+        reload_keys(access)
 
 
-def reload_keys(access: Access, streams: Streams, *, insist: bool = False) -> None:
+def reload_keys(access: Access, *, insist: bool = False) -> None:
     """Read the keys again if their file has changed; a file that is no good leaves those that there are."""
-    if access.keys is None:
-        return
     try:
-        if access.keys.reload(insist=insist):
+        if access.reload(insist=insist):
             logger.info("the keys were read again")
-            streams.keep_owners(access.keys.owners)
     except ValueError as error:
         logger.error("the keys stay as they were: %s", error)

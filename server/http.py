@@ -77,11 +77,8 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
         data = upload if upload is not None else pictures.from_data_url(body.image or "")
         async with streams.decoding:
             picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
-    principal = principal_of(request)
-    limit = principal.key.streams if principal.key else None
-    stream = streams.open(
-        body.prompt, body.model, body.seed, body.duration_s, picture, owner=principal.owner, limit=limit
-    )
+    key = principal_of(request).key
+    stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)
 
