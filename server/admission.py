@@ -81,8 +81,8 @@ class Admission:
         self._live: dict[str, _Live] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._turns: dict[str | None, Fraction] = {}
-        """How many turns each owner has had, weighed by priority: the fewest is next. It is never below that of the last
-        who was served, so that nobody comes back with turns to spare."""
+        """How many turns each owner has had, weighed by priority: the fewest is next. They count as at least those of
+        whoever was served last, so that nobody comes back with turns to spare."""
         self._last_turn = Fraction(0)
 
     def set_costs(self, costs: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ from server import http, mjpeg, whep
 from server.auth import Access, Gate
 from server.backends.base import Backend
 from server.config import Config
+from server.idempotency import Idempotency
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
@@ -35,7 +36,10 @@ or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
-carries one already."""
+carries one already.
+
+`POST /v1/streams` takes an `Idempotency-Key`: who did not hear the answer may send the request again, and gets the
+stream that the first one opened."""
 
 
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
@@ -47,7 +51,8 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     streams = Streams(config, backend, metrics)
     sessions = whep.Sessions(config, streams)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
-    access.holders += [streams.keep_keys, sessions.keep_keys]
+    ledger = Idempotency()
+    access.holders += [streams.keep_keys, sessions.keep_keys, ledger.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,6 +89,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.state.config = config
     app.state.routes = ROUTES
     app.state.access = access
+    app.state.idempotency = ledger
     for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.wire import LORA_NAME
+from server import idempotency
 from server.errors import ApiError
 from server.pictures import WANTED
 
@@ -127,6 +128,17 @@ BODY_SCHEMA = {
     },
 }
 """The two forms of a request to open a stream, for OpenAPI: the endpoint reads the body itself."""
+
+
+IDEMPOTENCY_KEY = {
+    "name": idempotency.HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": idempotency.KEY},
+    "description": "Sent again with the same request within a day, it gets what the first one made, with the header "
+    "`Idempotent-Replayed: true`.",
+}
+"""For OpenAPI."""
 
 
 class ChangeStream(Request):
