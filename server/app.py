@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
 from server import http, mjpeg, whep
-from server.auth import Access, Gate
+from server.auth import STREAM_PATH, Access, Gate, public
 from server.backends.base import Backend
 from server.config import Config
 from server.idempotency import Idempotency
@@ -65,7 +65,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             await streams.stop()
             await sessions.stop()
 
-    app = FastAPI(
+    app = Api(
         title="Livereel",
         version="0.1.0",
         description=DESCRIPTION,
@@ -106,6 +106,24 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
     app.mount("/assets", StaticFiles(directory=http.WEB))
     return app
+
+
+class Api(FastAPI):
+    """FastAPI, whose description also says what a request needs to be let in."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None and self.state.access.keys is not None:
+            schema = super().openapi()
+            schema["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer", "description": "An API key, or a token for one stream."},
+                "token": {"type": "apiKey", "in": "query", "name": "token", "description": "A token for one stream."},
+            }
+            for path, methods in schema["paths"].items():
+                for method, operation in methods.items():
+                    shown = ["key", "token"] if STREAM_PATH.fullmatch(path) else ["key"]
+                    operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
+        return super().openapi()
 
 
 KEYS_SECONDS = 0.5

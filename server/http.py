@@ -37,7 +37,8 @@ MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
 
-NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
+NUMBER = re.compile(r"-?(0|[1-9]\d{0,19})(\.\d{1,30})?([eE][+-]?\d{1,3})?")
+"""What a form may have for one, as JSON writes it."""
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -296,7 +297,7 @@ ROUTES = [
     Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
     Route("GET", "/livez", livez, schemas.Alive),
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
-    Route("GET", "/metrics", metrics, options={"response_class": Response}),
+    Route("GET", "/metrics", metrics, options={"response_class": Response, "responses": {"default": ERROR}}),
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]

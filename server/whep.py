@@ -241,7 +241,7 @@ ROUTES = [
     Route("POST", ENDPOINT, offer, None, 201, (400, 404, 409, 413, 415, 503), body(SDP), SDP),
     Route("OPTIONS", ENDPOINT, options, options=DISCOVERY),
     Route("HEAD", ENDPOINT, head, None, 200, options=DISCOVERY),
-    Route("GET", ENDPOINT, get, None, 204, options=DISCOVERY),
+    Route("GET", ENDPOINT, get, None, 204, (404, 409), EMPTY),
     Route("PATCH", SESSION, trickle, None, 204, (400, 404, 412, 413, 415, 422), body(FRAGMENT), FRAGMENT),
     Route("DELETE", SESSION, hang_up, None, 200, (404,), EMPTY),
     Route("OPTIONS", SESSION, session_options, options=DISCOVERY),

@@ -46,7 +46,7 @@ CREATE = [
     ('{"prompt": "\\udfff"}', "prompt", "prompt_character"),
     ('{"prompt": "a", "seed": true}', "seed", "invalid_value"),
     ('{"prompt": "a", "seed": "7"}', "seed", "invalid_value"),
-    ('{"prompt": "a", "seed": 1.0}', "seed", "invalid_value"),
+    ('{"prompt": "a", "seed": 1.5}', "seed", "invalid_value"),
     ('{"prompt": "a", "seed": -1}', "seed", "invalid_value"),
     (json.dumps({"prompt": "a", "seed": MAX_SEED + 1}), "seed", "invalid_value"),
     (json.dumps({"prompt": "a", "seed": 10**400}), "seed", "invalid_value"),
@@ -92,7 +92,8 @@ async def test_create(run_gateway: Any) -> None:
                 assert f"`{param}`" in error["message"]
         assert len(gateway.backend.sent) <= 1
         # What is right still works, at the very limits.
-        for fields in ({"prompt": "é" * 2048}, {"seed": MAX_SEED}, {"seed": 0}, {"duration_s": 86400}, {"model": None}):
+        seeds = [{"seed": seed} for seed in (MAX_SEED, 0, 7.0)]
+        for fields in ({"prompt": "é" * 2048}, *seeds, {"duration_s": 86400}, {"model": None}):
             await gateway.open(**{"prompt": "a", **fields})
 
 
