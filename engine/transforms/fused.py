@@ -94,7 +94,7 @@ class FusedWan(nn.Module):
         gate: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(1)
-            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.format)
+            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.into)
             qkv = block.qkv(h).unflatten(0, (batch, -1))
             own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
             y = block.o(own.flatten(0, 1).flatten(1))
@@ -106,18 +106,18 @@ class FusedWan(nn.Module):
                 y=y,
                 bias=block.o.bias,
                 gate=gate1,
-                into=block.cross_q.format,
+                into=block.cross_q.into,
             )
             q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
             text_k, text_v = text.layers[layer]
             seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
             y = block.cross_o(seen.reshape(len(residual), -1))
-            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.format)
-            if block.up.format is None and block.down.format is None:
+            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
+            if isinstance(block.up.weight, Tensor) and isinstance(block.down.weight, Tensor):
                 assert isinstance(h, Tensor)
                 y = block.down(block.up.gelu(h))
             else:
-                y = block.down(gelu(block.up(h), block.up.bias, block.down.format))
+                y = block.down(gelu(block.up(h), block.up.bias, block.down.into))
             bias, gate = block.down.bias, gate2
         shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
         _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)

@@ -8,9 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops.fused import Activation, Scales
-from engine.ops.linear import LARGEST, STORED, Format, Rows8
+from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
+from engine.ops.sparse import UNIT
 
-FORMATS: dict[Format | None, int] = {None: 0, "fp8": 1, "int8": 2}
+
+def _form(into: Into | None) -> dict[str, float]:
+    """For a kernel: 0 is as it is, 1 and 2 are fp8 and int8 with a scale a row, 3 and 4 the same with a fixed one."""
+    if into is None:
+        return {"FORMAT": 0, "LARGEST": 0.0}
+    fixed = isinstance(into, Fixed)
+    name = into.format if isinstance(into, Fixed) else into
+    return {"FORMAT": (1 if name == "fp8" else 2) + (2 if fixed else 0), "LARGEST": LARGEST[name]}
 
 
 def _warps(width: int) -> int:
@@ -19,16 +27,20 @@ def _warps(width: int) -> int:
 
 @triton.jit
 def _write_row(out, scales, row, width, at, mask, value, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
-    """One row as it is, or in 8 bits with the scale that brings its largest magnitude to the format's."""
+    """One row as it is, or in 8 bits: with the scale that brings its largest magnitude to the format's, or the one
+    that is there."""
     if FORMAT == 0:
         tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=mask)
     else:
-        largest = tl.maximum(tl.max(tl.where(mask, tl.abs(value), 0.0), axis=0), 1e-12)
-        scaled = value * (LARGEST / largest)
-        if FORMAT == 2:
+        if FORMAT > 2:
+            scaled = tl.minimum(tl.maximum(value / tl.load(scales), -LARGEST), LARGEST)
+        else:
+            largest = tl.maximum(tl.max(tl.where(mask, tl.abs(value), 0.0), axis=0), 1e-12)
+            scaled = value * (LARGEST / largest)
+            tl.store(scales + row, largest / LARGEST)
+        if FORMAT % 2 == 0:
             scaled = tl.floor(scaled + 0.5)
         tl.store(out + row * width + at, scaled.to(out.dtype.element_ty), mask=mask)
-        tl.store(scales + row, largest / LARGEST)
 
 
 @triton.jit
@@ -155,13 +167,19 @@ def _heads(
     tl.store(values + batch * value_batch + token * value_token + at, v.to(values.dtype.element_ty), mask=mask)
 
 
-def _empty(x: Tensor, into: Format | None) -> tuple[Tensor, Tensor]:
-    """Where to write rows like x's, and their scales."""
-    out = torch.empty(x.shape, dtype=x.dtype if into is None else STORED[into], device=x.device)
-    return out, torch.empty(len(x), 1, device=x.device)
+def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
+    """Where to write rows like x's, and their scales: those of a fixed scale are there.
+
+    In 8 bits the memory goes on to a multiple of the rows that sparse products take.
+    """
+    if into is None:
+        return torch.empty_like(x), torch.empty(0, device=x.device)
+    name = into.format if isinstance(into, Fixed) else into
+    out = torch.empty(-(-len(x) // UNIT) * UNIT, x.shape[1], dtype=STORED[name], device=x.device)[: len(x)]
+    return out, into.scale if isinstance(into, Fixed) else torch.empty(len(x), 1, device=x.device)
 
 
-def _activation(out: Tensor, scales: Tensor, into: Format | None) -> Activation:
+def _activation(out: Tensor, scales: Tensor, into: Into | None) -> Activation:
     return out if into is None else Rows8(out, scales)
 
 
@@ -174,7 +192,7 @@ def add_norm(
     y: Tensor | None,
     bias: Tensor | None,
     gate: Tensor | None,
-    into: Format | None,
+    into: Into | None,
 ) -> tuple[Tensor, Activation]:
     rows, width = x.shape
     out, scales = _empty(x, into)
@@ -184,29 +202,29 @@ def add_norm(
         x, y, bias, gate, scale, shift, total, out, scales,
         width, rows // len(scale), 1 if gate is None else rows // len(gate), 0 if gate is None else gate.stride(0),
         scale.stride(0), shift.stride(0), eps,
-        ADD=y is not None, BIAS=bias is not None, GATE=gate is not None, FORMAT=FORMATS[into],
-        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        ADD=y is not None, BIAS=bias is not None, GATE=gate is not None, **_form(into),
+        BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return total, _activation(out, scales, into)
 
 
-def _pointwise(x: Tensor, bias: Tensor | None, into: Format | None, *, activate: bool) -> Activation:
+def _pointwise(x: Tensor, bias: Tensor | None, into: Into | None, *, activate: bool) -> Activation:
     rows, width = x.shape
     out, scales = _empty(x, into)
     assert x.is_contiguous()
     _gelu[(rows,)](
         x, bias, out, scales, width, BIAS=bias is not None, GELU=activate,
-        APPROXIMATE=x.is_cuda and x.dtype != torch.float32, FORMAT=FORMATS[into],
-        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        APPROXIMATE=x.is_cuda and x.dtype != torch.float32, **_form(into),
+        BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return _activation(out, scales, into)
 
 
-def gelu(x: Tensor, bias: Tensor | None, into: Format | None) -> Activation:
+def gelu(x: Tensor, bias: Tensor | None, into: Into | None) -> Activation:
     return _pointwise(x, bias, into, activate=True)
 
 
-def to_rows8(x: Tensor, into: Format) -> Rows8:
+def to_rows8(x: Tensor, into: Into) -> Rows8:
     out = _pointwise(x, None, into, activate=False)
     assert isinstance(out, Rows8)
     return out
