@@ -9,6 +9,7 @@ the library applies these, a scale a row of x follows in a pass over the result,
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,21 +94,21 @@ def linear_sparse(x: Tensor | Rows8, weight: Sparse24, dtype: torch.dtype) -> Te
             return linear8(x, Rows8(weight.data, weight.scale), None, dtype)
         rows = x.data.flatten(0, -2)
         alpha = weight.scale.flatten() * x.scale if x.one_scale else weight.scale.flatten()
-        out = _product(weight.data, filled(rows, UNIT), alpha, weight.shape, dtype)[: len(rows)]
+        out = _product(weight.data, filled(rows, UNIT), alpha, dtype)[: len(rows)]
         if not x.one_scale:
             out = rescale(out, x.scale.reshape(-1, 1), None, dtype)
         return out.unflatten(0, x.data.shape[:-1])
     if not weight.compressed:
         return F.linear(x, weight.data)
     rows = x.flatten(0, -2)
-    out = _product(weight.data, filled(rows, UNIT // 8), None, weight.shape, dtype)[: len(rows)]
+    out = _product(weight.data, filled(rows, UNIT // 8), None, None)[: len(rows)]
     return out.unflatten(0, x.shape[:-1])
 
 
 def filled(rows: Tensor, unit: int) -> Tensor:
     """rows [R, K] with as many more as make R a multiple of `unit`, whatever these hold.
 
-    Without a copy where the memory goes on that far, as `with_room` leaves it.
+    Without a copy where the memory goes on that far, as the kernels that round to 8 bits leave it.
     """
     height, width = rows.shape
     wanted = -(-height // unit) * unit
@@ -119,21 +120,30 @@ def filled(rows: Tensor, unit: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, wanted - height))
 
 
-def _product(packed: Tensor, x: Tensor, alpha: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """x [R, K] times the weight transposed: [R, N], by the algorithm that was fastest when the shape was first met."""
-    key = packed.device, packed.dtype, shape, len(x)
+def _product(packed: Tensor, x: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x [R, K] times the weight transposed: [R, N], by the algorithm that was fastest when the shape was first met.
+
+    alpha: float32 [N], by which the columns are multiplied. dtype: of the result of float8; otherwise it is x's.
+    """
+    key = packed.device, packed.dtype, packed.numel(), x.shape
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
             return torch._cslt_sparse_mm(packed, x.t(), alpha=alpha, out_dtype=dtype, transpose_result=True)
-        try:
-            _algorithms[key] = torch._cslt_sparse_mm_search(
-                packed, x.t(), alpha=alpha, out_dtype=dtype, transpose_result=True
-            )
-        except RuntimeError:
-            _algorithms[key] = 0
-    return torch._cslt_sparse_mm(
-        packed, x.t(), alpha=alpha, out_dtype=dtype, transpose_result=True, alg_id=_algorithms[key]
-    )
+        _algorithms[key] = _search(packed, x, alpha, dtype)
+    algorithm, parts, mode = _algorithms[key]
+    return torch._cslt_sparse_mm(packed, x.t(), None, alpha, dtype, True, algorithm, parts, mode)
 
 
-_algorithms: dict[tuple[torch.device, torch.dtype, tuple[int, int], int], int] = {}
+_algorithms: dict[tuple[torch.device, torch.dtype, int, torch.Size], tuple[int, int, int]] = {}
+
+
+def _search(packed: Tensor, x: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> tuple[int, int, int]:
+    """An algorithm's number, into how many parts it cuts K, and how it sums them; the library's default where it finds
+    no better one."""
+    library: Any = getattr(torch._C, "_cusparselt", None)
+    try:
+        algorithm, parts, mode, _ = library.mm_search(packed, x.t(), None, alpha, dtype, True)
+        torch._cslt_sparse_mm(packed, x.t(), None, alpha, dtype, True, algorithm, parts, mode)
+    except (AttributeError, TypeError, RuntimeError):
+        return 0, 1, -1
+    return algorithm, parts, mode
