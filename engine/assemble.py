@@ -23,6 +23,7 @@ from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, Picture
 from engine.stream.kv_cache import Precision
 from engine.stream.state import StreamState
 from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.cuda_graphs import GraphedWan
 from engine.wire import ModelInfo
 
@@ -123,7 +124,10 @@ def assemble(
     if speed is None:
         speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
-    return Pipeline(preset, tokenizer, encoder, served, pictures)
+    pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
+    if speed.fixed_scales:
+        calibrate(served, preset, [pipeline.encode_prompt(prompt) for prompt in PROMPTS])
+    return pipeline
 
 
 @dataclass(frozen=True)

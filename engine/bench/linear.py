@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.assemble import best_device, best_dtype
 from engine.bench.rollout import ceiling
@@ -88,7 +88,8 @@ def text_shapes(text: TextConfig) -> dict[str, tuple[int, int]]:
 
 
 def chunk_tokens(preset: Preset) -> int:
-    return preset.chunk * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
+    cache = preset.cache()
+    return cache.chunk * cache.rows * cache.columns
 
 
 def fault_of(projection: Projection, device: torch.device) -> str | None:
@@ -117,7 +118,7 @@ def measure(
     nan = float("nan")
     us, whole, error = nan, nan, nan
     try:
-        projections = [_projection(weight, held) for weight in weights]
+        projections = [Projection.of(weight, held) for weight in weights]
         fault = fault_of(projections[0], device)
         if fixed:
             for projection, x in zip(projections, inputs, strict=True):
@@ -136,13 +137,6 @@ def measure(
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as problem:
         fault = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120] if str(problem) else ''}"
     return Row(name, us, whole, error, fault)
-
-
-def _projection(weight: Tensor, held: Held) -> Projection:
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return Projection([layer], held)
 
 
 def _time(projections: list[Projection], inputs: list[Any]) -> float:
@@ -209,7 +203,7 @@ def small(text: TextConfig, device: torch.device, dtype: torch.dtype) -> dict[st
             weights, inputs = operands(tokens, depth, width, device, dtype)
             rows = [measure(form or "as it is", Held(form), False, weights, inputs) for form in forms]
             found[f"{name}, {tokens} tokens"] = rows
-            sizes = [sum(x.nbytes for x in tensors(_projection(weights[0], Held(form)).weight)) for form in forms]
+            sizes = [sum(x.nbytes for x in tensors(Projection.of(weights[0], Held(form)).weight)) for form in forms]
             cells = [f"{row.us:9.1f} ({size / row.us / 1e3:6.0f})" for row, size in zip(rows, sizes, strict=True)]
             print(f"{f'{name}: {tokens} x {depth} -> {width}':30}" + "".join(f"{x:>20}" for x in cells), flush=True)
             for row in rows:
@@ -220,15 +214,17 @@ def small(text: TextConfig, device: torch.device, dtype: torch.dtype) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", nargs="*", choices=[*sorted(PRESETS), []], help="whose shapes")
+    parser.add_argument("presets", nargs="*", metavar="preset", help=", ".join(sorted(PRESETS)))
     parser.add_argument("--tokens", type=int, help="rows (default: of a chunk)")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
+    if unknown := [name for name in options.presets if name not in PRESETS]:
+        parser.error(f"there is no preset {', '.join(unknown)}: choose from {', '.join(sorted(PRESETS))}")
     if options.tokens is not None and options.tokens < 1:
         parser.error("--tokens must be at least 1")
     device = best_device()
     dtype, gpu = best_dtype(device), device.type == "cuda"
-    names = options.preset or (["self-forcing-1.3b", "krea-14b"] if gpu else ["mini"])
+    names = options.presets or (["self-forcing-1.3b", "krea-14b"] if gpu else ["mini"])
     where = torch.cuda.get_device_name(device) if gpu else "CPU"
     best = ceiling(device, dtype, 1.0 if gpu else 0.1)
     print(f"{where}, {dtype}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")

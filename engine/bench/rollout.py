@@ -31,6 +31,7 @@ from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.calibrate import calibrate
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -153,6 +154,8 @@ def roll(
         torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    if speed.fixed_scales:
+        calibrate(served, preset, [text])
     context = model.encode_text(text)
     rollout, clock = preset.rollout(), Clock(device)
     memories: list[Tensor] | None = None

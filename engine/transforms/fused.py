@@ -15,7 +15,7 @@ from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
 from engine.ops.attention import attention
 from engine.ops.fused import add_norm, gelu, rms_norm
 from engine.stream.fused_cache import FusedCache
-from engine.transforms.low_bit import Policy, Projection
+from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
 class FusedBlock:
@@ -23,13 +23,10 @@ class FusedBlock:
 
     def __init__(self, block: Block, index: int, policy: Policy) -> None:
         own, cross = block.self_attn, block.cross_attn
-        up, down = cast(nn.Linear, block.ffn[0]), cast(nn.Linear, block.ffn[2])
-        self.qkv = Projection([own.q, own.k, own.v], policy.of(index, "qkv"))
-        self.o = Projection([own.o], policy.of(index, "o"))
-        self.cross_q = Projection([cross.q], policy.of(index, "cross_q"))
-        self.cross_o = Projection([cross.o], policy.of(index, "cross_o"))
-        self.up = Projection([up], policy.of(index, "up"))
-        self.down = Projection([down], policy.of(index, "down"))
+        made = {role: Projection(layers, policy.of(index, role)) for role, layers in layers_of(block).items()}
+        self.qkv, self.o = made["qkv"], made["o"]
+        self.cross_q, self.cross_o = made["cross_q"], made["cross_o"]
+        self.up, self.down = made["up"], made["down"]
         self.norm_q, self.norm_k = own.norm_q.weight, own.norm_k.weight
         self.cross_norm = cross.norm_q.weight
         self.text_norm = block.norm3

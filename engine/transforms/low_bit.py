@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.models.dit import Block
 from engine.ops.blocks import E2M1, Blocks, linear_blocks, quantise_blocks
 from engine.ops.fused import Activation, to_rows8
 from engine.ops.linear import LARGEST, Fixed, Format, Into, Rows8, linear8, linear_weights8, one_scale, quantise
@@ -50,6 +51,11 @@ class Held:
             case _:
                 return None
 
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether there is a scale of inputs that could be fixed."""
+        return self.rows is not None or self.form == "nvfp4"
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -70,6 +76,19 @@ class Policy:
         return Held(self.form, role in self.sparse)
 
 
+def layers_of(block: Block) -> dict[Role, list[nn.Linear]]:
+    """The linear layers of each role, which read the same input and are joined."""
+    own, cross = block.self_attn, block.cross_attn
+    return {
+        "qkv": [own.q, own.k, own.v],
+        "o": [own.o],
+        "cross_q": [cross.q],
+        "cross_o": [cross.o],
+        "up": [cast(nn.Linear, block.ffn[0])],
+        "down": [cast(nn.Linear, block.ffn[2])],
+    }
+
+
 class Projection:
     """One or more linear layers over the same input, side by side, without their bias.
 
@@ -88,6 +107,14 @@ class Projection:
         self.scale: Tensor | None = None
         """Of the input, float32 [1], where it was calibrated; without it each input's own is looked for."""
         self._seen: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, held: Held) -> "Projection":
+        """A weight [N, K] by itself, which is taken over."""
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return cls([layer], held)
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -141,7 +168,7 @@ class Projection:
 
     def watch(self) -> None:
         """From now on note the largest magnitude of the input, until `settle`."""
-        if self.held.rows is not None or self.held.form == "nvfp4":
+        if self.held.scales_inputs:
             self._seen = torch.zeros(1, device=tensors(self.weight)[0].device)
 
     def settle(self) -> None:

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from engine.ops import linear
-from engine.ops.linear import LARGEST, Fixed, Format, Into, Rows8, fp8_fault, linear8, linear_weights8, quantise, rescale
+from engine.ops.linear import (
+    LARGEST,
+    Fixed,
+    Format,
+    Into,
+    Rows8,
+    fp8_fault,
+    linear8,
+    linear_weights8,
+    quantise,
+    rescale,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
