@@ -18,6 +18,7 @@ from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import Place, place_text_encoder
+from engine.ops.linear import Format
 from engine.pipeline import Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
@@ -25,6 +26,7 @@ from engine.stream.state import StreamState
 from engine.transforms.accelerate import Speed, accelerate, fastest_exact
 from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.cuda_graphs import GraphedWan
+from engine.transforms.weights_alone import weights_in_8_bits
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -60,15 +62,16 @@ def assemble(
     kv_precision: Precision = "exact",
     decoder: Literal["light", "full"] = "light",
     text_encoder: Place = "resident",
+    text_weights: Format | None = None,
     speed: Speed | None = None,
     loras: bool = False,
 ) -> Pipeline:
     """Load a preset.
 
     `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
-    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`;
-    `speed` is by default whatever costs no exactness on this device; `loras` says that weights may change while it
-    serves.
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`,
+    and `text_weights` keeps its weights in 8 bits; `speed` is by default whatever costs no exactness on this device;
+    `loras` says that weights may change while it serves.
 
     Raises:
         KeyError: no preset has this name.
@@ -99,7 +102,10 @@ def assemble(
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
         return module.to(dtype=dtype).requires_grad_(False).eval()
 
-    encoder = place_text_encoder(build("text_encoder", lambda: TextEncoder(preset.text)), text_encoder, device)
+    text = build("text_encoder", lambda: TextEncoder(preset.text))
+    if text_weights is not None:
+        weights_in_8_bits(text, text_weights)
+    encoder = place_text_encoder(text, text_encoder, device)
     dit = build("dit", lambda: CausalWan(preset.dit)).to(device)
     if not {"statistics.mean", "statistics.std"} <= tensors.keys():
         raise store.StoreError(f"{folder} holds no latent statistics, which {name} needs: convert its weights again")
