@@ -25,7 +25,7 @@ CHUNKS = 3
 
 @torch.inference_mode()
 def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: int = CHUNKS) -> None:
-    """Fix the scales of `served` by the first chunks under each of the encoded prompts, [1, L, text_dim].
+    """Fix the scales of `served` by the first chunks under each of the encoded prompts, [batch, L, text_dim].
 
     Before anything is recorded as a graph.
 
@@ -40,10 +40,10 @@ def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: i
         projection.watch()
     rollout = preset.rollout()
     for seed, text in enumerate(texts):
-        cache = served.new_cache()
+        cache, seeds = served.new_cache(), [seed] * len(text)
         context = model.encode_text(text)
         for index in range(chunks):
-            latents = denoise_chunk(model, rollout, cache, context, [seed], index)
-            commit_chunk(model, rollout, cache, context, latents, [seed], index, context_pass=served.context_pass)
+            latents = denoise_chunk(model, rollout, cache, context, seeds, index)
+            commit_chunk(model, rollout, cache, context, latents, seeds, index, context_pass=served.context_pass)
     for projection in projections:
         projection.settle()
