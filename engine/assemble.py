@@ -130,6 +130,8 @@ def assemble(
     if speed is None:
         speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
+    if speed.sparse_weights:
+        print(f"engine: 2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'nothing'}", flush=True)
     pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
     if speed.fixed_scales:
         calibrate(served, preset, [pipeline.encode_prompt(prompt) for prompt in PROMPTS])

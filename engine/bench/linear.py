@@ -34,6 +34,7 @@ from engine.ops.linear import fp8_fault
 from engine.ops.sparse import Sparse24, prune, sparse_fault
 from engine.timing import milliseconds
 from engine.transforms.low_bit import Form, Held, Projection, tensors
+from engine.transforms.sparse_weights import faster_roles
 
 FORMS: tuple[tuple[str, Held, bool], ...] = (
     ("as it is", Held(), False),
@@ -179,14 +180,12 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
         product = sum(counts[roles] * rows[index].us for roles, rows in found.items())
         passes = 2 * (found["o, cross_q, cross_o"][index].whole - found["o, cross_q, cross_o"][index].us)
         print(f"{name:24}{product:9.1f}{product + passes:9.1f}")
-    for sparse, dense in (
-        ("2:4", "as it is"),
-        ("2:4 fp8", "fp8, a scale a row"),
-        ("2:4 fp8, fixed", "fp8-tensor, fixed"),
-    ):
-        s, d = ([name for name, _, _ in FORMS].index(name) for name in (sparse, dense))
-        faster = [roles for roles, rows in found.items() if rows[s].us < rows[d].us and rows[s].fault is None]
-        print(f"{sparse} is faster than {dense} for: {'; '.join(faster) or 'none'}")
+    choices: tuple[tuple[str, Form | None, bool], ...] = (
+        ("2:4", None, False), ("2:4 fp8", "fp8", False), ("2:4 fp8, fixed", "fp8", True),
+    )  # fmt: skip
+    for name, form, fixed in choices:
+        faster = faster_roles(dit, tokens, form, device, dtype, fixed=fixed)
+        print(f"`--sparse-weights` would keep {name} for: {', '.join(sorted(faster)) or 'none'}")
     return found
 
 

@@ -157,6 +157,8 @@ def roll(
     wan, decoder = random_model(preset, decoding, device, dtype)
     served = accelerate(wan, decoder, preset, speed, kv_precision=precision, batch=batch)
     weights = allocated(device) - before
+    if speed.sparse_weights:
+        print(f"2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'none'}")
     beside = Beside(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -62,18 +62,16 @@ def quantise_blocks(x: Tensor, to: BlockFormat, tensor: Tensor | None = None) ->
     wide = x.float().unflatten(-1, (-1, size))
     largest = wide.abs().amax(dim=-1, keepdim=True)
     if to == "mxfp8":
-        mantissa, exponent = torch.frexp(largest / LARGEST["fp8"])  # mantissa in [0.5, 1)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-        exponent = torch.where(largest == 0, torch.full_like(exponent, -127), exponent).clamp(-127, 127)
-        scale = (exponent[..., 0] + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+        mantissa, exponent = torch.frexp((largest / LARGEST["fp8"]).clamp(min=2.0**-126))  # mantissa in [0.5, 1)
+        exponent = exponent - (mantissa == 0.5).int() + 127
+        scale = exponent[..., 0].clamp(max=254).to(torch.uint8).view(torch.float8_e8m0fnu)
         values = (wide / _powers(scale)[..., None]).clamp(-LARGEST["fp8"], LARGEST["fp8"])
         return Blocks(to, values.to(STORED["fp8"]).flatten(-2), scale, torch.ones(1, device=x.device))
     if tensor is None:
         tensor = largest.amax().clamp(min=1e-12)[None] / (LARGEST["fp8"] * E2M1[-1])
     coarse = (largest / (E2M1[-1] * tensor)).clamp(max=LARGEST["fp8"]).to(STORED["fp8"])
-    unit = coarse.float() * tensor
-    values = torch.where(unit > 0, wide / unit, 0.0).flatten(-2)
-    return Blocks(to, _pack(values), coarse[..., 0], tensor)
+    values = wide / (coarse.float() * tensor).clamp(min=1e-30)  # a scale of zero restores to zeros whatever they are
+    return Blocks(to, _pack(values.flatten(-2)), coarse[..., 0], tensor)
 
 
 def _pack(values: Tensor) -> Tensor:
@@ -87,14 +85,17 @@ def _pack(values: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=packed.device)
-    return table[torch.stack([packed & 15, packed >> 4], dim=-1).int()].flatten(-2)
+    code = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()
+    # by arithmetic: a table would have to be brought to the device, which CUDA graphs forbid
+    exponent, mantissa = (code >> 1) & 3, (code & 1).float()
+    magnitude = (mantissa + 2 * exponent.clamp(max=1)) * (1 << exponent.clamp(min=1)).float() / 4
+    return magnitude * (1 - 2 * (code >> 3)).float()
 
 
 def _powers(scale: Tensor) -> Tensor:
     """float32 of E8M0: its byte is float32's exponent, save for 2^-127, which is not normal there."""
     exponent = scale.view(torch.uint8).int()
-    return torch.where(exponent == 0, 1 << 22, exponent << 23).to(torch.int32).view(torch.float32)
+    return (exponent << 23).clamp(min=1 << 22).view(torch.float32)
 
 
 def swizzled(scale: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class FusedWan(nn.Module):
             seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
             y = block.cross_o(seen.reshape(len(residual), -1))
             residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
-            if isinstance(block.up.weight, Tensor) and isinstance(block.down.weight, Tensor):
+            if isinstance(block.up.weight, Tensor) and block.down.into is None:
                 assert isinstance(h, Tensor)
                 y = block.down(block.up.gelu(h))
             else:

@@ -109,11 +109,13 @@ class Projection:
         self._seen: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, held: Held) -> "Projection":
+    def of(cls, weight: Tensor, held: Held, bias: Tensor | None = None) -> "Projection":
         """A weight [N, K] by itself, which is taken over."""
         with torch.device("meta"):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
         return cls([layer], held)
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from engine.models.dit import Block, CausalWan
 from engine.models.sizes import DiTConfig
+from engine.ops.fused import gelu
 from engine.ops.sparse import prune, sparse_fault
 from engine.timing import milliseconds
 from engine.transforms.low_bit import ROLES, Form, Held, Policy, Projection, Role, layers_of
@@ -47,20 +49,27 @@ def faster_roles(
     """
     if dtype != torch.bfloat16 or sparse_fault(device, fp8=form is not None) is not None:
         return frozenset()
-    times: dict[tuple[int, int], bool] = {}
-    for depth, width in set(role_shapes(config).values()):
+    gains: dict[tuple[int, int, bool], bool] = {}
+    kinds = {role: (*shape, role == "up" and form is None) for role, shape in role_shapes(config).items()}
+    for depth, width, activated in set(kinds.values()):
         weight = torch.randn(width, depth, device=device, dtype=dtype)
-        x = torch.randn(rows, depth, device=device, dtype=dtype)
-        dense, sparse = (_time(Projection.of(weight, Held(form, sparse=kept)), x, fixed) for kept in (False, True))
-        times[depth, width] = dense > GAIN * sparse
-    return frozenset(role for role, shape in role_shapes(config).items() if times[shape])
+        x, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, depth), (width,)))
+        dense, sparse = (
+            _time(Projection.of(weight, Held(form, sparse=kept), bias), x, fixed, activated) for kept in (False, True)
+        )
+        gains[depth, width, activated] = dense > GAIN * sparse
+    return frozenset(role for role, kind in kinds.items() if gains[kind])
 
 
-def _time(projection: Projection, x: torch.Tensor, fixed: bool) -> float:
+def _time(projection: Projection, x: Tensor, fixed: bool, activated: bool) -> float:
+    """Of a product on an input that comes rounded; `activated`: and GELU, which the dense product has inside."""
     if fixed:
         projection.watch()
         projection(x)
         projection.settle()
     operand = projection.rounded(x) if projection.held.rows else x
     work: Callable[[], Any] = partial(projection, operand)
+    if activated:
+        dense = isinstance(projection.weight, Tensor)
+        work = partial(projection.gelu, x) if dense else lambda: gelu(projection(x), projection.bias)
     return milliseconds([work], x.device, seconds=0.05, warm=0.05)

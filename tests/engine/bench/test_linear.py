@@ -26,7 +26,7 @@ def test_every_form_at_every_shape(toy: Preset, capsys: pytest.CaptureFixture[st
         faults = {row.name for row in rows if row.fault}
         assert faults == {name for name in names if "fp" in name and "alone" not in name} | {"2:4"}
     printed = capsys.readouterr().out
-    assert "needs a GPU" in printed and "2:4 is faster than as it is for: none" in printed
+    assert "needs a GPU" in printed and "would keep 2:4 for: none" in printed
 
 
 def test_what_fails_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
