@@ -1,7 +1,7 @@
 """From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -26,6 +26,7 @@ from engine.stream.state import StreamState
 from engine.transforms.accelerate import Speed, accelerate, fastest_exact
 from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.cuda_graphs import GraphedWan
+from engine.transforms.low_bit import Held, Policy, fault_of
 from engine.transforms.weights_alone import weights_in_8_bits
 from engine.wire import ModelInfo
 
@@ -130,12 +131,22 @@ def assemble(
     if speed is None:
         speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
-    if speed.sparse_weights:
-        print(f"engine: 2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'nothing'}", flush=True)
+    for line in told(served.policy, speed, device):
+        print(f"engine: {line}", flush=True)
     pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
     if speed.fixed_scales:
         calibrate(served, preset, [pipeline.encode_prompt(prompt) for prompt in PROMPTS])
     return pipeline
+
+
+def told(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
+    """What whoever asked for `speed` would not expect of this device."""
+    if speed.sparse_weights == "faster":
+        yield f"2:4 sparse weights: {', '.join(sorted(policy.sparse)) or 'none would be faster here'}"
+    for held in (Held(policy.form), *([Held(policy.form, sparse=True)] if policy.sparse else [])):
+        if fault := fault_of(held, device):
+            form = f"2:4 {held.form or 'sparse'}" if held.sparse else held.form
+            yield f"{form} products are emulated here, and slower for it: {fault}"
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,10 @@ from engine.assemble import best_device, best_dtype
 from engine.bench.rollout import ceiling
 from engine.config import PRESETS, Preset
 from engine.models.sizes import DiTConfig, TextConfig
-from engine.ops.blocks import blocks_fault
-from engine.ops.linear import fp8_fault
-from engine.ops.sparse import Sparse24, prune, sparse_fault
+from engine.ops.linear import first_line
+from engine.ops.sparse import Sparse24, prune
 from engine.timing import milliseconds
-from engine.transforms.low_bit import Form, Held, Projection, tensors
+from engine.transforms.low_bit import Form, Held, Projection, fault_of, tensors
 from engine.transforms.sparse_weights import faster_roles
 
 FORMS: tuple[tuple[str, Held, bool], ...] = (
@@ -93,23 +92,6 @@ def chunk_tokens(preset: Preset) -> int:
     return cache.chunk * cache.rows * cache.columns
 
 
-def fault_of(projection: Projection, device: torch.device) -> str | None:
-    """Why this form is not multiplied in units of its own here; None if it is."""
-    weight, form = projection.weight, projection.held.form
-    if isinstance(weight, Sparse24):
-        fault = sparse_fault(device, fp8=form is not None)
-        return fault or (None if weight.compressed else "not in this shape or dtype")
-    match form:
-        case "fp8":
-            return fp8_fault(device, "rows")
-        case "fp8-tensor":
-            return fp8_fault(device, "tensor")
-        case "mxfp8" | "nvfp4":
-            return blocks_fault(device, form)
-        case _:
-            return None
-
-
 def measure(
     name: str, held: Held, fixed: bool, weights: list[Tensor], inputs: list[Tensor], exact: Tensor | None = None
 ) -> Row:
@@ -120,7 +102,9 @@ def measure(
     us, whole, error = nan, nan, nan
     try:
         projections = [Projection.of(weight, held) for weight in weights]
-        fault = fault_of(projections[0], device)
+        fault = fault_of(held, device)
+        if isinstance(first := projections[0].weight, Sparse24) and not first.compressed:
+            fault = fault or "not in this shape or dtype"
         if fixed:
             for projection, x in zip(projections, inputs, strict=True):
                 projection.watch()
@@ -135,8 +119,8 @@ def measure(
         rounded = [p.rounded(x) if held.rows else x for p, x in zip(projections, inputs, strict=True)]
         us = 1e3 * _time(projections, rounded)
         whole = 1e3 * _time(projections, inputs) if held.rows else us
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as problem:
-        fault = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120] if str(problem) else ''}"
+    except Exception as problem:  # a compiler's, a library's: whatever it is, the table goes on
+        fault = f"{type(problem).__name__}: {first_line(problem)}"
     return Row(name, us, whole, error, fault)
 
 

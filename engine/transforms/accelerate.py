@@ -97,6 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
     """Raises ValueError where the options contradict each other or the device."""
     exact = Speed() if options.plain else fastest_exact(device)
+    if device.type == "cuda" and options.low_bit in ("fp8", "fp8-tensor"):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(f"{options.low_bit} needs compute capability 8.9, this GPU has {capability}: use int8")
     wanted = options.sparse_weights
     sparse: frozenset[Role] | Literal["faster"] = frozenset(wanted or ()) if wanted or wanted is None else "faster"
     coarse = options.low_bit is not None or options.float8_attention or options.keep != 1 or bool(sparse)

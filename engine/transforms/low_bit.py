@@ -9,10 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.dit import Block
-from engine.ops.blocks import E2M1, Blocks, linear_blocks, quantise_blocks
+from engine.ops.blocks import E2M1, Blocks, blocks_fault, linear_blocks, quantise_blocks
 from engine.ops.fused import Activation, to_rows8
-from engine.ops.linear import LARGEST, Fixed, Format, Into, Rows8, linear8, linear_weights8, one_scale, quantise
-from engine.ops.sparse import Sparse24, compress, linear_sparse, prune
+from engine.ops.linear import (
+    LARGEST,
+    Fixed,
+    Format,
+    Into,
+    Rows8,
+    fp8_fault,
+    linear8,
+    linear_weights8,
+    one_scale,
+    quantise,
+)
+from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_fault
 
 Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -55,6 +66,21 @@ class Held:
     def scales_inputs(self) -> bool:
         """Whether there is a scale of inputs that could be fixed."""
         return self.rows is not None or self.form == "nvfp4"
+
+
+def fault_of(held: Held, device: torch.device) -> str | None:
+    """Why this device has no product of its own for this form, so that it is emulated; None if it has."""
+    if held.sparse:
+        return sparse_fault(device, fp8=held.form is not None)
+    match held.form:
+        case "fp8":
+            return fp8_fault(device, "rows") and fp8_fault(device, "tensor")
+        case "fp8-tensor":
+            return fp8_fault(device, "tensor")
+        case "mxfp8" | "nvfp4" as form:
+            return blocks_fault(device, form)
+        case _:
+            return None
 
 
 @dataclass(frozen=True)

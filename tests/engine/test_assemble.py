@@ -84,6 +84,26 @@ def test_text_weights_in_8_bits_and_fixed_scales(weights: Path) -> None:
     assert len(pipeline.next_chunk(pipeline.open("a b", seed=1)).frames) == 9
 
 
+@pytest.mark.parametrize(
+    ("speed", "lines"),
+    [
+        (Speed(fused=True), []),
+        (Speed(fused=True, low_bit="int8"), []),
+        (Speed(fused=True, low_bit="nvfp4"), ["nvfp4 products are emulated here, and slower for it: needs a GPU"]),
+        (Speed(fused=True, sparse_weights="faster"), ["2:4 sparse weights: none would be faster here"]),
+        (
+            Speed(fused=True, sparse_weights=frozenset({"up"})),
+            ["2:4 sparse products are emulated here, and slower for it: needs a GPU"],
+        ),
+    ],
+)
+def test_what_a_device_lacks_is_told(
+    weights: Path, speed: Speed, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assemble(TOY.name, weights=weights, dtype=torch.float32, device=torch.device("cpu"), speed=speed)
+    assert capsys.readouterr().out.splitlines() == [f"engine: {line}" for line in lines]
+
+
 def test_the_first_chunk_of_a_scene_has_its_own_steps(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = assemble(TOY.name, weights=weights, dtype=torch.float32)
     levels: list[float] = []

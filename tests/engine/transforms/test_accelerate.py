@@ -159,6 +159,14 @@ def test_what_cannot_be_together_says_so(words: list[str], message: str) -> None
         from_arguments(options(*words), torch.device("cpu"))
 
 
+def test_a_gpu_without_float8_is_pointed_to_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match="use int8"):
+        from_arguments(options("--low-bit", "fp8"), gpu)
+    assert from_arguments(options("--low-bit", "int8"), gpu).low_bit == "int8"
+
+
 def test_sparse_weights_are_served_and_told(build: Build, toy: Preset) -> None:
     """The model as it is written, with the same weights pruned, is their reference."""
     roles: frozenset[Role] = frozenset({"qkv", "up"})
