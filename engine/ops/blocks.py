@@ -50,6 +50,8 @@ class Blocks:
 def quantise_blocks(x: Tensor, to: BlockFormat, tensor: Tensor | None = None) -> Blocks:
     """x [..., K]; `tensor` is the scale of the whole matrix in NVFP4, float32 [1], by default from its largest value.
 
+    On a GPU that knows float8 a kernel does it in one pass, after one for the largest value where that is asked for.
+
     MXFP8's power of two is rounded up, so that nothing is clipped (Mishra et al. 2025, arXiv 2506.08027); the
     specification's own rule, rounded down, clips values above 7/8 of the next power.
 
@@ -59,6 +61,15 @@ def quantise_blocks(x: Tensor, to: BlockFormat, tensor: Tensor | None = None) ->
     size = BLOCK[to]
     if x.shape[-1] % size:
         raise ValueError(f"{to} needs rows of a multiple of {size}, got {x.shape[-1]}")
+    if to == "mxfp8":
+        tensor = torch.ones(1, device=x.device)
+    elif tensor is None:
+        whole = torch.linalg.vector_norm(x.flatten(), float("inf"), dtype=torch.float32)
+        tensor = whole.clamp(min=1e-12)[None] / (LARGEST["fp8"] * E2M1[-1])
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9):
+        from engine.ops.triton.blocks import round_to_blocks
+
+        return Blocks(to, *round_to_blocks(x.contiguous(), to, tensor), tensor)
     wide = x.float().unflatten(-1, (-1, size))
     largest = wide.abs().amax(dim=-1, keepdim=True)
     if to == "mxfp8":
@@ -66,9 +77,7 @@ def quantise_blocks(x: Tensor, to: BlockFormat, tensor: Tensor | None = None) ->
         exponent = exponent - (mantissa == 0.5).int() + 127
         scale = exponent[..., 0].clamp(max=254).to(torch.uint8).view(torch.float8_e8m0fnu)
         values = (wide / _powers(scale)[..., None]).clamp(-LARGEST["fp8"], LARGEST["fp8"])
-        return Blocks(to, values.to(STORED["fp8"]).flatten(-2), scale, torch.ones(1, device=x.device))
-    if tensor is None:
-        tensor = largest.amax().clamp(min=1e-12)[None] / (LARGEST["fp8"] * E2M1[-1])
+        return Blocks(to, values.to(STORED["fp8"]).flatten(-2), scale, tensor)
     coarse = (largest / (E2M1[-1] * tensor)).clamp(max=LARGEST["fp8"]).to(STORED["fp8"])
     values = wide / (coarse.float() * tensor).clamp(min=1e-30)  # a scale of zero restores to zeros whatever they are
     return Blocks(to, _pack(values.flatten(-2)), coarse[..., 0], tensor)
