@@ -100,7 +100,7 @@ def linear_sparse(x: Tensor | Rows8, weight: Sparse24, dtype: torch.dtype) -> Te
         return out.unflatten(0, x.data.shape[:-1])
     if not weight.compressed:
         return F.linear(x, weight.data)
-    rows = x.flatten(0, -2)
+    rows = x.flatten(0, -2).contiguous()  # the library is told no strides
     out = _product(weight.data, filled(rows, UNIT // 8), None, None)[: len(rows)]
     return out.unflatten(0, x.shape[:-1])
 

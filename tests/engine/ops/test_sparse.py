@@ -85,6 +85,14 @@ def test_a_hopper_gpu_has_sparse_products() -> None:
 
 
 @pytest.mark.gpu
+def test_rows_that_do_not_follow_one_another() -> None:
+    weight = prune(random(96, 64, seed=1))
+    x = random(40, 3, 64)[:, 1]
+    found, expected = linear_sparse(x, compress(weight, fp8=False), DTYPE), x.float() @ weight.float().t()
+    assert (found.float() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph_and_with_rows_that_need_filling() -> None:
     from engine.ops.fused import to_rows8
 
