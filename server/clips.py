@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from server import admission
 from server.backends.base import Backend, Lost
 from server.clip import Clip, Failure, Status, Take, UnexpectedError
 from server.errors import ApiError, busy, not_found
+from server.keys import Key
 from server.media.files import ClipFile, Growth, webp
 from server.metrics import Metrics
 from server.store import Store
@@ -76,6 +77,8 @@ class Clips:
         self._clips: dict[str, Clip] = {}
         self._models: dict[str, wire.ModelInfo] = {}
         self._work: dict[str, _Work] = {}
+        self._keys: dict[str, int] = {}
+        """Serials of the keys of those that are not over."""
         self._admission = admission.Admission(MAX_QUEUED)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="clip")
         self._engine_up = asyncio.Event()
@@ -112,14 +115,16 @@ class Clips:
 
     # what clients ask for
 
-    def create(self, clip: Clip, picture: bytes = b"") -> None:
+    def create(self, clip: Clip, picture: bytes = b"", *, key: Key | None = None) -> None:
         """Take a clip up: it is made when those before it are. Raises `ApiError` when it cannot be kept or made."""
         self._store.check_room()
         if len(self._clips) >= MAX_CLIPS:
             raise ApiError(507, "storage_full", f"The server keeps at most {MAX_CLIPS} clips: delete some.")
-        refusal = self._admission.request(clip.id, clip.model, time.monotonic(), owner=clip.owner)
+        owner, priority = (key.owner, key.priority) if key else (None, 1)
+        refusal = self._admission.request(clip.id, clip.model, time.monotonic(), owner=owner, priority=priority)
         if refusal is not None:
             raise busy(refusal.retry_after)
+        clip.owner = owner
         try:
             if picture:
                 self._store.save(clip.id, START, picture)
@@ -129,6 +134,8 @@ class Clips:
             self._store.remove(clip.id)
             raise no_room(error) from None
         self._clips[clip.id] = clip
+        if key is not None:
+            self._keys[clip.id] = key.serial
         self._admit()
 
     def get(self, id: str) -> Clip:
@@ -173,10 +180,10 @@ class Clips:
             await asyncio.wait([work.task])  # it may be writing
         self._store.remove(clip.id)
 
-    def keep_owners(self, owners: Collection[str]) -> None:
-        """Give up the clips of everybody else: their keys were taken away."""
+    def keep_keys(self, serials: Container[int]) -> None:
+        """Give up the clips of all other keys: these were taken away."""
         for clip in self._unfinished():
-            if clip.owner is not None and clip.owner not in owners:
+            if clip.id in self._keys and self._keys[clip.id] not in serials:
                 self._finish(clip, REVOKED)
 
     def expire(self, now: float) -> None:
@@ -330,6 +337,7 @@ class Clips:
             work.growth.end(whole=clip.status is Status.COMPLETED)
             if work.task is not None and work.task is not asyncio.current_task():
                 work.task.cancel()
+        self._keys.pop(clip.id, None)
         self._admission.release(clip.id)
         self._admit()
 

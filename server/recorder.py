@@ -15,7 +15,7 @@ from engine.wire import CLOCK_RATE
 from server.clips import no_room
 from server.errors import ApiError, not_found
 from server.media.files import Growth
-from server.media.tape import Container, Reason, Tape
+from server.media.tape import FilmFormat, Reason, Tape
 from server.metrics import Metrics
 from server.store import Store
 
@@ -37,7 +37,7 @@ class Recording(msgspec.Struct, kw_only=True):
 
     id: str
     stream: str
-    container: Container
+    format: FilmFormat
     created_at: float
     owner: str | None = None
     status: Status = "recording"
@@ -52,7 +52,7 @@ class Recording(msgspec.Struct, kw_only=True):
 
     @property
     def suffix(self) -> str:
-        return f".{self.container}"
+        return f".{self.format}"
 
     def finish(self, reason: Reason | Literal["server_restarted"], now: float, keep_seconds: float) -> None:
         """It is over, and kept for a while. Without a frame it is no film."""
@@ -89,7 +89,7 @@ class Recorder:
             tape.finish("stream_ended")
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def begin(self, stream: str, owner: str | None, container: Container, fps: int) -> tuple[Recording, Tape]:
+    def begin(self, stream: str, owner: str | None, format: FilmFormat, fps: int) -> tuple[Recording, Tape]:
         """A new recording, and the tape to give the frames to. Raises `ApiError`."""
         self._store.check_room()
         if len(self._recordings) >= MAX_RECORDINGS:
@@ -98,14 +98,14 @@ class Recorder:
             message = f"{MAX_RUNNING} recordings run at once, and no more: stop one first."
             raise ApiError(429, "too_many_recordings", message, headers={"Retry-After": "10"})
         id = PREFIX + secrets.token_hex(16)
-        recording = Recording(id=id, stream=stream, container=container, created_at=time.time(), owner=owner)
+        recording = Recording(id=id, stream=stream, format=format, created_at=time.time(), owner=owner)
         try:
             path = self._store.create(id, recording.suffix)
             self._store.save_record(id, recording)
         except OSError as error:
             self._store.remove(id)
             raise no_room(error) from None
-        tape = self._tapes[id] = Tape(container, fps, Growth(path), lambda: self._store.full)
+        tape = self._tapes[id] = Tape(format, fps, Growth(path), lambda: self._store.full)
         self._recordings[id] = recording
         self._metrics.recordings.inc()
         self._tasks[id] = asyncio.create_task(self._run(recording, tape), name=f"recording {id}")
@@ -184,7 +184,7 @@ def shown(recording: Recording) -> dict[str, Any]:
         "object": "recording",
         "stream_id": recording.stream,
         "status": recording.status,
-        "format": recording.container,
+        "format": recording.format,
         "created_at": recording.created_at,
         "ended_at": recording.ended_at,
         "expires_at": recording.expires_at,

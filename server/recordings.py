@@ -73,7 +73,7 @@ async def content(request: Request, id: str) -> Response:
     tape = recordings.tape(recording)
     path = recordings.path(recording)
     name = f"{id}{recording.suffix}"
-    return film(path, tape.growth if tape else None, MEDIA_TYPES[recording.container], name)
+    return film(path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
 
 
 ROUTES = [

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Coroutine
+from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +26,11 @@ from server.backends.base import Backend, EngineEvent, Lost
 from server.clips import Clips
 from server.config import Config
 from server.errors import ApiError, busy, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
-from server.media.tape import Container, Tape
+from server.media.tape import FilmFormat, Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
 from server.recorder import Recorder, Recording
@@ -99,6 +100,8 @@ class Stream:
     """What the stream starts from, until its first chunk is there."""
     owner: str | None = None
     """Whose it is; None where there are no keys."""
+    key: int | None = None
+    """Serial of the API key that it was opened with."""
 
     @property
     def watching(self) -> int:
@@ -273,12 +276,11 @@ class Streams:
         duration_s: float | None,
         picture: bytes = b"",
         *,
-        owner: str | None = None,
-        limit: int | None = None,
+        key: Key | None = None,
     ) -> Stream:
         """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s.
 
-        `owner` shares the engine with others fairly, and may have `limit` streams at once.
+        Owners share the engine fairly, and each key says how many streams its owner may have at once.
         """
         self.check_open()
         model = self._named(model)
@@ -291,8 +293,12 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
-        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
+        owner, limit, priority = None, None, 1
+        if key is not None:
+            owner, limit, priority = key.owner, key.streams, key.priority
+            stream.owner, stream.key = owner, key.serial
+        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit, priority=priority):
             self._metrics.refused.inc()
             if isinstance(refusal, admission.OverLimit):
                 message = f"This key may have {refusal.limit} streams at once: end one first."
@@ -320,12 +326,12 @@ class Streams:
         stream = self._streams.get(id)
         return stream.owner if stream else self.clips.owner(id) or self.recorder.owner(id)
 
-    def keep_owners(self, owners: Collection[str]) -> None:
-        """End the streams of everybody else: their keys were taken away."""
+    def keep_keys(self, serials: Container[int]) -> None:
+        """End the streams of all other keys: these were taken away."""
         for stream in list(self._streams.values()):
-            if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
+            if stream.key is not None and stream.key not in serials and not stream.session.state.over:
                 self._end(stream, "revoked")
-        self.clips.keep_owners(owners)
+        self.clips.keep_keys(serials)
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -405,14 +411,14 @@ class Streams:
         if not len(stream.broadcasts[codec]):
             stream.broadcasts.pop(codec).close()
 
-    def record(self, stream: Stream, container: Container) -> Recording:
+    def record(self, stream: Stream, format: FilmFormat) -> Recording:
         """Record the stream from now on, or from its first frame. Raises `ApiError`."""
         session = stream.session
         if session.state.over:
             raise stream_ended(session.ended_reason)
         if session.fps is None:
             raise engine_unavailable()
-        recording, tape = self.recorder.begin(session.id, stream.owner, container, session.fps)
+        recording, tape = self.recorder.begin(session.id, stream.owner, format, session.fps)
         stream.tapes.add(tape)
         tape.on_end = partial(self._unload, stream, tape)
         self._load(stream, tape)
@@ -421,7 +427,7 @@ class Streams:
 
     def _load(self, stream: Stream, tape: Tape) -> None:
         """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
-        if tape.container == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
+        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
             broadcast.record(tape)
 
     def _unload(self, stream: Stream, tape: Tape) -> None:
@@ -753,7 +759,7 @@ class Streams:
         if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)) is not None:
             broadcast.finish()  # what is shown is encoded yet, and then its recordings end
         for tape in list(stream.tapes):
-            if tape.container == "webm" or stream.last is None:
+            if tape.format == "webm" or stream.last is None:
                 tape.finish("stream_ended")
         for steer in stream.steers.values():
             _reject(steer, stream_ended(session.ended_reason))
@@ -817,7 +823,7 @@ class Streams:
         for broadcast in stream.broadcasts.values():
             broadcast.show(frame, stream.clock)
         for tape in list(stream.tapes):
-            if tape.container == "webm":
+            if tape.format == "webm":
                 tape.take(frame)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Scope, Send
 
-from server import clips, schemas
+from server import clips, idempotency, schemas
 from server.auth import principal_of
 from server.clip import Change, Clip, Status, remix
 from server.clips import Clips
 from server.errors import ApiError, not_found
-from server.http import Lasting, Route, abort, read_fields, read_picture, streams_of
+from server.http import Lasting, Route, abort, claim_of, read_fields, read_picture, streams_of
 from server.media.files import Growth
 
 READ_BYTES = 256 * 1024
@@ -27,11 +27,21 @@ def clips_of(request: Request) -> Clips:
     return streams_of(request).clips
 
 
-async def create_video(request: Request) -> dict[str, Any]:
+async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Make a clip. It is made beside the live streams, of what they leave of the engine."""
-    streams = streams_of(request)
     fields, upload = await read_fields(request, "input_reference", ("seed",))
     body = schemas.read(schemas.CreateVideo, fields)
+    with claim_of(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
+        if claim.made is None:
+            claim.made = (await create(request, body, upload)).id
+        else:
+            response.headers.update(idempotency.REPLAYED)
+    return shown(request, clips_of(request).get(claim.made))
+
+
+async def create(request: Request, body: schemas.CreateVideo, upload: bytes | None) -> Clip:
+    """The clip that a request asks for. Raises `ApiError`."""
+    streams = streams_of(request)
     streams.check_open()
     info = streams.info(body.model, "size")
     size = f"{info.width}x{info.height}"
@@ -65,11 +75,10 @@ async def create_video(request: Request) -> dict[str, Any]:
         height=info.height,
         fps=info.fps,
         created_at=time.time(),
-        owner=principal_of(request).owner,
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture)
-    return shown(request, clip)
+    streams.clips.create(clip, picture, key=principal_of(request).key)
+    return clip
 
 
 async def list_videos(
@@ -110,8 +119,18 @@ async def delete_video(request: Request, id: str) -> dict[str, Any]:
     return {"id": id, "object": "video.deleted", "deleted": True}
 
 
-async def remix_video(request: Request, id: str, body: schemas.RemixVideo) -> dict[str, Any]:
+async def remix_video(request: Request, response: Response, id: str, body: schemas.RemixVideo) -> dict[str, Any]:
     """Make a clip from another: with its seed, its picture and its prompts, but from `at_s` on with the new prompt."""
+    with claim_of(request, f"POST /v1/videos/{id}/remix", body.model_dump()) as claim:
+        if claim.made is None:
+            claim.made = (await create_remix(request, id, body)).id
+        else:
+            response.headers.update(idempotency.REPLAYED)
+    return shown(request, clips_of(request).get(claim.made))
+
+
+async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> Clip:
+    """The clip that a remix asks for. Raises `ApiError`."""
     streams = streams_of(request)
     streams.check_open()
     source = streams.clips.get(id)
@@ -136,12 +155,11 @@ async def remix_video(request: Request, id: str, body: schemas.RemixVideo) -> di
         height=source.height,
         fps=source.fps,
         created_at=time.time(),
-        owner=principal_of(request).owner,
         remixed_from=source.id,
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture)
-    return shown(request, clip)
+    streams.clips.create(clip, picture, key=principal_of(request).key)
+    return clip
 
 
 async def content(request: Request, id: str, variant: Literal["video", "thumbnail"] = "video") -> Response:
@@ -220,8 +238,13 @@ ROUTES = [
         create_video,
         schemas.VideoObject,
         200,
-        (400, 404, 413, 415, 429, 503, 507),
-        {"openapi_extra": {"requestBody": schemas.body_schema(schemas.CreateVideo, "input_reference")}},
+        (400, 404, 409, 413, 415, 422, 429, 503, 507),
+        {
+            "openapi_extra": {
+                "requestBody": schemas.body_schema(schemas.CreateVideo, "input_reference"),
+                "parameters": [schemas.IDEMPOTENCY_KEY],
+            }
+        },
     ),
     Route("GET", "/v1/videos", list_videos, schemas.VideoList, 200, (400,)),
     Route("GET", "/v1/videos/{id}", get_video, schemas.VideoObject, 200, (404,)),
@@ -232,7 +255,8 @@ ROUTES = [
         remix_video,
         schemas.VideoObject,
         200,
-        (400, 404, 409, 413, 415, 429, 503, 507),
+        (400, 404, 409, 413, 415, 422, 429, 503, 507),
+        {"openapi_extra": {"parameters": [schemas.IDEMPOTENCY_KEY]}},
     ),
     Route("GET", "/v1/videos/{id}/content", content, None, 200, (400, 404, 409), {"response_class": FileResponse}),
 ]

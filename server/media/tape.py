@@ -24,9 +24,9 @@ from server.media.packets import Frame
 
 logger = logging.getLogger("livereel.media")
 
-Container = Literal["mp4", "webm"]
+FilmFormat = Literal["mp4", "webm"]
 """MP4 takes the H.264 that viewers get, as it is; WebM is encoded for itself, as VP9."""
-MEDIA_TYPES: dict[Container, str] = {"mp4": "video/mp4", "webm": "video/webm"}
+MEDIA_TYPES: dict[FilmFormat, str] = {"mp4": "video/mp4", "webm": "video/webm"}
 
 MAX_QUEUE_BYTES = 256 << 20
 """Of frames that wait for the encoder or the disk: some seconds of pixels, or many minutes of H.264."""
@@ -74,9 +74,9 @@ class WebmFile:
 class Tape:
     """One recording. `take` is called with every frame as it is shown, `run` writes until the end."""
 
-    def __init__(self, container: Container, fps: int, growth: Growth, full: Callable[[], bool]) -> None:
+    def __init__(self, format: FilmFormat, fps: int, growth: Growth, full: Callable[[], bool]) -> None:
         """The file of `growth` is empty; `full` says that there is no room any more."""
-        self.container = container
+        self.format = format
         self.frames = 0
         """That were taken."""
         self.lost = 0
@@ -98,7 +98,7 @@ class Tape:
     @property
     def wants_key(self) -> bool:
         """It can begin with nothing but a keyframe."""
-        return self.container == "mp4" and not self.frames
+        return self.format == "mp4" and not self.frames
 
     def take(self, frame: Frame, coded: Coded | None = None) -> None:
         """The frame on screen; for MP4 as it is encoded. Returns at once."""
@@ -159,7 +159,7 @@ class Tape:
         return self._reason
 
     def _begin(self, first: Frame) -> Mp4File | WebmFile:
-        made = Mp4File if self.container == "mp4" else WebmFile
+        made = Mp4File if self.format == "mp4" else WebmFile
         return made(self.growth.path, first.width, first.height, self._fps)
 
 

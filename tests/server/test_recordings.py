@@ -17,11 +17,11 @@ from server.media import broadcast, tape
 from server.media.codecs import VideoEncoder
 from server.media.files import Growth
 from server.media.packets import Frame
-from server.media.tape import Container, Tape
+from server.media.tape import FilmFormat, Tape
 from server.streams import Stream
 
 pytestmark = pytest.mark.anyio
-FORMATS: list[Container] = ["mp4", "webm"]
+FORMATS: list[FilmFormat] = ["mp4", "webm"]
 
 
 async def record(gateway: Any, stream: dict[str, Any], format: str = "mp4") -> dict[str, Any]:
