@@ -44,6 +44,11 @@ ABORT = "livereel.abort"
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 """What a form may have for one, as JSON writes it."""
 
+FIELD = re.compile(r"(\w{1,32})((?:\[\w{0,32}\]){1,4})")
+"""The name of what is nested in a form."""
+MAX_FIELDS = 8 + 3 * schemas.MAX_CHANGES
+"""Of a form."""
+
 ERROR = {"model": schemas.ErrorBody}
 
 
@@ -124,30 +129,52 @@ async def read_picture(streams: Streams, info: wire.ModelInfo, upload: bytes | N
 
 
 async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tuple[dict[str, Any], bytes | None]:
-    """The fields of a form, `numbers` as numbers, and the uploaded file apart. `a[b]` is field `b` of object `a`."""
+    """The fields of a form, `numbers` as numbers, and the uploaded file apart.
+
+    `a[b]` is field `b` of the object `a`, `a[]` the next item of the list `a`, and `a[][b]` field `b` of its last item,
+    or of the next one if that has it: so programs write what is nested.
+    """
     fields: dict[str, Any] = {}
     upload: bytes | None = None
     try:
-        async with request.form(max_files=1, max_fields=8, max_part_size=MAX_BODY_BYTES) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_BODY_BYTES) as form:
             for name, value in form.multi_items():
-                into, key = fields, name
-                if inner := re.fullmatch(r"(\w+)\[(\w+)\]", name):
-                    outer, key = fields.setdefault(inner[1], {}), inner[2]
-                    into = outer if isinstance(outer, dict) else fields
-                if key in into or (name == file and upload is not None):
+                bracketed = FIELD.fullmatch(name)
+                path = [bracketed[1], *re.findall(r"\[(\w*)\]", bracketed[2])] if bracketed else [name]
+                item: Any = value
+                if path[-1] in numbers and isinstance(value, str) and NUMBER.fullmatch(value):
+                    item = json.loads(value)
+                if isinstance(value, UploadFile) and name == file and upload is None:
+                    upload = await value.read()
+                elif (name == file and upload is not None) or not put(fields, path, item):
                     shown = name.encode("ascii", "backslashreplace").decode()[:64]
                     raise ApiError(400, "invalid_form", f"`{shown}` is there twice: send it once.", param=shown)
-                if isinstance(value, UploadFile) and name == file:
-                    upload = await value.read()
-                elif key in numbers and isinstance(value, str) and NUMBER.fullmatch(value):
-                    into[key] = json.loads(value)
-                else:
-                    into[key] = value
     except ApiError:
         raise
     except HTTPException:  # what Starlette makes of a form that is damaged or over a limit
         raise ApiError(400, "invalid_form", "The body is not a valid form with one file at most.") from None
     return fields, upload
+
+
+def put(into: dict[str, Any], path: list[str], value: Any) -> bool:
+    """Set a field of a form; false when it is there already, or as something else."""
+    key, *rest = path
+    if not rest:
+        fresh = key not in into
+        into.setdefault(key, value)
+        return fresh
+    inner = into.setdefault(key, [] if rest[0] == "" else {})
+    if rest[0]:
+        return isinstance(inner, dict) and put(inner, rest, value)
+    if not isinstance(inner, list):
+        return False
+    if len(rest) == 1:
+        inner.append(value)
+        return True
+    if inner and isinstance(inner[-1], dict) and rest[1] not in inner[-1]:
+        return put(inner[-1], rest[1:], value)
+    inner.append({})
+    return put(inner[-1], rest[1:], value)
 
 
 async def list_streams(request: Request) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class PromptChange(Request):
 class VideoOptions(Request):
     """What OpenAI's API has no field for."""
 
-    seed: Annotated[StrictInt, Whole, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Random when absent.")
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED), Whole] | None = Field(None, description="Random when absent.")
     prompts: Annotated[list[PromptChange], Field(max_length=MAX_CHANGES)] = Field(
         default=[], description="How the prompt changes while the clip runs."
     )

@@ -29,7 +29,7 @@ def clips_of(request: Request) -> Clips:
 
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Make a clip. It is made beside the live streams, of what they leave of the engine."""
-    fields, upload = await read_fields(request, "input_reference", ("seed",))
+    fields, upload = await read_fields(request, "input_reference", ("seed", "at_s"))
     body = schemas.read(schemas.CreateVideo, fields)
     with claim_of(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
         if claim.made is None:

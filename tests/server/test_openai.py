@@ -68,11 +68,13 @@ async def test_polling_helper_picture_and_extra(client: AsyncOpenAI) -> None:
         prompt="a",
         seconds="4",
         input_reference=("start.png", out.getvalue(), "image/png"),
-        extra_body={"extra": {"seed": 7}},
+        extra_body={"extra": {"seed": 7, "prompts": [{"at_s": 1.0, "prompt": "x"}, {"at_s": 1.5, "prompt": "12"}]}},
         poll_interval_ms=20,
     )
     assert video.status == "completed"
-    assert (video.model_extra or {})["extra"]["seed"] == 7
+    extra = (video.model_extra or {})["extra"]
+    assert extra["seed"] == 7
+    assert [(each["at_s"], each["prompt"]) for each in extra["prompts"]] == [(0, "a"), (1, "x"), (1.5, "12")]
     remixed = await client.videos.remix(video.id, prompt="b", extra_body={"extra": {"at_s": 2.0}})
     exact(remixed)
     assert (remixed.remixed_from_video_id, remixed.prompt, remixed.seconds) == (video.id, "b", "4")
