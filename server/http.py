@@ -131,8 +131,8 @@ async def read_picture(streams: Streams, info: wire.ModelInfo, upload: bytes | N
 async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tuple[dict[str, Any], bytes | None]:
     """The fields of a form, `numbers` as numbers, and the uploaded file apart.
 
-    `a[b]` is field `b` of the object `a`, `a[]` the next item of the list `a`, and `a[][b]` field `b` of its last item,
-    or of the next one if that has it: so programs write what is nested.
+    `a[b]` is field `b` of the object `a`, `a[]` the next item of the list `a`, and `a[][b]` field `b` of its first
+    item that has none: so programs write what is nested.
     """
     fields: dict[str, Any] = {}
     upload: bytes | None = None
@@ -171,10 +171,10 @@ def put(into: dict[str, Any], path: list[str], value: Any) -> bool:
     if len(rest) == 1:
         inner.append(value)
         return True
-    if inner and isinstance(inner[-1], dict) and rest[1] not in inner[-1]:
-        return put(inner[-1], rest[1:], value)
-    inner.append({})
-    return put(inner[-1], rest[1:], value)
+    item = next((item for item in inner if isinstance(item, dict) and rest[1] not in item), None)
+    if item is None:
+        inner.append(item := {})
+    return put(item, rest[1:], value)
 
 
 async def list_streams(request: Request) -> dict[str, Any]:

@@ -539,7 +539,7 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         name = field.encode("ascii", "backslashreplace").decode()[:64]
         return ApiError(400, "unknown_field", f"There is no field `{name}`: remove it.", param=name)
     requirement = REQUIREMENTS.get(field, "left out")
-    if kind == "missing":
+    if kind == "missing" and len(error["loc"]) == 2:
         return ApiError(400, "missing_field", f"`{field}` is missing: it must be {requirement}.", param=field)
     ours = kind.startswith(("prompt_", "lora_", "at_s_"))
     message = f"`{field}` must be {requirement}{'; ' + error['msg'] if ours else ''}."

@@ -214,6 +214,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "input_reference": {"image_url": "file:///etc/passwd"}}, "invalid_image", "input_reference"),
     ({"prompt": "a", "input_reference": {"file_id": "x"}}, "invalid_value", "input_reference"),
     ({"prompt": "a", "extra": {"seed": -1}}, "invalid_value", "extra"),
+    ({"prompt": "a", "extra": {"prompts": [{"at_s": 1}]}}, "invalid_value", "extra"),
     ({"prompt": "a", "extra": {"prompts": [{"at_s": 4, "prompt": "b"}]}}, "invalid_value", "extra"),
     ({"prompt": "a", "extra": {"prompts": [{"at_s": 1, "prompt": "b"}] * 2}}, "at_s_order", "extra"),
     ({"prompt": "a", "extra": {"prompts": [{"at_s": 1, "prompt": "b"}] * 33}}, "invalid_value", "extra"),
