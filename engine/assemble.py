@@ -160,11 +160,11 @@ MOST_STREAMS = 8
 """For more than so many at once nothing is prepared ahead."""
 
 
-def warm(pipeline: Pipeline) -> Warmth:
+def warm(pipeline: Pipeline, streams: int | None = None) -> Warmth:
     """Run every shape that will be served once, then time chunks at full window (median of three).
 
-    Where forwards are recorded for the cache they run on, that is done ahead for as many streams as the device can keep
-    at playback's pace, so that opening one takes no longer than its first chunk.
+    Where forwards are recorded for the cache they run on, that is done ahead for `streams`, by default for as many as
+    the device can keep at playback's pace and one more, so that opening one takes no longer than its first chunk.
     """
     preset = pipeline.preset
     state = pipeline.open("warm-up", seed=0)
@@ -173,7 +173,9 @@ def warm(pipeline: Pipeline) -> Warmth:
     warmth = Warmth(sorted(times)[1])
     opened = [state]
     if isinstance(pipeline.dit, GraphedWan):
-        streams = min(MOST_STREAMS, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
+        # a chunk alone is waited for to its end, which one among others is not: hence one more
+        kept = 1 + int(preset.chunk_frames / preset.fps / warmth.chunk_seconds)
+        streams = streams or min(MOST_STREAMS, kept)
         while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
             opened.append(pipeline.open("warm-up", seed=0))
             for _ in range(shapes):

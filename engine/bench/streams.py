@@ -100,7 +100,7 @@ def main() -> None:
     device = best_device()
     preset, speed = chosen(parser, options, device)
     pipeline = build(preset, speed, device, best_dtype(device))
-    warmth = warm(pipeline)
+    warmth = warm(pipeline, max(options.streams))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
     print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))

@@ -3,8 +3,9 @@
     y = x (w * mask)^T,   two of each four neighbours along K kept
 
 Mishra et al. 2021 (arXiv 2104.08378). The kept values and their places go through cuSPARSELt, which PyTorch carries;
-elsewhere the matrix is multiplied with its zeros, which is the reference. Weights may be in float8 with a scale a row:
-the library applies these, a scale a row of x follows in a pass over the result, and one for all of x is joined to them.
+elsewhere the matrix is multiplied with its zeros, which is the reference. Weights may be in float8 with a scale a row;
+these and the scales of x are applied in a pass over the result, since the library takes no vector of scales for float8
+on Hopper ("operation not supported", CUDA 13.0).
 """
 
 from dataclasses import dataclass
@@ -93,15 +94,12 @@ def linear_sparse(x: Tensor | Rows8, weight: Sparse24, dtype: torch.dtype) -> Te
         if not weight.compressed:
             return linear8(x, Rows8(weight.data, weight.scale), None, dtype)
         rows = x.data.flatten(0, -2)
-        alpha = weight.scale.flatten() * x.scale if x.one_scale else weight.scale.flatten()
-        out = _product(weight.data, filled(rows, UNIT), alpha, dtype)[: len(rows)]
-        if not x.one_scale:
-            out = rescale(out, x.scale.reshape(-1, 1), None, dtype)
-        return out.unflatten(0, x.data.shape[:-1])
+        out = _product(weight.data, filled(rows, UNIT), dtype)[: len(rows)]
+        return rescale(out, x.scale.reshape(-1, 1), weight.scale.reshape(1, -1), dtype).unflatten(0, x.data.shape[:-1])
     if not weight.compressed:
         return F.linear(x, weight.data)
     rows = x.flatten(0, -2).contiguous()  # the library is told no strides
-    out = _product(weight.data, filled(rows, UNIT // 8), None, None)[: len(rows)]
+    out = _product(weight.data, filled(rows, UNIT // 8), None)[: len(rows)]
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -120,32 +118,32 @@ def filled(rows: Tensor, unit: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, wanted - height))
 
 
-def _product(packed: Tensor, x: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _product(packed: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x [R, K] times the weight transposed: [R, N], by the algorithm that was fastest when the shape was first met.
 
-    alpha: float32 [N], by which the columns are multiplied. dtype: of the result of float8; otherwise it is x's.
+    dtype: of the result of float8; otherwise it is x's.
     """
     key = packed.device, packed.dtype, packed.numel(), x.shape
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
-            return torch._cslt_sparse_mm(packed, x.t(), alpha=alpha, out_dtype=dtype, transpose_result=True)
-        _algorithms[key] = _search(packed, x, alpha, dtype)
+            return torch._cslt_sparse_mm(packed, x.t(), out_dtype=dtype, transpose_result=True)
+        _algorithms[key] = _search(packed, x, dtype)
     algorithm, parts, mode = _algorithms[key]
-    return torch._cslt_sparse_mm(packed, x.t(), None, alpha, dtype, True, algorithm, parts, mode)
+    return torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, algorithm, parts, mode)
 
 
 _algorithms: dict[tuple[torch.device, torch.dtype, int, torch.Size], tuple[int, int, int]] = {}
 
 
-def _search(packed: Tensor, x: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> tuple[int, int, int]:
+def _search(packed: Tensor, x: Tensor, dtype: torch.dtype | None) -> tuple[int, int, int]:
     """An algorithm's number, into how many parts it cuts K, and how it sums them; the library's default where it finds
     none, or one that gives another result."""
     library: Any = getattr(torch._C, "_cusparselt", None)
     usual = 0, 1, -1
-    expected = torch._cslt_sparse_mm(packed, x.t(), None, alpha, dtype, True, *usual)
+    expected = torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, *usual)
     try:
-        algorithm, parts, mode, _ = library.mm_search(packed, x.t(), None, alpha, dtype, True)
-        found = torch._cslt_sparse_mm(packed, x.t(), None, alpha, dtype, True, algorithm, parts, mode)
+        algorithm, parts, mode, _ = library.mm_search(packed, x.t(), None, None, dtype, True)
+        found = torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, algorithm, parts, mode)
     except (AttributeError, TypeError, RuntimeError):
         return usual
     close = torch.isclose(found, expected, rtol=0.02, atol=0.01 * float(expected.abs().nanmean()), equal_nan=True)
