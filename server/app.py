@@ -38,8 +38,11 @@ Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer tha
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
 carries one already.
 
-`POST /v1/streams` takes an `Idempotency-Key`: who did not hear the answer may send the request again, and gets the
-stream that the first one opened."""
+`/v1/videos` makes clips as OpenAI's API does; what that has no field for is in `extra`. `POST
+/v1/streams/{id}/recordings` records a live stream, and `/v1/recordings` is where its films are.
+
+`POST /v1/streams`, `/v1/videos` and a remix take an `Idempotency-Key`: who did not hear the answer may send the request
+again, and gets what the first one made."""
 
 
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES, *recordings.ROUTES]
