@@ -54,7 +54,10 @@ class Store:
         self._lock = -1
 
     def open(self) -> None:
-        """Take hold of the folder. Raises `OSError` when it cannot be written to or another server has it."""
+        """Take hold of the folder. Raises `OSError` when it cannot be written to or another server has it. Safe to call
+        again."""
+        if self._lock >= 0:
+            return
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="livereel-data-"))  # mode 0700
         self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -62,6 +65,8 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            os.close(self._lock)
+            self._lock = -1
             raise OSError(f"data {self._folder} is in use by another server") from None
         self.measure()
 

@@ -171,9 +171,13 @@ class Streams:
         self._failure = ""
         self._settled = asyncio.Event()
 
-    async def start(self) -> None:
-        """Bring the backend up, without waiting for it. Raises OSError when the data folder is of no use."""
+    def open_data(self) -> None:
+        """Take hold of the folder of clips and recordings. Raises OSError when that cannot be."""
         self._store.open()
+
+    async def start(self) -> None:
+        """Bring the backend up, without waiting for it. Raises OSError as `open_data` does."""
+        self.open_data()
         self.clips.load()
         self.recorder.load()
         await self._backend.start(self._on_engine)

@@ -407,6 +407,44 @@ async def test_before_the_engine_is_up(run_gateway: Any) -> None:
         assert response.headers["retry-after"] == "5"
 
 
+async def test_a_clip_that_is_asked_for_twice_is_made_once(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        post, again = gateway.http.post, {"idempotency-key": "one"}
+        body = {"prompt": "a", "seconds": "1"}
+        first = await post("/v1/videos", json=body, headers=again)
+        second = await post("/v1/videos", json=body, headers=again)
+        assert first.json()["id"] == second.json()["id"]
+        assert second.headers["idempotent-replayed"] == "true"
+        other = await post("/v1/videos", json={**body, "prompt": "b"}, headers=again)
+        assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+        await done(gateway, first.json())
+        path = f"/v1/videos/{first.json()['id']}/remix"
+        remixes = [(await post(path, json={"prompt": "b"}, headers={"idempotency-key": "two"})).json() for _ in "ab"]
+        assert remixes[0]["id"] == remixes[1]["id"] != first.json()["id"]
+        assert len((await gateway.http.get("/v1/videos")).json()["data"]) == 2
+
+
+async def test_a_key_that_goes_takes_its_unfinished_clips_along(run_gateway: Any, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    root = {"authorization": f"Bearer {keys.add_key(path, 'root', 'root', ['admin'], 4, 1000)}"}
+    kept = path.read_text()
+    lost = {"authorization": f"Bearer {keys.add_key(path, 'lost', 'lost', ['control'], 4, 1000)}"}
+    async with run_gateway(small(chunk_seconds=0.05), keys=path) as gateway:
+        call = gateway.http.request
+        whole = (await call("POST", "/v1/videos", headers=lost, json={"prompt": "a", "seconds": "0.5"})).json()["id"]
+        half = (await call("POST", "/v1/videos", headers=lost, json={"prompt": "a", "seconds": "600"})).json()["id"]
+        await gateway.until(lambda: gateway.streams.clips.get(half).recorded > 0)
+        path.write_text(kept)
+
+        async def revoked() -> bool:
+            found = (await call("GET", f"/v1/videos/{half}", headers=root)).json()
+            return found["status"] == "failed" and found["error"]["code"] == "revoked"
+
+        await gateway.until(revoked)
+        assert (await call("GET", f"/v1/videos/{whole}", headers=root)).json()["status"] == "completed"
+        assert (await call("GET", f"/v1/videos/{whole}", headers=lost)).status_code == 401
+
+
 async def test_clips_of_others_do_not_exist(run_gateway: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     made = {
