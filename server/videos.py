@@ -77,7 +77,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
         created_at=time.time(),
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture, key=principal_of(request).key)
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 
 
@@ -158,7 +158,7 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
         remixed_from=source.id,
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture, key=principal_of(request).key)
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 
 
