@@ -80,7 +80,7 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
                 info = streams.info(body.model)
                 data = upload if upload is not None else pictures.from_data_url(body.image or "")
                 async with streams.decoding:
-                    picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+                    picture = await pictures.frames(data, info.width, info.height, info.fps)
             key = principal_of(request).key
             stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
             claim.made = stream.session.id
