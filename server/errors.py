@@ -71,6 +71,11 @@ def engine_unavailable() -> ApiError:
     return ApiError(503, "engine_unavailable", message, headers={"Retry-After": "5"})
 
 
+def exhausted() -> ApiError:
+    message = "The server has run out of what its system gives it: try again soon."
+    return ApiError(503, "exhausted", message, headers={"Retry-After": "5"})
+
+
 def too_many_viewers() -> ApiError:
     message = "This stream has all the viewers that it can take."
     return ApiError(503, "too_many_viewers", message, headers={"Retry-After": "5"})

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +35,8 @@ WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request that may bring a picture; base64 takes four bytes for three."""
+MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
+"""Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
 UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
@@ -125,7 +128,7 @@ async def read_picture(streams: Streams, info: wire.ModelInfo, upload: bytes | N
     """Frames of the model's size of what came as a file or as a data URL."""
     data = upload if upload is not None else pictures.from_data_url(url or "")
     async with streams.decoding:
-        return await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+        return await pictures.frames(data, info.width, info.height, info.fps)
 
 
 async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tuple[dict[str, Any], bytes | None]:
