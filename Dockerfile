@@ -30,7 +30,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ARG DEVICE=cpu
 FROM base-${DEVICE}
 RUN useradd --uid 10001 --create-home --home-dir /home/livereel --shell /usr/sbin/nologin livereel \
-    && install --directory --owner=livereel --group=livereel /var/cache/livereel
+    && install --directory --owner=livereel --group=livereel --mode=0700 /var/cache/livereel /var/lib/livereel
 COPY --from=build /opt/livereel /opt/livereel
 WORKDIR /app
 COPY engine ./engine
@@ -44,10 +44,11 @@ ENV PATH=/opt/livereel/bin:$PATH \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/livereel/inductor \
     LIVEREEL_HOST=0.0.0.0 \
     LIVEREEL_PORT=8000 \
+    LIVEREEL_DATA=/var/lib/livereel/data \
     LIVEREEL_KEYS=/run/secrets/livereel-keys \
     LIVEREEL_LOG=json
 USER 10001:10001
-VOLUME /var/cache/livereel
+VOLUME ["/var/cache/livereel", "/var/lib/livereel"]
 EXPOSE 8000
 # Big weights take minutes to load; until the engine is up /readyz answers 503.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \

@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-browser test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate clean
+.PHONY: setup serve test lint test-schema test-browser test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -34,6 +34,10 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
+test-schema: setup
+	$(BIN)/python -m pip install --quiet --editable '.[schema]'
+	$(BIN)/python -m pytest -m schema tests/server
+
 test-browser: setup
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/e2e
@@ -43,6 +47,7 @@ test-gpu: setup
 
 bench-gpu: setup
 	$(BIN)/python -m engine.bench.attention
+	$(BIN)/python -m engine.bench.linear
 	$(BIN)/python -m engine.bench.rollout self-forcing-1.3b --window 12 --sink 3 $(ARGS)
 
 bench-serve: setup

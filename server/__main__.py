@@ -128,6 +128,11 @@ async def serve(config: Config, tracing: Tracing) -> int:
     host, port = listener.getsockname()[:2]
     settings, streams = uvicorn_config(config, backend, tracing)
     assert isinstance(settings.app, FastAPI)
+    try:
+        streams.open_data()
+    except OSError as error:
+        print(f"cannot keep clips and recordings: {error}", file=sys.stderr)
+        return 1
     access = settings.app.state.access
     server = Server(settings, streams, config.drain_timeout_s)
     failed = False
@@ -142,7 +147,7 @@ async def serve(config: Config, tracing: Tracing) -> int:
 
     announcer = asyncio.create_task(announce())
     if config.keys is not None:
-        reload = functools.partial(reload_keys, access, streams, insist=True)
+        reload = functools.partial(reload_keys, access, insist=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         await server.serve(sockets=[listener])

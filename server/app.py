@@ -12,15 +12,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, whep
-from server.auth import Access, Gate
+from server import http, mjpeg, recordings, videos, whep
+from server.auth import OWNED_PATH, Access, Gate, public
 from server.backends.base import Backend
 from server.config import Config
+from server.idempotency import Idempotency
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
 from server.tracing import Tracing
-from server.websocket import refuse_handshake, watch
+from server.websocket import cut_off, refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
 
@@ -36,10 +37,16 @@ or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
-carries one already."""
+carries one already.
+
+`/v1/videos` makes clips as OpenAI's API does; what that has no field for is in `extra`. `POST
+/v1/streams/{id}/recordings` records a live stream, and `/v1/recordings` is where its films are.
+
+`POST /v1/streams`, `/v1/videos` and a remix take an `Idempotency-Key`: who did not hear the answer may send the request
+again, and gets what the first one made."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES, *recordings.ROUTES]
 
 
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> FastAPI:
@@ -49,12 +56,14 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     streams = Streams(config, backend, metrics, tracing)
     sessions = whep.Sessions(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
+    ledger = Idempotency()
+    access.holders += [streams.keep_keys, sessions.keep_keys, ledger.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
         watchers = [
-            asyncio.create_task(watch_keys(access, streams), name="keys"),
+            asyncio.create_task(watch_keys(access), name="keys"),
             asyncio.create_task(watch_lag(metrics), name="event loop lag"),
         ]
         try:
@@ -66,14 +75,14 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             await sessions.stop()
             await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(
+    app = Api(
         title="Livereel",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
             Middleware(http.Envelope, access=access, tracing=tracing),
-            Middleware(Gate, access=access, streams=streams, refuse_socket=refuse_handshake),
+            Middleware(Gate, access=access, streams=streams, refuse=refuse_handshake, cut_off=cut_off),
             Middleware(http.Bodies, access=access),
         ],
         exception_handlers={
@@ -90,6 +99,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     app.state.config = config
     app.state.routes = ROUTES
     app.state.access = access
+    app.state.idempotency = ledger
     for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")
@@ -108,6 +118,25 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     return app
 
 
+class Api(FastAPI):
+    """FastAPI, whose description also says what a request needs to be let in."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None and self.state.access.keys is not None:
+            schema = super().openapi()
+            schema["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer", "description": "An API key, or a token for one stream."},
+                "token": {"type": "apiKey", "in": "query", "name": "token", "description": "A token for one stream."},
+            }
+            for path, methods in schema["paths"].items():
+                owned = OWNED_PATH.fullmatch(path)
+                shown = ["key", "token"] if owned and owned[1] == "stream" else ["key"]
+                for method, operation in methods.items():
+                    operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
+        return super().openapi()
+
+
 LAG_SECONDS = 0.05
 """How often the event loop is asked how late it is."""
 
@@ -121,24 +150,21 @@ async def watch_lag(metrics: Metrics) -> None:
         metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
 
 
-KEYS_SECONDS = 1.0
+KEYS_SECONDS = 0.5
 """How often the file of keys is looked at."""
 
 
-async def watch_keys(access: Access, streams: Streams) -> None:
+async def watch_keys(access: Access) -> None:
     """Notice when the file of keys changes."""
     while access.keys is not None:
         await asyncio.sleep(KEYS_SECONDS)
-        reload_keys(access, streams)
+        reload_keys(access)
 
 
-def reload_keys(access: Access, streams: Streams, *, insist: bool = False) -> None:
+def reload_keys(access: Access, *, insist: bool = False) -> None:
     """Read the keys again if their file has changed; a file that is no good leaves those that there are."""
-    if access.keys is None:
-        return
     try:
-        if access.keys.reload(insist=insist):
+        if access.reload(insist=insist):
             logger.info("the keys were read again")
-            streams.keep_owners(access.keys.owners)
     except ValueError as error:
         logger.error("the keys stay as they were: %s", error)

@@ -97,6 +97,15 @@ class Metrics:
         self.viewers_dropped = Counter(
             "livereel_viewers_dropped", "Viewers disconnected for being too slow.", registry=registry
         )
+        self.clips = Counter("livereel_clips", "Clips that are over, by status.", ["status"], registry=registry)
+        self.clip_seconds = Histogram(
+            "livereel_clip_seconds",
+            "From the begin of a clip to its complete file, the queue left out.",
+            buckets=(1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0),
+            registry=registry,
+        )
+        self.recordings = Gauge("livereel_recordings", "Recordings that run.", registry=registry)
+        self.stored_bytes = Gauge("livereel_stored_bytes", "Clips and recordings, on disk.", registry=registry)
         self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
         self.engine_ready = Gauge("livereel_engine_ready", "1 while a stream could start, else 0.", registry=registry)
         self.engine_load = Gauge(
@@ -126,7 +135,7 @@ class Metrics:
         self.threads = Gauge("livereel_threads", "Threads of the gateway.", registry=registry)
         ProcessCollector(registry=registry)  # process_resident_memory_bytes, process_open_fds and the like
         # Named before they happen, so that a rate sees the first.
-        for reason in ("slow_viewer", "slow_encoder", "unexpected_chunk"):
+        for reason in ("slow_viewer", "slow_encoder", "slow_recorder", "unexpected_chunk"):
             self.frames_dropped.labels(reason)
         for reason in ("held", "keyframe"):
             self.frames_repeated.labels(reason)

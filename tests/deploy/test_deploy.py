@@ -46,7 +46,7 @@ async def exported() -> dict[str, set[tuple[str, str]]]:
     for name in re.findall(r"(?m)^# TYPE (\w+) histogram$", text):  # of those with labels not seen yet
         for end in ("_bucket", "_count"):
             found.setdefault(name + end, set())
-    for name in re.findall(r"(?m)^# TYPE (\w+) gauge$", text):
+    for name in re.findall(r"(?m)^# TYPE (\w+) (?:gauge|counter)$", text):
         found.setdefault(name, set())
     return found
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import json
+import re
 import struct
 import subprocess
 import sys
@@ -414,10 +416,24 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("patch", "/v1/streams/{id}"),
             ("delete", "/v1/streams/{id}"),
             ("post", "/v1/streams/{id}/whep"),
+            ("get", "/v1/streams/{id}/whep"),
             ("patch", "/v1/streams/{id}/whep/{session}"),
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
             ("post", "/v1/streams/{id}/tokens"),
+            ("post", "/v1/streams/{id}/recordings"),
+            ("get", "/v1/streams/{id}/recordings"),
+            ("get", "/v1/recordings"),
+            ("get", "/v1/recordings/{id}"),
+            ("post", "/v1/recordings/{id}/stop"),
+            ("delete", "/v1/recordings/{id}"),
+            ("get", "/v1/recordings/{id}/content"),
+            ("post", "/v1/videos"),
+            ("get", "/v1/videos"),
+            ("get", "/v1/videos/{id}"),
+            ("delete", "/v1/videos/{id}"),
+            ("post", "/v1/videos/{id}/remix"),
+            ("get", "/v1/videos/{id}/content"),
             ("get", "/v1/models"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),
@@ -426,8 +442,11 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("get", "/metrics"),
         }
         assert "HTTPValidationError" not in api["components"]["schemas"]
+        for name in re.findall(r'"\$ref": "([^"]*)"', json.dumps(api)):
+            assert name.removeprefix("#/components/schemas/") in api["components"]["schemas"]
         create = api["paths"]["/v1/streams"]["post"]
-        assert set(create["responses"]) == {"201", "400", "404", "413", "415", "429", "503", "default"}
+        errors = {"400", "404", "409", "413", "415", "422", "429", "503", "default"}
+        assert set(create["responses"]) == {"201", *errors}
         assert create["responses"]["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
 
 
