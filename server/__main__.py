@@ -103,7 +103,7 @@ def spare_collections() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(2_000, 10, 20)
+    gc.set_threshold(1_000, 10, 10)
 
 
 async def serve(config: Config, tracing: Tracing) -> int:

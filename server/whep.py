@@ -115,6 +115,7 @@ class Sessions:
             logger.info("a viewer was not taken: %s", error.detail)
         finally:
             self._streams.detach(stream, peer.viewer)
+            peer.viewer.forget()
             del self._peers[key], self._tasks[key]
             self._keys.pop(key, None)
             try:

@@ -97,8 +97,9 @@ class Broadcast:
 
     def close(self) -> None:
         """Stop encoding. Safe to call again."""
-        self._task.cancel()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        # The task ends by itself: cancelled, its traceback would keep encoder and pixels for the garbage collector.
+        self._pending.clear()
+        self.finish()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
