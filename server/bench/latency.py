@@ -148,6 +148,11 @@ class Watched:
     """From the request for a prompt to the canvas, in ms."""
 
     @property
+    def handed(self) -> int:
+        """Frames that the gateway handed out between the first and the last that the canvas had."""
+        return sum(self.canvas[0][0] <= frame <= self.canvas[-1][0] for frame, *_ in self.raw) if self.canvas else 0
+
+    @property
     def from_engine(self) -> list[float]:
         return [milliseconds(made, at) for _, made, _, at in self.canvas]
 
@@ -246,7 +251,7 @@ async def run(options: argparse.Namespace, gateway: Gateway) -> int:
             figures = [spread(each) for each in (found.from_engine, found.from_gateway, found.steered)]
             print(
                 f"{transport:8s} {figures[0]:>18s} {figures[1]:>18s} {figures[2]:>18s}   "
-                f"{len(found.canvas)} of {len(found.raw)} / {found.damaged}",
+                f"{len(found.canvas)} of {found.handed} / {found.damaged}",
                 flush=True,
             )
             good &= len(found.canvas) > 0
