@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 import time
 import urllib.request
@@ -28,6 +29,14 @@ caps += ",rtcp-fb-nack-pli=true,rtcp-fb-nack=true"
 if CODEC == "H264":
     caps += ",packetization-mode=(string)1,profile-level-id=(string)42e01f"
 frames, sizes, posted = [], set(), 0.0
+
+
+def fail(*error):
+    sys.__excepthook__(*error)
+    os._exit(1)
+
+
+sys.excepthook = fail  # a callback's error would only be printed
 
 
 def on_frame(_sink, _buffer, pad):
@@ -63,7 +72,8 @@ def on_gathered(_webrtc, _state):
 
 def on_offer(promise):
     promise.wait()
-    webrtc.emit("set-local-description", promise.get_reply().get_value("offer"), Gst.Promise.new())
+    reply = promise.get_reply()  # owns the offer
+    webrtc.emit("set-local-description", reply.get_value("offer"), Gst.Promise.new())
 
 
 webrtc.connect("pad-added", on_pad)
