@@ -31,6 +31,8 @@ class Config:
     """Folder of LoRA files that clients may have applied."""
     idle_timeout_s: float = 60.0
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
+    unwatched_pause_s: float = 15.0
+    """A stream that nobody has watched for this long is paused until somebody does; 0 lets it generate on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
     engine_timeout_s: float = 20.0
@@ -60,13 +62,13 @@ class Config:
             raise ValueError(f"engine-threads {self.engine_threads} is below 1")
         if self.loras is not None and not self.loras.is_dir():
             raise ValueError(f"loras {self.loras} is not a folder")
-        if not 0 <= self.idle_timeout_s < float("inf"):
-            raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        for name in ("idle-timeout", "unwatched-pause", "drain-timeout"):
+            seconds = getattr(self, name.replace("-", "_") + "_s")
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"{name} {seconds} is not a number of seconds from 0 upwards")
         for name in ("engine-timeout", "engine-start-timeout"):
             if not 0 < (seconds := getattr(self, name.replace("-", "_") + "_s")) < float("inf"):
                 raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
-        if not 0 <= self.drain_timeout_s < float("inf"):
-            raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
         if not 50 <= self.bitrate_kbps <= 100_000:
@@ -137,6 +139,13 @@ class Config:
             metavar="S",
             default=default("idle-timeout", cls.idle_timeout_s),
             help="end a stream that nobody has watched for this many seconds; 0 never does (%(default)s)",
+        )
+        add(
+            "--unwatched-pause",
+            type=float,
+            metavar="S",
+            default=default("unwatched-pause", cls.unwatched_pause_s),
+            help="pause a stream that nobody has watched for this many seconds; 0 never does (%(default)s)",
         )
         add(
             "--queue-limit",
@@ -214,6 +223,7 @@ class Config:
                 loras=options.loras,
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
+                unwatched_pause_s=options.unwatched_pause,
                 queue_limit=options.queue_limit,
                 bitrate_kbps=options.bitrate,
                 public_address=options.public_address,

@@ -52,6 +52,9 @@ class Metrics:
             buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
             registry=registry,
         )
+        self.unwatched_pauses = Counter(
+            "livereel_unwatched_pauses", "Streams paused because nobody watched them.", registry=registry
+        )
         self.stalls = Counter("livereel_stalls", "Times that a due frame was not there.", registry=registry)
         self.stalled_seconds = Counter("livereel_stalled_seconds", "Time without a due frame.", registry=registry)
         self.frames_shown = Counter("livereel_frames_shown", "Frames that were due and shown.", registry=registry)

@@ -193,6 +193,10 @@ class StreamObject(BaseModel):
     height: int | None
     fps: int | None
     duration_s: float | None
+    pause_reason: Literal["asked", "unwatched"] | None = Field(
+        description="Why the stream is paused: a client asked, or nobody has watched for a while; then the next viewer "
+        "makes it go on."
+    )
     ws_url: str = Field(
         description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
         "server has keys, it carries a token to view the stream for ten minutes."

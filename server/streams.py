@@ -76,7 +76,9 @@ class Stream:
     clock: int = 0
     """When it was shown, in 1/90000 s of the playback clock: media time and the time spent in stalls and pauses."""
     hold: bool = False
-    """Paused before there was a clock to pause."""
+    """A client wants it paused."""
+    rests: bool = False
+    """Paused because nobody watches."""
     buffer: deque[Frame] = field(default_factory=deque)
     viewers: set[Viewer] = field(default_factory=set)
     broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Stream:
             "height": session.height,
             "fps": session.fps,
             "duration_s": session.duration_s,
+            "pause_reason": session.pause_reason,
             "created_at": session.created_at,
             "queue_position": session.queue.position if session.queue else None,
             "queue_wait_s": session.queue.wait if session.queue else None,
@@ -315,7 +318,9 @@ class Streams:
         if prompt is not None:
             chunk = await self._steer(stream, prompt, transition or "recache")
         if paused is not None and not stream.session.state.over:
-            self._pause(stream, paused)
+            # Whoever asks a stream to go on wants it to do so for a while, watched or not.
+            stream.unwatched_since = time.monotonic()
+            self._pause(stream, hold=paused, rests=False)
         return chunk
 
     async def loras(self, strengths: dict[str, float] | None = None) -> wire.Loras:
@@ -362,6 +367,8 @@ class Streams:
             stream.viewers.add(viewer)
             self._metrics.viewers.inc(viewer.format != "events")
             self._tune_in(stream, viewer)
+            if stream.rests and stream.watching:
+                self._pause(stream, hold=stream.hold, rests=False)
             stream.wake.set()
 
     def detach(self, stream: Stream, viewer: Viewer) -> None:
@@ -650,9 +657,11 @@ class Streams:
             _resolve(steer, chunk)
             stream.marks[first_frame] = (chunk, steer)
 
-    def _pause(self, stream: Stream, paused: bool) -> None:
+    def _pause(self, stream: Stream, *, hold: bool, rests: bool) -> None:
+        """Hold playback while a client wants it held or it rests; let it go on otherwise."""
         session, playback, now = stream.session, stream.playback, time.monotonic()
-        stream.hold = paused
+        stream.hold, stream.rests = hold, rests
+        paused = hold or rests
         if playback is not None and playback.paused != paused:
             if paused:
                 if ended := playback.pause(now):
@@ -661,7 +670,7 @@ class Streams:
                 playback.resume(now)
                 self._grant(stream)
             stream.wake.set()
-        self._publish(stream, session.pause(paused, time.time()))
+        self._publish(stream, session.pause("asked" if hold else "unwatched" if rests else None, time.time()))
         self._expect_end(stream)
 
     def _complete(self, stream: Stream) -> None:
@@ -811,10 +820,9 @@ class Streams:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            now, ts, idle = time.monotonic(), time.time(), self._config.idle_timeout_s
+            now, ts = time.monotonic(), time.time()
             for stream in list(self._streams.values()):
-                if not stream.session.state.over and not stream.viewers and 0 < idle < now - stream.unwatched_since:
-                    self._end(stream, "idle")
+                self._look_after(stream, now)
             ended = [stream for stream in self._streams.values() if stream.session.state.over]
             for stream in ended[: max(0, len(ended) - MAX_RECORDS)]:
                 del self._streams[stream.session.id]
@@ -822,6 +830,21 @@ class Streams:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
             self._tell_places()
+
+    def _look_after(self, stream: Stream, now: float) -> None:
+        """Rest or end a stream that nobody watches. Outputs are viewers, too: what is pushed out does neither."""
+        config, session, unwatched = self._config, stream.session, now - stream.unwatched_since
+        if session.state.over or stream.watching:
+            return
+        if not stream.viewers and 0 < config.idle_timeout_s < unwatched:
+            self._end(stream, "idle")
+        elif (
+            0 < config.unwatched_pause_s < unwatched
+            and session.state is State.LIVE
+            and not (stream.playback and stream.playback.complete)
+        ):
+            self._metrics.unwatched_pauses.inc()
+            self._pause(stream, hold=False, rests=True)
 
     def count(self) -> None:
         """Bring the gauges up to date."""

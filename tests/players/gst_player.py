@@ -1,6 +1,6 @@
 """A WHEP player of GStreamer's webrtcbin, for the system's Python: prints the times of the frames it decodes, as JSON.
 
-    python3 gst_player.py URL KEY VP8|H264 SECONDS
+python3 gst_player.py URL KEY VP8|H264 SECONDS
 """
 
 import json
@@ -28,7 +28,7 @@ caps = f"application/x-rtp,media=video,encoding-name={CODEC},payload=96,clock-ra
 caps += ",rtcp-fb-nack-pli=true,rtcp-fb-nack=true"
 if CODEC == "H264":
     caps += ",packetization-mode=(string)1,profile-level-id=(string)42e01f"
-frames, sizes, posted = [], set(), 0.0
+frames, sizes, posted = [], set(), []
 
 
 def fail(*error):
@@ -55,12 +55,11 @@ def on_pad(_webrtc, pad):
 
 
 def on_gathered(_webrtc, _state):
-    global posted
     if webrtc.get_property("ice-gathering-state") != GstWebRTC.WebRTCICEGatheringState.COMPLETE or posted:
         return
     offer = webrtc.get_property("local-description").sdp.as_text()
     headers = {"Content-Type": "application/sdp", "Authorization": f"Bearer {KEY}"}
-    posted = time.monotonic()
+    posted.append(time.monotonic())
     with urllib.request.urlopen(urllib.request.Request(URL, offer.encode(), headers), timeout=10) as response:
         text = response.read()
     _, message = GstSdp.SDPMessage.new()
@@ -84,4 +83,4 @@ webrtc.emit("create-offer", None, Gst.Promise.new_with_change_func(on_offer))
 GLib.timeout_add_seconds(30 + round(SECONDS), loop.quit)
 loop.run()
 pipeline.set_state(Gst.State.NULL)
-print(json.dumps({"posted": posted, "frames": frames, "sizes": sorted(sizes)}))
+print(json.dumps({"posted": sum(posted), "frames": frames, "sizes": sorted(sizes)}))

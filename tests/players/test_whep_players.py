@@ -33,6 +33,10 @@ GSTREAMER = (
 )
 
 
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, check=False, capture_output=True, text=True)
+
+
 def missing(packages: str) -> None:
     """What can be installed is a failure; what cannot be is none of ours."""
     if shutil.which("apt-get") is None:
@@ -47,10 +51,10 @@ def namespaces() -> Iterator[tuple[str, str]]:
         missing("iproute2")
     names = tuple(f"lr{os.getpid()}{end}" for end in "gp")
 
-    def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+    def ip(*words: str) -> None:
+        assert (done := run("ip", *words)).returncode == 0, done.stderr
 
-    if (made := ip("netns", "add", names[0], check=False)).returncode:
+    if (made := run("ip", "netns", "add", names[0])).returncode:
         pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
     try:
         ip("netns", "add", names[1])
@@ -62,7 +66,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
-            ip("netns", "delete", name, check=False)
+            run("ip", "netns", "delete", name)
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Gateway:
         )
         url = f"http://{GATEWAY}:{PORT}{path}"
         words = [sys.executable, "-c", script, method, url, self.key, json.dumps(body) if body else ""]
-        done = subprocess.run(["ip", "netns", "exec", self.namespace, *words], capture_output=True, text=True)
+        done = run("ip", "netns", "exec", self.namespace, *words)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout) if done.stdout.strip() else {}
 
@@ -217,11 +221,11 @@ def test_chromium_plays(browser: Any, gateway: Gateway, stream: str, codec: str)
 @pytest.mark.parametrize("codec", ["VP8", "H264"])
 def test_gstreamer_plays(gateway: Gateway, stream: str, codec: str) -> None:
     probe = [SYSTEM_PYTHON, "-c", "import gi; gi.require_version('GstWebRTC', '1.0')"]
-    if not Path(SYSTEM_PYTHON).exists() or subprocess.run(probe, capture_output=True).returncode:
+    if not Path(SYSTEM_PYTHON).exists() or run(*probe).returncode:
         missing(GSTREAMER)
     url = f"http://{GATEWAY}:{PORT}/v1/streams/{stream}/whep"
     player = [SYSTEM_PYTHON, str(Path(__file__).with_name("gst_player.py")), url, gateway.key, codec, str(SECONDS)]
-    done = subprocess.run(["ip", "netns", "exec", gateway.namespace, *player], capture_output=True, text=True)
+    done = run("ip", "netns", "exec", gateway.namespace, *player)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     [size] = seen["sizes"] or [(0, 0)]
