@@ -52,6 +52,17 @@ class Metrics:
             buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
             registry=registry,
         )
+        self.quality_changes = Counter(
+            "livereel_quality_changes",
+            "Times that a stream got fewer denoising steps a chunk (down), or more (up).",
+            ["direction"],
+            registry=registry,
+        )
+        self.quality_level = Gauge(
+            "livereel_quality_level",
+            "Denoising steps that chunks of live streams lack of the model's own, in all.",
+            registry=registry,
+        )
         self.unwatched_pauses = Counter(
             "livereel_unwatched_pauses", "Streams paused because nobody watched them.", registry=registry
         )
@@ -68,6 +79,8 @@ class Metrics:
             "livereel_viewers_dropped", "Viewers disconnected for being too slow.", registry=registry
         )
         self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
+        for direction in ("down", "up"):
+            self.quality_changes.labels(direction)
         for reason in ("slow_viewer", "slow_encoder"):
             self.frames_dropped.labels(reason)
         self.count_streams({})

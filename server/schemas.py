@@ -180,6 +180,14 @@ class StreamFailure(BaseModel):
     message: str
 
 
+class StreamQuality(BaseModel):
+    """How well chunks are made: a stream that would run dry gets fewer denoising steps before it stalls."""
+
+    level: int = Field(description="0 is the best; each level above is a step less.")
+    levels: int = Field(description="How many there are.")
+    steps: int = Field(description="Denoising steps of the newest chunk.")
+
+
 class StreamObject(BaseModel):
     """One stream. Width, height and fps are null until the engine is up for the first time."""
 
@@ -210,6 +218,7 @@ class StreamObject(BaseModel):
     chunk_index: int = Field(description="The chunk on screen.")
     real_time_factor: float | None = Field(description="Generation time over playback time of the recent chunks.")
     time_to_first_frame_s: float | None = Field(description="From the request to the first frame ready to be sent.")
+    quality: StreamQuality | None = Field(description="Null until the engine is up for the first time.")
     stalls: int = Field(description="Times that a due frame was not there.")
     stalled_s: float
     buffer_s: float = Field(description="Playback time of the frames generated and not shown yet.")

@@ -122,6 +122,11 @@ class Session:
             return []
         return self._enter(target, ts)
 
+    def quality(self, *, steps: int, level: int, better: bool, chunk: int, pts: int, ts: float) -> list[Event]:
+        """From this chunk on it is made with so many steps."""
+        reason = "time_to_spare" if better else "running_dry"
+        return [self.event("quality.changed", ts, level=level, steps=steps, reason=reason, chunk_index=chunk, pts=pts)]
+
     # the end
 
     def end(self, reason: str, ts: float) -> list[Event]:

@@ -66,6 +66,8 @@ class Stream:
     """When it was asked for, on the monotonic clock."""
     unwatched_since: float
     playback: pacing.Playback | None = None
+    quality: pacing.Quality | None = None
+    """None as long as `playback` is."""
     max_frames: int | None = None
     opened: bool = False
     """The current engine process knows the stream."""
@@ -102,7 +104,7 @@ class Stream:
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
-        session, playback = self.session, self.playback
+        session, playback, quality = self.session, self.playback, self.quality
         return {
             "id": session.id,
             "object": "stream",
@@ -123,6 +125,9 @@ class Stream:
             "chunk_index": playback.chunk_on_screen if playback else 0,
             "real_time_factor": session.real_time_factor,
             "time_to_first_frame_s": session.time_to_first_frame_s,
+            "quality": {"level": quality.level, "levels": quality.levels, "steps": quality.applied}
+            if quality
+            else None,
             "stalls": playback.stalls if playback else 0,
             "stalled_s": playback.stalled_seconds(time.monotonic()) if playback else 0.0,
             "buffer_s": playback.buffered_seconds if playback else 0.0,
@@ -528,7 +533,7 @@ class Streams:
             pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
             rgb = view[k * size : (k + 1) * size]
             stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
-        playback.arrive(count, chunk.gen_seconds, now)
+        arrival = playback.arrive(count, chunk.gen_seconds, now)
         stream.picture = b""
         self._encode_ahead(stream)
         if chunk.applied is not None:
@@ -545,10 +550,27 @@ class Streams:
             ts=ts,
         )
         self._publish(stream, events)
+        self._judge(stream, chunk, arrival)
         if stream.max_frames is not None and playback.received >= stream.max_frames:
             self._complete(stream)
         self._grant(stream)
         stream.wake.set()
+
+    def _judge(self, stream: Stream, chunk: wire.Frames, arrival: pacing.Arrival) -> None:
+        """Say when a chunk is made with another number of steps than the one before, and ask for another if need be."""
+        session, quality = stream.session, stream.quality
+        assert quality is not None
+        steps = self._models[session.model].steps if chunk.steps is None else chunk.steps
+        before = quality.applied
+        if quality.arrive(arrival, steps) and stream.opened:
+            self._backend.send(wire.SetSteps(session.id, quality.steps))
+        if steps != before:
+            self._metrics.quality_changes.labels("up" if steps > before else "down").inc()
+            level, better = quality.level, steps > before
+            events = session.quality(
+                steps=steps, level=level, better=better, chunk=chunk.chunk, pts=chunk.pts, ts=time.time()
+            )
+            self._publish(stream, events)
 
     def _on_steered(self, stream: Stream, steered: wire.Steered) -> None:
         if steer := stream.steers.get(steered.event):
@@ -583,6 +605,7 @@ class Streams:
             stream.playback = pacing.Playback(
                 fps=info.fps, chunk_frames=info.chunk_frames, first_chunk_frames=info.first_chunk_frames
             )
+            stream.quality = pacing.Quality(info.steps)
             if stream.hold:
                 stream.playback.pause(time.monotonic())
         return (session.width, session.height, session.fps) == (info.width, info.height, info.fps)
@@ -623,6 +646,8 @@ class Streams:
                 picture=stream.picture,
             )
         )
+        if stream.quality is not None and stream.quality.steps != self._models[session.model].steps:
+            self._backend.send(wire.SetSteps(session.id, stream.quality.steps))  # of an engine process that died
         playback.forget_grant()
         self._grant(stream)
         self._expect_end(stream)
@@ -848,6 +873,8 @@ class Streams:
 
     def count(self) -> None:
         """Bring the gauges up to date."""
+        live = [stream for stream in self._streams.values() if not stream.session.state.over and stream.quality]
+        self._metrics.quality_level.set(sum(stream.quality.level for stream in live if stream.quality))
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
