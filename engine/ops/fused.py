@@ -171,3 +171,15 @@ def store(x: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None = No
         return
     wide = x.float() if mean is None else x.float() - mean[:, None]
     out.copy_((wide / scale[:, None, :, None]).clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(out.dtype))
+
+
+def store_turned(
+    x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None = None, mean: Tensor | None = None
+) -> None:
+    """`store` of x rotated by angles float32 [S, head_dim / 2, 2]; all of [B, S, heads, head_dim]."""
+    if x.is_cuda:
+        from engine.ops.triton import fused
+
+        fused.store_turned(x, angles, out, scale, mean)
+        return
+    store(rotate(x, angles), out, scale, mean)

@@ -1,5 +1,7 @@
 """Latents to frames, and pictures to latents, chunk by chunk: the light decoder that serves, or the VAE's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +43,26 @@ def to_host(x: Tensor) -> Tensor:
         return x
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)
+
+
+class Beside:
+    """Work on a GPU stream of its own, while what comes next goes on in the current one: decoding beside the context
+    pass. It has precedence, since frames are what a viewer waits for. Elsewhere it is done on the spot."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    @contextmanager
+    def __call__(self, *inputs: Tensor) -> Iterator[None]:
+        """What runs inside reads `inputs`, and nothing else that the current stream made since it last waited."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for x in inputs:
+            x.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
 
 
 @dataclass(frozen=True)

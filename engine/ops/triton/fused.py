@@ -59,15 +59,8 @@ def _add_norm(
 
 
 @triton.jit
-def _gelu(
-    x, bias, out, scales, width,
-    BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
-    value = tl.load(x + row * width + at, mask=mask, other=0.0).to(tl.float32)
+def _activated(x, bias, at, mask, BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr):
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         value += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
     if GELU:
@@ -78,7 +71,37 @@ def _gelu(
         else:
             bent = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))
         value = 0.5 * value * (1.0 + bent)
-    _write_row(out, scales, row, width, at, mask, value, FORMAT, LARGEST)
+    return value
+
+
+@triton.jit
+def _gelu(
+    x, bias, out, scales, width,
+    BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A row in two parts, each a power of two wide: 8960 would else take the registers and the time of 16384."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    value = _activated(x + row * width, bias, at, mask, BIAS, GELU, APPROXIMATE)
+    if REST == 0:
+        _write_row(out, scales, row, width, at, mask, value, FORMAT, LARGEST)
+    else:
+        at_rest = BLOCK + tl.arange(0, REST)
+        mask_rest = at_rest < width
+        rest = _activated(x + row * width, bias, at_rest, mask_rest, BIAS, GELU, APPROXIMATE)
+        if FORMAT != 0:
+            largest = tl.maximum(tl.max(tl.abs(value), axis=0), tl.max(tl.abs(rest), axis=0))
+            largest = tl.maximum(largest, 1e-12)
+            tl.store(scales + row, largest / LARGEST)
+            value *= LARGEST / largest
+            rest *= LARGEST / largest
+            if FORMAT == 2:
+                value = tl.floor(value + 0.5)
+                rest = tl.floor(rest + 0.5)
+        tl.store(out + row * width + at, value.to(out.dtype.element_ty))
+        tl.store(out + row * width + at_rest, rest.to(out.dtype.element_ty), mask=mask_rest)
 
 
 @triton.jit
@@ -155,6 +178,28 @@ def _heads(
     tl.store(values + batch * value_batch + token * value_token + at, v.to(values.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _store_turned(
+    x, angles, out, mean, scale, x_batch, x_token, out_batch, out_token,
+    FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    size: tl.constexpr = 2 * PAIRS
+    head = tl.arange(0, HEADS)
+    at = head[:, None] * size + tl.arange(0, size)[None, :]
+    mask = (head < COUNT)[:, None]
+    pair = tl.arange(0, PAIRS)
+    cos = tl.load(angles + token * size + 2 * pair)
+    sin = tl.load(angles + token * size + 2 * pair + 1)
+    k = tl.load(x + batch * x_batch + token * x_token + at, mask=mask, other=0.0).to(tl.float32)
+    k = _rotated(k, cos, sin, HEADS, PAIRS)
+    if FP8:
+        k -= tl.load(mean + batch * COUNT * size + at, mask=mask, other=0.0)
+        k /= tl.load(scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
+        k = tl.minimum(tl.maximum(k, -448.0), 448.0)
+    tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
+
+
 def _empty(x: Tensor, into: Format | None) -> tuple[Tensor, Tensor]:
     """Where to write rows like x's, and their scales."""
     out = torch.empty(x.shape, dtype=x.dtype if into is None else STORED[into], device=x.device)
@@ -194,10 +239,13 @@ def _pointwise(x: Tensor, bias: Tensor | None, into: Format | None, *, activate:
     rows, width = x.shape
     out, scales = _empty(x, into)
     assert x.is_contiguous()
+    block = triton.next_power_of_2(width)
+    rest = triton.next_power_of_2(width - block // 2)
+    block, rest = (block // 2, rest) if rest < block // 2 else (block, 0)
     _gelu[(rows,)](
         x, bias, out, scales, width, BIAS=bias is not None, GELU=activate,
         APPROXIMATE=x.is_cuda and x.dtype != torch.float32, FORMAT=FORMATS[into],
-        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=block, REST=rest, num_warps=_warps(width),
     )  # fmt: skip
     return _activation(out, scales, into)
 
@@ -254,3 +302,15 @@ def heads(
         HEADS=triton.next_power_of_2(count), PAIRS=size // 2, num_warps=_warps(count * size),
     )  # fmt: skip
     return queries, query_scales
+
+
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+    batch, tokens, count, size = x.shape
+    for part in (x, out):
+        assert part.stride(3) == 1 and part.stride(2) == size
+    assert angles.is_contiguous() and all(part is None or part.is_contiguous() for part in (scale, mean))
+    _store_turned[(tokens, batch)](
+        x, angles, out, mean, scale, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        FP8=scale is not None, COUNT=count, HEADS=triton.next_power_of_2(count), PAIRS=size // 2,
+        num_warps=_warps(count * size),
+    )  # fmt: skip

@@ -76,9 +76,10 @@ def test_add_norm_with_one_affine_for_all_rows() -> None:
 
 
 @pytest.mark.parametrize("into", FORMATS)
+@pytest.mark.parametrize("width", [64, 70, 96, 120])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gelu(into: Format | None, with_bias: bool) -> None:
-    x, bias = 3 * random(5, 200), random(200, seed=1) if with_bias else None
+def test_gelu(into: Format | None, width: int, with_bias: bool) -> None:
+    x, bias = 3 * random(5, width), random(width, seed=1) if with_bias else None
     same(kernels().gelu(x, bias, into), plain("gelu", x, bias, into))
 
 
@@ -119,6 +120,20 @@ def test_heads_go_to_their_slot(count: int, size: int, raw: bool) -> None:
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
     assert (found[3][:, tokens : 2 * tokens] != 7).any() == raw
     assert (found[1][:, :tokens] == 7).all() and (found[1][:, 2 * tokens :] == 7).all()
+
+
+@pytest.mark.parametrize("float8", [False, *([True] if ON_GPU else [])])
+def test_turned_keys_are_stored(float8: bool) -> None:
+    keys = random(2, 6, 3, 16)
+    scales = (torch.rand(2, 3).to(DEVICE) + 0.1, random(2, 3, 16, seed=1)) if float8 else (None, None)
+    out = torch.zeros(2, 9, 3, 16, device=DEVICE).to(torch.float8_e4m3fn if float8 else torch.float32)
+    expected = out.cpu().clone()
+    angles = rope_angles(torch.arange(2, device=DEVICE), 1, 3, 16)
+    kernels().store_turned(keys, angles, out[:, :6], *scales)
+    plain("store_turned", keys, angles, expected_part := expected[:, :6], *scales)
+    assert expected_part.data_ptr() == expected.data_ptr()
+    apart = (out.cpu().float() - expected.float()).abs()
+    assert apart.max() <= (32 if float8 else 1e-5) and (apart > 1e-5).float().mean() < 0.01
 
 
 def test_scales_have_room_for_later_chunks() -> None:
