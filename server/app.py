@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, whep
+from server import http, mjpeg, outputs, whep
 from server.auth import Access, Gate
 from server.backends.base import Backend
 from server.config import Config
@@ -39,7 +39,7 @@ token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the sa
 carries one already."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *outputs.ROUTES]
 
 
 def create_app(config: Config, backend: Backend) -> FastAPI:
@@ -47,6 +47,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     metrics = Metrics()
     streams = Streams(config, backend, metrics)
     sessions = whep.Sessions(config, streams)
+    pushed = outputs.Outputs(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
 
     @asynccontextmanager
@@ -57,6 +58,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             yield
         finally:
             watcher.cancel()
+            await pushed.stop()
             await streams.stop()
             await sessions.stop()
 
@@ -81,6 +83,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.state.streams = streams
     app.state.metrics = metrics
     app.state.sessions = sessions
+    app.state.outputs = pushed
     app.state.config = config
     app.state.routes = ROUTES
     app.state.access = access

@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, str, key_files.Scope], ...] = (
     ("GET", r"/metrics", "metrics"),
     ("PUT", r"/v1/loras", "admin"),
     (r"\w+", r"/v1/streams/[^/]+/whep(/.*)?", "view"),
+    (r"\w+", r"/v1/streams/[^/]+/outputs(/.*)?", "control"),
 )
 """Method, path and scope of what does not follow from the method: reading needs `view`, everything else `control`."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from server.keys import read_keys
+from server.media.destination import ENTRY
 
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
@@ -52,6 +53,8 @@ class Config:
     """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
     keys: Path | None = None
     """File of API keys (see `server.keys`); without one only this machine is served."""
+    outputs: tuple[str, ...] = ()
+    """Hosts that streams may be pushed to, `HOST` for the schemes' own ports or `HOST:PORT`; none turns that off."""
     origins: tuple[str, ...] = ()
     """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
@@ -85,6 +88,11 @@ class Config:
         for origin in self.origins:
             if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
                 raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        for host in self.outputs:
+            if not ENTRY.fullmatch(host):
+                raise ValueError(
+                    f"outputs {host} is not a host in lower case, with :PORT if need be: live.example:1936"
+                )
         if self.keys is not None:
             if not read_keys(self.keys):
                 raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
@@ -196,6 +204,13 @@ class Config:
             "shared secret (none)",
         )
         add(
+            "--outputs",
+            metavar="HOSTS",
+            default=default("outputs", ""),
+            help="hosts that streams may be pushed to by RTMP and WHIP, with commas between: "
+            "live.example,10.0.0.5:1936 (none)",
+        )
+        add(
             "--keys",
             type=Path,
             metavar="FILE",
@@ -229,6 +244,7 @@ class Config:
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
+                outputs=tuple(host for each in options.outputs.split(",") if (host := each.strip())),
                 keys=options.keys,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,

@@ -63,6 +63,7 @@ class Metrics:
             "Denoising steps that chunks of live streams lack of the model's own, in all.",
             registry=registry,
         )
+        self.outputs = Gauge("livereel_outputs", "Outputs by state.", ["state"], registry=registry)
         self.unwatched_pauses = Counter(
             "livereel_unwatched_pauses", "Streams paused because nobody watched them.", registry=registry
         )

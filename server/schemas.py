@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.wire import LORA_NAME
 from server.errors import ApiError
+from server.media.destination import WANTED as OUTPUT_URL
 from server.pictures import WANTED
 
 MAX_PROMPT_BYTES = 4096
@@ -37,6 +38,8 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "url": OUTPUT_URL,
+    "token": "1 to 1024 ASCII characters without spaces",
     "scope": "view or control",
     "expires_in_s": f"an integer of seconds from 1 to {MAX_TOKEN_SECONDS}",
     "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
@@ -151,6 +154,18 @@ class ChangeLoras(Request):
     ]
 
 
+class CreateOutput(Request):
+    """Where to push a stream."""
+
+    url: Annotated[StrictStr, Field(min_length=1, max_length=1024)] = Field(
+        description=f"{OUTPUT_URL[0].upper()}{OUTPUT_URL[1:]}. With the stream's key, which is shown to nobody again.",
+        examples=["rtmps://live.example:443/app/KEY"],
+    )
+    token: Annotated[StrictStr, Field(pattern=r"^[!-~]{1,1024}$")] | None = Field(
+        None, description="For WHIP: sent as `Authorization: Bearer`, and shown to nobody again."
+    )
+
+
 class CreateToken(Request):
     """What a token for a stream shall allow, and for how long."""
 
@@ -236,6 +251,37 @@ class TokenObject(BaseModel):
     scope: Literal["view", "control"]
     expires_at: float = Field(description="Unix time.")
     ws_url: str = Field(description="The stream's WebSocket with this token.")
+
+
+class OutputError(BaseModel):
+    code: str = Field(
+        description="not_resolved, address_not_public, not_connected, certificate_refused, not_accepted, "
+        "invalid_answer, stalled, connection_lost, too_many_viewers or internal_error."
+    )
+    message: str
+
+
+class OutputObject(BaseModel):
+    """One place that a stream is pushed to."""
+
+    id: str
+    object: Literal["output"] = "output"
+    stream_id: str
+    url: str = Field(description="Scheme and host; what follows is not shown.")
+    kind: Literal["rtmp", "whip"]
+    state: Literal["waiting", "connecting", "live", "ended", "failed"] = Field(
+        description="`waiting` for the stream's first picture, or to try again; `failed` after eight attempts in a row."
+    )
+    attempts: int
+    created_at: float = Field(description="Unix time.")
+    live_since: float | None = Field(description="Unix time.")
+    retry_at: float | None = Field(description="Unix time.")
+    error: OutputError | None = Field(description="Why the last attempt came to nothing.")
+
+
+class OutputList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[OutputObject]
 
 
 class StreamChanged(StreamObject):

@@ -91,6 +91,8 @@ class Stream:
     marks: dict[int, tuple[int, _Steer]] = field(default_factory=dict)
     """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    kept: int = 0
+    """Outputs, which need it whether it is watched or not."""
     player: asyncio.Task[None] | None = None
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
@@ -403,6 +405,21 @@ class Streams:
             kbps = self._config.bitrate_kbps
             stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
         stream.broadcasts[codec].join(viewer)
+
+    def keep(self, stream: Stream, by: int = 1) -> None:
+        """Something needs the stream, watched or not; -1 takes that back."""
+        stream.kept += by
+        stream.unwatched_since = time.monotonic()
+        if stream.kept and stream.rests:
+            self._pause(stream, hold=stream.hold, rests=False)
+
+    def forgotten(self, stream: Stream) -> bool:
+        """Whether the stream's record is gone."""
+        return stream.session.id not in self._streams
+
+    def tell(self, stream: Stream, type: str, **fields: Any) -> None:
+        """An event for all who listen to the stream."""
+        self._publish(stream, [stream.session.event(type, time.time(), **fields)])
 
     def viewer_too_slow(self) -> None:
         """Count a viewer that had to be disconnected."""
@@ -857,9 +874,9 @@ class Streams:
             self._tell_places()
 
     def _look_after(self, stream: Stream, now: float) -> None:
-        """Rest or end a stream that nobody watches. Outputs are viewers, too: what is pushed out does neither."""
+        """Rest or end a stream that nobody watches or needs."""
         config, session, unwatched = self._config, stream.session, now - stream.unwatched_since
-        if session.state.over or stream.watching:
+        if session.state.over or stream.watching or stream.kept:
             return
         if not stream.viewers and 0 < config.idle_timeout_s < unwatched:
             self._end(stream, "idle")
