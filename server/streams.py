@@ -412,6 +412,7 @@ class Streams:
         stream.unwatched_since = time.monotonic()
         if stream.kept and stream.rests:
             self._pause(stream, hold=stream.hold, rests=False)
+        stream.wake.set()
 
     def forgotten(self, stream: Stream) -> bool:
         """Whether the stream's record is gone."""
@@ -762,7 +763,11 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = playback.tick(time.monotonic(), watched=stream.watching > 0) if playback else pacing.Wait(None)
+                action = (
+                    playback.tick(time.monotonic(), watched=stream.watching + stream.kept > 0)
+                    if playback
+                    else pacing.Wait(None)
+                )
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)

@@ -88,6 +88,9 @@ async def push_rtmp(where: Destination, address: str, feed: Feed) -> None:
         try:
             await feed.attach(viewer)
             await _watch(where, feed, process.stdout)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FINISH_SECONDS):
+                    await process.wait()
         finally:
             for task in (feeding, keys):
                 task.cancel()
@@ -116,6 +119,12 @@ async def _relay(where: Destination, address: str) -> AsyncIterator[int]:
     server = await asyncio.start_server(on_client, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
+        # The client has said goodbye and is gone: that must still arrive.
+        if pumps:
+            await asyncio.wait(pumps[:1], timeout=FINISH_SECONDS)
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(FINISH_SECONDS):
+                await writer.wait_closed()
     finally:
         server.close()
         for pump in pumps:
