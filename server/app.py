@@ -26,13 +26,13 @@ logger = logging.getLogger("livereel.app")
 DESCRIPTION = """Real-time text-to-video: a prompt becomes live video, and changes while it plays.
 
 Open a stream with `POST /v1/streams` and connect to its `ws_url`. Text messages are JSON events, each with `type`,
-`seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `quality.changed`, `stall`,
-`engine.restarted`, `draining`, `error`, `ended`. `state` says as `reason` why a stream is paused: `asked` or
-`unwatched`. Binary messages are one frame each: a 16-byte header in network order (u8 version = 1, u8 format: 1 JPEG,
-2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s), then the payload.
-`?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as
-`video/mp4; codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first)
-or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`.
+`seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `quality.changed`,
+`output.state`, `stall`, `engine.restarted`, `draining`, `error`, `ended`. `state` says as `reason` why a stream is
+paused: `asked` or `unwatched`. Binary messages are one frame each: a 16-byte header in network order (u8 version = 1,
+u8 format: 1 JPEG, 2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s),
+then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as `video/mp4;
+codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first) or `events`
+(no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`.
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`

@@ -238,6 +238,25 @@ def states(seen: Any) -> list[str]:
 # RTMP
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """For localhost: certificate and key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 5, now, now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "key.pem").write_bytes(pem)
+    return folder / "cert.pem", folder / "key.pem"
+
+
 LISTENER = """
 import av, contextlib, json, sys
 with av.open(sys.argv[1], options={"listen": "1"}) as source:
@@ -303,6 +322,32 @@ async def test_rtmp(run_gateway: Any, monkeypatch: pytest.MonkeyPatch, capfd: py
     assert SECRET not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(
+    ("scheme", "code"), [("rtmp", "stalled"), ("rtmps", "not_connected"), ("https", "not_connected")]
+)
+async def test_a_server_that_says_nothing_is_let_go(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch, scheme: str, code: str
+) -> None:
+    monkeypatch.setattr("server.media.outgoing.CONNECT_SECONDS", 1.0)
+    silent = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await silent.wait()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
+            output = (await post(gateway, await gateway.open(), url=f"{scheme}://127.0.0.1:{port}/a/{SECRET}")).json()
+            tried = await reached(gateway, output, "connecting")
+            while tried["error"] is None:
+                await asyncio.sleep(0.05)
+                tried = await get(gateway, output)
+            assert tried["error"]["code"] == code
+        silent.set()
+
+
 async def test_an_output_ends_with_its_stream(run_gateway: Any) -> None:
     port = free_port()
     async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
@@ -318,26 +363,41 @@ async def test_an_output_ends_with_its_stream(run_gateway: Any) -> None:
         assert len(json.loads(printed.splitlines()[-1])["frames"]) > 0
 
 
+async def test_rtmps(run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener behind something that ends TLS, as services have it."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    monkeypatch.setattr("server.outputs.FIRST_RETRY_SECONDS", 0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    inner = free_port()
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+        sink.close()
+
+    async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", inner)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    server = await asyncio.start_server(on_client, "127.0.0.1", 0, ssl=context)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
+            stream = await gateway.open()
+            listener = await listen(inner, 10)
+            output = (await post(gateway, stream, url=f"rtmps://127.0.0.1:{port}/live/{SECRET}")).json()
+            await reached(gateway, output, "live")
+            printed = (await asyncio.wait_for(listener.communicate(), 30))[0]
+            assert len(json.loads(printed.splitlines()[-1])["frames"]) >= 10
+
+
 # WHIP
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """For localhost: certificate and key."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), 5, now, now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    (folder / "key.pem").write_bytes(pem)
-    return folder / "cert.pem", folder / "key.pem"
 
 
 class Receiver:
