@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-browser test-players test-gpu bench-gpu bench-serve bench-fanout evaluate clean
+.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -33,6 +33,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-schema: setup
+	$(BIN)/python -m pip install --quiet --editable '.[schema]'
+	$(BIN)/python -m pytest -m schema tests/server
 
 test-browser: setup
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'

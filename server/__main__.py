@@ -133,7 +133,7 @@ async def serve(config: Config) -> int:
 
     announcer = asyncio.create_task(announce())
     if config.keys is not None:
-        reload = functools.partial(reload_keys, access, streams, insist=True)
+        reload = functools.partial(reload_keys, access, insist=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         await server.serve(sockets=[listener])

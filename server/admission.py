@@ -5,14 +5,17 @@ needs to play at 1:1: the time to generate a chunk over the time that the chunk 
 costs add up to at most `SHARE` of the engine; one stream alone is always admitted, so that a model slower than real
 time still plays, with stalls.
 
-Streams may have owners. The next place goes to the owner with the fewest live streams, among equals to whoever came
-first. The queue has a limit, but an owner who has no stream at all always gets into it, so that others cannot keep him
-out: it holds at most `queue_limit` streams and one for each owner.
+Streams may have owners, and a priority that weighs an owner's share. The next place goes to the owner with the fewest
+live streams for his priority. Among equals they take turns, three of priority 3 for one of priority 1; within a turn
+the higher priority goes first, then whoever came first. No priority keeps anybody out, and no number of requests does.
+The queue has a limit, but an owner who has no stream at all always gets into it, so that others cannot keep him out: it
+holds at most `queue_limit` streams and one for each owner.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 SHARE = 0.9
 """Part of the engine that may be promised; the rest absorbs jitter."""
@@ -66,6 +69,7 @@ class _Live:
 class _Waiting:
     model: str
     owner: str | None
+    priority: int
 
 
 class Admission:
@@ -76,13 +80,24 @@ class Admission:
         self._costs: Mapping[str, float] = {}
         self._live: dict[str, _Live] = {}
         self._waiting: dict[str, _Waiting] = {}
+        self._turns: dict[str | None, Fraction] = {}
+        """How many turns each owner has had, weighed by priority: the fewest is next. They count as at least those of
+        whoever was served last, so that nobody comes back with turns to spare."""
+        self._last_turn = Fraction(0)
 
     def set_costs(self, costs: Mapping[str, float]) -> None:
         """The engine's models and their costs, measured while it warmed up. Follow with `admit`."""
         self._costs = costs
 
     def request(
-        self, stream: str, model: str, now: float, *, owner: str | None = None, limit: int | None = None
+        self,
+        stream: str,
+        model: str,
+        now: float,
+        *,
+        owner: str | None = None,
+        limit: int | None = None,
+        priority: int = 1,
     ) -> Full | OverLimit | None:
         """Join the queue, or be refused: because it is full, or because the owner has `limit` streams already.
 
@@ -94,7 +109,7 @@ class Admission:
         newcomer = owner is not None and has == 0
         if len(self._waiting) >= self._queue_limit and not newcomer and not self._fits_next(model):
             return Full(self._retry_after(now))
-        self._waiting[stream] = _Waiting(model, owner)
+        self._waiting[stream] = _Waiting(model, owner, priority)
         return None
 
     def admit(self) -> list[str]:
@@ -106,7 +121,11 @@ class Admission:
                 break
             del self._waiting[stream]
             self._live[stream] = _Live(waiting.model, None, waiting.owner)
+            self._last_turn = self._turn(waiting.owner)
+            self._turns[waiting.owner] = self._last_turn + Fraction(1, waiting.priority)
             admitted.append(stream)
+        if not self._waiting:
+            self._turns.clear()  # nobody has had to wait for another
         return admitted
 
     def expect_end(self, stream: str, ends_at: float | None) -> None:
@@ -132,13 +151,23 @@ class Admission:
         """Those who wait, in the order in which places would go to them now."""
         waiting = dict(self._waiting)
         has = {each.owner: self._live_of(each.owner) for each in waiting.values()}
+        turns = {owner: self._turn(owner) for owner in has}
+
+        def rank(stream: str) -> tuple[Fraction, Fraction, int]:
+            each = waiting[stream]
+            return Fraction(has[each.owner], each.priority), turns[each.owner], -each.priority
+
         order = []
         while waiting:
-            # The first of the smallest: `min` keeps the order of arrival among equals.
-            stream = min(waiting, key=lambda stream: has[waiting[stream].owner])
-            has[waiting.pop(stream).owner] += 1
+            stream = min(waiting, key=rank)  # the first of the smallest: in the order of arrival among equals
+            each = waiting.pop(stream)
+            has[each.owner] += 1
+            turns[each.owner] += Fraction(1, each.priority)
             order.append(stream)
         return order
+
+    def _turn(self, owner: str | None) -> Fraction:
+        return max(self._turns.get(owner, self._last_turn), self._last_turn)
 
     def _live_of(self, owner: str | None) -> int:
         return sum(live.owner == owner for live in self._live.values())
@@ -175,6 +204,11 @@ class Rate:
     def left(self) -> int:
         """How many may still come at once."""
         return int(self._tokens)
+
+    @property
+    def full_in(self) -> float:
+        """Seconds from the last request on until as many as ever may come."""
+        return (self._per_minute - self._tokens) * 60 / self._per_minute
 
     def take(self, now: float) -> int:
         """Count a request, unless none is left; returns the whole seconds to wait before the next try, 0 for none."""

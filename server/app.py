@@ -13,13 +13,14 @@ from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
 from server import http, mjpeg, outputs, whep
-from server.auth import Access, Gate
+from server.auth import STREAM_PATH, Access, Gate, public
 from server.backends.base import Backend
 from server.config import Config
+from server.idempotency import Idempotency
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
-from server.websocket import refuse_handshake, watch
+from server.websocket import cut_off, refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
 
@@ -36,7 +37,10 @@ codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init 
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
-carries one already."""
+carries one already.
+
+`POST /v1/streams` takes an `Idempotency-Key`: who did not hear the answer may send the request again, and gets the
+stream that the first one opened."""
 
 
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *outputs.ROUTES]
@@ -49,11 +53,13 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     sessions = whep.Sessions(config, streams)
     pushed = outputs.Outputs(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
+    ledger = Idempotency()
+    access.holders += [streams.keep_keys, sessions.keep_keys, pushed.keep_keys, ledger.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
-        watcher = asyncio.create_task(watch_keys(access, streams), name="keys")
+        watcher = asyncio.create_task(watch_keys(access), name="keys")
         try:
             yield
         finally:
@@ -62,14 +68,14 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             await streams.stop()
             await sessions.stop()
 
-    app = FastAPI(
+    app = Api(
         title="Livereel",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
             Middleware(http.Envelope, access=access),
-            Middleware(Gate, access=access, streams=streams, refuse_socket=refuse_handshake),
+            Middleware(Gate, access=access, streams=streams, refuse=refuse_handshake, cut_off=cut_off),
             Middleware(http.Bodies, access=access),
         ],
         exception_handlers={
@@ -87,6 +93,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.state.config = config
     app.state.routes = ROUTES
     app.state.access = access
+    app.state.idempotency = ledger
     for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")
@@ -105,24 +112,39 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     return app
 
 
-KEYS_SECONDS = 1.0
+class Api(FastAPI):
+    """FastAPI, whose description also says what a request needs to be let in."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None and self.state.access.keys is not None:
+            schema = super().openapi()
+            schema["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer", "description": "An API key, or a token for one stream."},
+                "token": {"type": "apiKey", "in": "query", "name": "token", "description": "A token for one stream."},
+            }
+            for path, methods in schema["paths"].items():
+                for method, operation in methods.items():
+                    shown = ["key", "token"] if STREAM_PATH.fullmatch(path) else ["key"]
+                    operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
+        return super().openapi()
+
+
+KEYS_SECONDS = 0.5
 """How often the file of keys is looked at."""
 
 
-async def watch_keys(access: Access, streams: Streams) -> None:
+async def watch_keys(access: Access) -> None:
     """Notice when the file of keys changes."""
     while access.keys is not None:
         await asyncio.sleep(KEYS_SECONDS)
-        reload_keys(access, streams)
+        reload_keys(access)
 
 
-def reload_keys(access: Access, streams: Streams, *, insist: bool = False) -> None:
+def reload_keys(access: Access, *, insist: bool = False) -> None:
     """Read the keys again if their file has changed; a file that is no good leaves those that there are."""
-    if access.keys is None:
-        return
     try:
-        if access.keys.reload(insist=insist):
+        if access.reload(insist=insist):
             logger.info("the keys were read again")
-            streams.keep_owners(access.keys.owners)
     except ValueError as error:
         logger.error("the keys stay as they were: %s", error)

@@ -5,6 +5,7 @@ this machine, so that no web page reaches the server through a name of its own (
 that `PUBLIC` does not list needs one, also routes that are added later.
 """
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -14,7 +15,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import parse_qsl
@@ -95,8 +96,8 @@ class Grant:
     scope: Granted
     expires: float
     """Seconds of this process's monotonic clock, which nobody can set."""
-    key: str
-    """SHA-256 of the key that it was made with: taken away, it takes the token along."""
+    key: int
+    """Serial of the key that it was made with: taken away, it takes the token along."""
 
 
 class Tokens:
@@ -146,6 +147,10 @@ class Access:
         self.origins = frozenset(origins)
         self._tokens = Tokens()
         self._rates: OrderedDict[str, tuple[int, Rate]] = OrderedDict()
+        self._leases: dict[asyncio.Timeout, Principal] = {}
+        self.holders: list[Callable[[Container[int]], None]] = []
+        """Called with the serials of the keys that there are, whenever these have changed: to end what was begun under
+        any other."""
 
     def check_host(self, headers: Headers) -> None:
         """Without keys: refuse a request that was sent to another name than this machine's."""
@@ -210,7 +215,11 @@ class Access:
         if len(self._rates) > MAX_RATES:
             self._rates.popitem(last=False)
         wait = rate.take(now)
-        headers = {"x-ratelimit-limit-requests": str(limit), "x-ratelimit-remaining-requests": str(rate.left)}
+        headers = {
+            "x-ratelimit-limit-requests": str(limit),
+            "x-ratelimit-remaining-requests": str(rate.left),
+            "x-ratelimit-reset-requests": f"{rate.full_in:.3f}s",
+        }
         if wait:
             message = f"More than {limit} requests a minute: try again in {wait} s."
             raise ApiError(429, "rate_limited", message, headers={**headers, "Retry-After": str(wait)})
@@ -220,13 +229,29 @@ class Access:
         """A token for one stream; empty where no keys are configured. Whoever came with one gets no other."""
         if principal.key is None or principal.stream is not None:
             return principal.token
-        return self._tokens.issue(Grant(stream, scope, time.monotonic() + seconds, principal.key.sha256))
+        return self._tokens.issue(Grant(stream, scope, time.monotonic() + seconds, principal.key.serial))
 
-    def holds(self, principal: Principal) -> bool:
-        """Whether the key that the principal came with is still there."""
-        if self.keys is None or principal.key is None:
-            return True
-        return self.keys.current(principal.key.sha256) is not None
+    @contextlib.asynccontextmanager
+    async def lease(self, principal: Principal) -> AsyncIterator[asyncio.Timeout]:
+        """Do something for the principal for as long as its key is there: then this ends as a timeout does."""
+        async with asyncio.timeout(None) as lease:
+            self._leases[lease] = principal
+            try:
+                yield lease
+            finally:
+                del self._leases[lease]
+
+    def reload(self, *, insist: bool = False) -> bool:
+        """Read the keys again as `Keys.reload` does, and end what goes on under those that are gone."""
+        if self.keys is None or not self.keys.reload(insist=insist):
+            return False
+        serials = self.keys.serials
+        for lease, principal in self._leases.items():
+            if principal.key and principal.key.serial not in serials and lease.when() is None:
+                lease.reschedule(asyncio.get_running_loop().time())
+        for keep in self.holders:
+            keep(serials)
+        return True
 
     def origin_allowed(self, headers: Headers) -> bool:
         """Whether a browser says that the page which sends this came from here, or from where the operator allows.
@@ -249,7 +274,8 @@ class Access:
         if origin not in self.origins:
             return [("vary", "Origin")]
         exposed = (
-            "Location, Link, Retry-After, X-Request-Id, X-Ratelimit-Limit-Requests, X-Ratelimit-Remaining-Requests"
+            "Location, Link, Retry-After, Idempotent-Replayed, X-Request-Id, X-Ratelimit-Limit-Requests, "
+            "X-Ratelimit-Remaining-Requests, X-Ratelimit-Reset-Requests"
         )
         return [("vary", "Origin"), ("access-control-allow-origin", origin), ("access-control-expose-headers", exposed)]
 
@@ -295,21 +321,20 @@ def with_token(url: str, token: str) -> str:
     return f"{url}?token={token}" if token else url
 
 
-class Revoked(OSError):
-    """The key of a response that is still being sent was taken away."""
-
-
-RefuseSocket = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]
+EndSocket = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]
 
 
 class Gate:
     """Before every route, mounted applications and sockets included: nothing passes that the rules do not let."""
 
-    def __init__(self, app: ASGIApp, *, access: Access, streams: Streams, refuse_socket: RefuseSocket) -> None:
+    def __init__(
+        self, app: ASGIApp, *, access: Access, streams: Streams, refuse: EndSocket, cut_off: EndSocket
+    ) -> None:
+        """`refuse` ends a socket that is not accepted yet, `cut_off` any."""
         self._app = app
         self._access = access
         self._streams = streams
-        self._refuse_socket = refuse_socket
+        self._refuse, self._cut_off = refuse, cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -335,25 +360,40 @@ class Gate:
             stream = STREAM_PATH.fullmatch(path)
             # Counted before anything else is looked at, so that nobody may try without bound.
             left = access.spend(principal, now)
-            access.authorize(principal, method, path, self._streams.owner(stream[1]) if stream else None)
         except ApiError as error:
             if not socket:
                 raise
-            await self._refuse_socket(scope, receive, send, error)
+            await self._refuse(scope, receive, send, error)
             return
+        started = False
 
-        async def send_while_it_holds(message: Message) -> None:
-            if not access.holds(principal):
-                raise Revoked
+        async def send_with_limits(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(left)
             await send(message)
 
-        with contextlib.suppress(Revoked):
-            await self._app(scope, receive, send_while_it_holds)
-        if not access.holds(principal):
-            closing: Message = {"type": "websocket.close", "code": UNAUTHENTICATED, "reason": "key revoked"}
-            await send(closing if socket else {"type": "http.response.body", "body": b""})
+        try:
+            access.authorize(principal, method, path, self._streams.owner(stream[1]) if stream else None)
+            async with access.lease(principal) as lease:
+                await self._app(scope, receive, send_with_limits)
+        except ApiError as error:
+            if socket:
+                await self._refuse(scope, receive, send, error)
+                return
+            error.headers = {**left, **(error.headers or {})}
+            raise
+        except TimeoutError:
+            if not lease.expired():
+                raise
+            revoked = unauthenticated("The API key was taken away.")
+            if socket:
+                await self._cut_off(scope, receive, send, revoked)
+            elif started:
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                raise revoked from None
 
 
 MAX_HEADERS = 100
@@ -385,7 +425,7 @@ def preflight() -> Response:
         status_code=204,
         headers={
             "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, If-Match, X-Request-Id",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, If-Match, X-Request-Id",
             "Access-Control-Max-Age": "600",
         },
     )

@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -21,7 +22,7 @@ from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import wire
-from server import admission, pictures, schemas
+from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
 from server.errors import ApiError
 from server.metrics import CONTENT_TYPE, Metrics
@@ -36,7 +37,8 @@ MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
 
-NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
+NUMBER = re.compile(r"-?(0|[1-9]\d{0,19})(\.\d{1,30})?([eE][+-]?\d{1,3})?")
+"""What a form may have for one, as JSON writes it."""
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -71,19 +73,32 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     streams = streams_of(request)
     fields, upload = await read_form(request) if is_form(request.headers) else (await read_json(request), None)
     body = schemas.read_create(fields)
-    picture = b""
-    if upload is not None or body.image is not None:
-        info = streams.info(body.model)
-        data = upload if upload is not None else pictures.from_data_url(body.image or "")
-        async with streams.decoding:
-            picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
-    principal = principal_of(request)
-    limit = principal.key.streams if principal.key else None
-    stream = streams.open(
-        body.prompt, body.model, body.seed, body.duration_s, picture, owner=principal.owner, limit=limit
-    )
+    with claim_of(request, "POST /v1/streams", body.model_dump(), upload or b"") as claim:
+        if claim.made is None:
+            picture = b""
+            if upload is not None or body.image is not None:
+                info = streams.info(body.model)
+                data = upload if upload is not None else pictures.from_data_url(body.image or "")
+                async with streams.decoding:
+                    picture = await asyncio.to_thread(pictures.frames, data, info.width, info.height, info.fps)
+            key = principal_of(request).key
+            stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
+            claim.made = stream.session.id
+        else:
+            stream = streams.get(claim.made)
+            response.headers.update(idempotency.REPLAYED)
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)
+
+
+def claim_of(
+    request: Request, operation: str, payload: Any, *uploads: bytes
+) -> AbstractContextManager[idempotency.Claim]:
+    """The right to do what the request asks for, once for each `Idempotency-Key` (see `Idempotency.claim`)."""
+    ledger: idempotency.Idempotency = request.app.state.idempotency
+    key, sent = principal_of(request).key, request.headers.getlist(idempotency.HEADER)
+    client, shown = key.serial if key else None, ", ".join(sent) if sent else None
+    return ledger.claim(client, shown, idempotency.fingerprint(operation, payload, *uploads), time.monotonic())
 
 
 async def read_json(request: Request) -> Any:
@@ -267,8 +282,8 @@ ROUTES = [
         create_stream,
         schemas.StreamObject,
         201,
-        (400, 404, 413, 415, 429, 503),
-        {"openapi_extra": {"requestBody": schemas.BODY_SCHEMA}},
+        (400, 404, 409, 413, 415, 422, 429, 503),
+        {"openapi_extra": {"requestBody": schemas.BODY_SCHEMA, "parameters": [schemas.IDEMPOTENCY_KEY]}},
     ),
     Route("GET", "/v1/streams", list_streams, schemas.StreamList),
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
@@ -282,7 +297,7 @@ ROUTES = [
     Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
     Route("GET", "/livez", livez, schemas.Alive),
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
-    Route("GET", "/metrics", metrics, options={"response_class": Response}),
+    Route("GET", "/metrics", metrics, options={"response_class": Response, "responses": {"default": ERROR}}),
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]

@@ -9,21 +9,25 @@ The file is TOML, a table a key, and may be edited by hand; the server notices.
     scopes = ["control"]             # view, control, admin, metrics
     streams = 4                      # at once, of the owner
     requests_per_minute = 120
+    priority = 1                     # turns in the queue for one of a key of priority 1
 
 A key is 256 random bits, so one pass of SHA-256 is enough: there is no dictionary to try.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import secrets
 import stat
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,8 +48,13 @@ PREFIX = "lr_"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_KEY_LENGTH = 256
 MAX_FILE_BYTES = 1 << 20
-STREAMS, REQUESTS_PER_MINUTE = 4, 120
-"""Limits of a key that names none."""
+STREAMS, REQUESTS_PER_MINUTE, PRIORITY = 4, 120, 1
+LIMITS = {
+    "streams": (STREAMS, 1_000_000),
+    "requests_per_minute": (REQUESTS_PER_MINUTE, 1_000_000),
+    "priority": (PRIORITY, 100),
+}
+"""Of a key: what it is where none is named, and what it may be at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,9 @@ class Key:
     scopes: frozenset[Scope]
     streams: int
     requests_per_minute: int
+    priority: int = PRIORITY
+    serial: int = 0
+    """What tells it from every other entry that the file has had since the server started."""
 
 
 def digest(key: str) -> str:
@@ -74,6 +86,11 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ValueError(f"keys {path} cannot be read: {error.strerror}") from None
+    return parse_keys(path, text)
+
+
+def parse_keys(path: Path, text: bytes) -> tuple[Key, ...]:
+    """The keys that a file's text holds; raises `ValueError`."""
     if len(text) > MAX_FILE_BYTES:
         raise ValueError(f"keys {path} is larger than {MAX_FILE_BYTES} bytes")
     try:
@@ -108,7 +125,7 @@ def read_key(path: Path, number: int, table: Any) -> Key:
 
     if not isinstance(table, dict):
         raise ValueError(f"keys {path}: key {number} must be a table")
-    known = {"name", "owner", "sha256", "scopes", "streams", "requests_per_minute"}
+    known = {"name", "owner", "sha256", "scopes", *LIMITS}
     if unknown := min(table.keys() - known, default=None):
         raise ValueError(f"keys {path}: key {number} has the unknown field `{unknown[:64]}`")
     name, sha256, scopes = table.get("name"), table.get("sha256"), table.get("scopes", ["control"])
@@ -119,12 +136,13 @@ def read_key(path: Path, number: int, table: Any) -> Key:
         raise wrong("sha256", "64 hexadecimal digits, as `python -m server keys add` writes them")
     if not isinstance(scopes, list) or not scopes or not all(scope in SCOPES for scope in scopes):
         raise wrong("scopes", f"a list of {', '.join(SCOPES)}")
-    limits = table.get("streams", STREAMS), table.get("requests_per_minute", REQUESTS_PER_MINUTE)
-    for field, value in zip(("streams", "requests_per_minute"), limits, strict=True):
-        if type(value) is not int or not 1 <= value <= 1_000_000:
-            raise wrong(field, "an integer from 1 to 1000000")
+    limits = {}
+    for field, (usual, most) in LIMITS.items():
+        limits[field] = value = table.get(field, usual)
+        if type(value) is not int or not 1 <= value <= most:
+            raise wrong(field, f"an integer from 1 to {most}")
     allowed = frozenset[Scope]().union(*(IMPLIED[scope] for scope in scopes))
-    return Key(str(name), str(table.get("owner", name)), sha256, allowed, *limits)
+    return Key(str(name), str(table.get("owner", name)), sha256, allowed, **limits)
 
 
 class Keys:
@@ -132,8 +150,10 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._serials = itertools.count(1)
+        self._keys: tuple[Key, ...] = ()
         self._seen = self._look()
-        self._keys = read_keys(path)
+        self._keys = self._read()
 
     def reload(self, *, insist: bool = False) -> bool:
         """Read the file again if it has changed, or with `insist` in any case; returns whether it was read.
@@ -144,7 +164,7 @@ class Keys:
         if seen == self._seen and not insist:
             return False
         self._seen = seen
-        self._keys = read_keys(self._path)
+        self._keys = self._read()
         return True
 
     def find(self, key: str) -> Key | None:
@@ -157,14 +177,27 @@ class Keys:
                 found = entry
         return found
 
-    def current(self, sha256: str) -> Key | None:
-        """The entry with this hash as the file has it now; None when the key was taken away."""
-        return next((entry for entry in self._keys if entry.sha256 == sha256), None)
+    def current(self, serial: int) -> Key | None:
+        """The entry as the file has it now; None when it was taken away."""
+        return next((entry for entry in self._keys if entry.serial == serial), None)
 
     @property
-    def owners(self) -> frozenset[str]:
-        """Everybody who has a key."""
-        return frozenset(key.owner for key in self._keys)
+    def serials(self) -> frozenset[int]:
+        """Of every entry that there is."""
+        return frozenset(key.serial for key in self._keys)
+
+    def _read(self) -> tuple[Key, ...]:
+        """The file's keys. An entry keeps its serial while it has its owner and all its scopes.
+
+        So whatever was allowed under it ends when it may less, and does not come back with it.
+        """
+        before = {key.sha256: key for key in self._keys}
+        keys = []
+        for key in read_keys(self._path):
+            was = before.get(key.sha256)
+            same = was is not None and was.owner == key.owner and was.scopes <= key.scopes
+            keys.append(replace(key, serial=was.serial if was and same else next(self._serials)))
+        return tuple(keys)
 
     def _look(self) -> tuple[int, ...]:
         try:
@@ -177,30 +210,74 @@ class Keys:
 # the command
 
 
-def add_key(path: Path, name: str, owner: str, scopes: Sequence[str], streams: int, requests_per_minute: int) -> str:
+def add_key(
+    path: Path,
+    name: str,
+    owner: str,
+    scopes: Sequence[str],
+    streams: int,
+    requests_per_minute: int,
+    priority: int = PRIORITY,
+) -> str:
     """Make a key, write its hash to the file, which need not be there yet, and return it. Raises `ValueError`."""
-    # An editor's link stays one: the file that it leads to is what is replaced.
+    with locked(path) as file:
+        keys = read_keys(file) if file.exists() else ()
+        if name in {key.name for key in keys}:
+            raise ValueError(f"keys {file} has a key named {name} already")
+        key = PREFIX + secrets.token_urlsafe(32)
+        fields: dict[str, Any] = {"name": name, "owner": owner, "sha256": digest(key), "scopes": list(scopes)}
+        fields |= {"streams": streams, "requests_per_minute": requests_per_minute, "priority": priority}
+        read_key(file, len(keys) + 1, fields)
+        table = "\n".join(["[[key]]", *(f"{field} = {toml(value)}" for field, value in fields.items()), ""])
+        before = file.read_text() if file.exists() else ""
+        write(file, before.rstrip("\n") + "\n\n" + table if before.strip() else table)
+    return key
+
+
+def remove_key(path: Path, name: str) -> None:
+    """Take a key out of the file, whose other lines stay as they are. Raises `ValueError`."""
+    with locked(path) as file:
+        keys = read_keys(file)
+        left = tuple(key for key in keys if key.name != name)
+        if left == keys:
+            raise ValueError(f"keys {file} has no key named {name}: `keys list` says which there are")
+        text = file.read_text()
+        heads = [match.start() for match in re.finditer(r"(?m)^[ \t]*\[\[[ \t]*key[ \t]*\]\]", text)]
+        number = [key.name for key in keys].index(name)
+        if len(heads) == len(keys):
+            text = text[: heads[number]] + text[[*heads, len(text)][number + 1] :]
+        if parse_keys(file, text.encode()) != left:
+            raise ValueError(f"keys {file} is written in a way of its own: take {name} out by hand")
+        write(file, text)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[Path]:
+    """The file that an editor's link leads to, while no other such command changes it. Raises `ValueError`."""
     path = path.resolve()
-    keys = read_keys(path) if path.exists() else ()
-    if name in {key.name for key in keys}:
-        raise ValueError(f"keys {path} has a key named {name} already")
-    key = PREFIX + secrets.token_urlsafe(32)
-    fields: dict[str, Any] = {"name": name, "owner": owner, "sha256": digest(key), "scopes": list(scopes)}
-    fields |= {"streams": streams, "requests_per_minute": requests_per_minute}
-    read_key(path, len(keys) + 1, fields)
-    table = "\n".join(["[[key]]", *(f"{field} = {toml(value)}" for field, value in fields.items()), ""])
-    before = path.read_text() if path.exists() else ""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ValueError(f"keys {path} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield path
+    finally:
+        os.close(folder)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the file in one step, for nobody else to read; raises `ValueError`."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(before.rstrip("\n") + "\n\n" + table if before.strip() else table)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise ValueError(f"keys {path} cannot be written: {error.strerror}") from None
-    return key
 
 
 def toml(value: str | int | list[str]) -> str:
@@ -210,36 +287,53 @@ def toml(value: str | int | list[str]) -> str:
     return str(value) if isinstance(value, int) else f'"{value}"'
 
 
+def table_of(keys: Sequence[Key]) -> str:
+    """The keys for people, a line each. Not even their hashes are shown."""
+    rows: list[tuple[str, ...]] = [("name", "owner", "scopes", "streams", "requests/min", "priority")]
+    for key in keys:
+        scopes = ",".join(scope for scope in SCOPES if scope in key.scopes)
+        rows.append((key.name, key.owner, scopes, *map(str, (key.streams, key.requests_per_minute, key.priority))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """python -m server keys add NAME: print a new key, once."""
+    """python -m server keys add, list or remove."""
     parser = argparse.ArgumentParser("python -m server keys", description="API keys.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("add", help="make a key and print it; the file keeps its hash alone", allow_abbrev=False)
-    add.add_argument("name", help="what the key is called in the file and in the log")
-    add.add_argument(
-        "--keys",
-        type=Path,
-        metavar="FILE",
-        default=environment.get("LIVEREEL_KEYS"),
-        required="LIVEREEL_KEYS" not in environment,
-        help="the file, made if it is not there (LIVEREEL_KEYS)",
-    )
+    listing = commands.add_parser("list", help="say which keys there are, and what they may do", allow_abbrev=False)
+    remove = commands.add_parser("remove", help="take a key away, and all that goes on under it", allow_abbrev=False)
+    for command in (add, remove):
+        command.add_argument("name", help="what the key is called in the file and in the log")
+    for command in (add, listing, remove):
+        command.add_argument(
+            "--keys",
+            type=Path,
+            metavar="FILE",
+            default=environment.get("LIVEREEL_KEYS"),
+            required="LIVEREEL_KEYS" not in environment,
+            help="the file; `add` makes it if it is not there (LIVEREEL_KEYS)",
+        )
     add.add_argument("--owner", help="whose streams the key opens and sees (the name)")
     add.add_argument("--scope", action="append", choices=SCOPES, help="what it may do, once or more often (control)")
     add.add_argument("--streams", type=int, default=STREAMS, metavar="N", help="at once, of the owner (%(default)s)")
     add.add_argument("--requests-per-minute", type=int, default=REQUESTS_PER_MINUTE, metavar="N", help="(%(default)s)")
+    add.add_argument(
+        "--priority", type=int, default=PRIORITY, metavar="N", help="turns in the queue for one of others (%(default)s)"
+    )
     options = parser.parse_args(arguments)
+    path = Path(options.keys)
     try:
-        key = add_key(
-            Path(options.keys),
-            options.name,
-            options.owner or options.name,
-            options.scope or ["control"],
-            options.streams,
-            options.requests_per_minute,
-        )
+        if options.command == "list":
+            print(table_of(read_keys(path)))
+        elif options.command == "remove":
+            remove_key(path, options.name)
+            print(f"{options.name} is gone; a server that uses {path} notices within a second.", file=sys.stderr)
+        else:
+            scopes, limits = options.scope or ["control"], (options.streams, options.requests_per_minute)
+            print(add_key(path, options.name, options.owner or options.name, scopes, *limits, options.priority))
+            print(f"This is shown once: {path} holds only its hash.", file=sys.stderr)
     except ValueError as error:
         parser.error(str(error))
-    print(key)
-    print(f"This is shown once: {options.keys} holds only its hash.", file=sys.stderr)
     return 0

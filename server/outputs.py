@@ -9,6 +9,7 @@ import logging
 import random
 import secrets
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server import schemas
+from server.auth import principal_of
 from server.config import Config
 from server.errors import ApiError, stream_ended
 from server.http import Route, streams_of
@@ -63,6 +65,8 @@ class Output:
     where: Destination
     token: str = field(repr=False)
     created_at: float
+    key: int | None = None
+    """Serial of the API key that it was made with."""
     state: State = "waiting"
     attempts: int = 0
     live_since: float | None = None
@@ -133,15 +137,18 @@ class Outputs:
         self._metrics = metrics
         self._outputs: dict[str, Output] = {}
 
-    def open(self, stream: Stream, url: str, token: str) -> Output:
-        """Begin to push the stream out. Raises `ApiError` when it may not be."""
+    def open(self, stream: Stream, url: str, token: str, key: int | None = None) -> Output:
+        """Begin to push the stream out. `key` is the serial of the API key that allows it.
+
+        Raises `ApiError` when it may not be.
+        """
         where = destination(url, self._config.outputs)
         if stream.session.state.over:
             raise stream_ended(stream.session.ended_reason)
         if len(self.all(stream)) >= MAX_OUTPUTS:
             message = f"A stream has at most {MAX_OUTPUTS} outputs: remove one first."
             raise ApiError(409, "too_many_outputs", message)
-        output = Output(f"out_{secrets.token_hex(8)}", stream, where, token, time.time())
+        output = Output(f"out_{secrets.token_hex(8)}", stream, where, token, time.time(), key)
         self._outputs[output.id] = output
         self._metrics.outputs.labels(output.state).inc()
         output.task = asyncio.create_task(self._run(output), name=f"output {output.id}")
@@ -166,6 +173,12 @@ class Outputs:
         await self._stop(output)
         self._forget(output)
 
+    def keep_keys(self, serials: Container[int]) -> None:
+        """End the outputs of all other keys: these were taken away."""
+        for output in self._outputs.values():
+            if output.key is not None and output.key not in serials and output.task is not None:
+                output.task.cancel()
+
     async def stop(self) -> None:
         """End every output."""
         await asyncio.gather(*(self._stop(output) for output in self._outputs.values()))
@@ -174,7 +187,7 @@ class Outputs:
         if output.task is not None:
             output.task.cancel()
             await asyncio.gather(output.task, return_exceptions=True)
-        if not output.over:
+        if not output.over:  # it had not begun
             self.enter(output, "ended")
 
     def _forget(self, output: Output) -> None:
@@ -220,8 +233,9 @@ class Outputs:
                 while time.monotonic() < until and not over():
                     await asyncio.sleep(LOOK_SECONDS)
             output.error = None
-            self.enter(output, "ended")
         finally:
+            if output.state != "failed":
+                self.enter(output, "ended")
             self.streams.keep(stream, by=-1)
 
     async def _attempt(self, output: Output) -> float:
@@ -257,7 +271,9 @@ def outputs_of(request: Request) -> Outputs:
 
 async def create_output(request: Request, response: Response, id: str, body: schemas.CreateOutput) -> dict[str, Any]:
     """Push the stream to a server elsewhere: RTMP, or WHIP. The host must be one that the operator has listed."""
-    output = outputs_of(request).open(streams_of(request).get(id), body.url, body.token or "")
+    key = principal_of(request).key
+    stream = streams_of(request).get(id)
+    output = outputs_of(request).open(stream, body.url, body.token or "", key.serial if key else None)
     response.headers["Location"] = f"/v1/streams/{id}/outputs/{output.id}"
     return output.snapshot()
 

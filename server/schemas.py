@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -19,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.wire import LORA_NAME
+from server import idempotency
 from server.errors import ApiError
 from server.media.destination import WANTED as OUTPUT_URL
 from server.pictures import WANTED
@@ -46,6 +48,11 @@ REQUIREMENTS = {
     f"to {MAX_STRENGTH:g}",
 }
 """What each field must be, as the error message says it."""
+
+
+def whole(number: Any) -> Any:
+    """JSON has one kind of number, so 7.0 is an integer."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def check_prompt(prompt: str) -> str:
@@ -85,8 +92,17 @@ def check_loras(loras: dict[str, float]) -> dict[str, float]:
 Prompt = Annotated[
     StrictStr,
     AfterValidator(check_prompt),
-    Field(description=f"What to show: {REQUIREMENTS['prompt']}.", examples=["a red metal cube bouncing on grass"]),
+    Field(
+        description=f"What to show: {REQUIREMENTS['prompt']}.",
+        examples=["a red metal cube bouncing on grass"],
+        json_schema_extra={
+            "minLength": 1,
+            "maxLength": MAX_PROMPT_BYTES,
+            "pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\x00-\x1f\x7f-\x9f\s][^\x00-\x1f\x7f-\x9f]*$",
+        },
+    ),
 ]
+Whole = BeforeValidator(whole)
 Transition = Literal["soft", "recache", "cut"]
 StateName = Literal["queued", "starting", "live", "paused", "ended", "failed"]
 
@@ -100,7 +116,7 @@ class CreateStream(Request):
 
     prompt: Prompt
     model: StrictStr | None = Field(None, description="Name of a model; the server's default when absent.")
-    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED), Whole] | None = Field(
         None, description="The same seed and prompt give the same frames; random when absent."
     )
     duration_s: Annotated[float, Field(strict=True, gt=0, le=MAX_DURATION_SECONDS, allow_inf_nan=False)] | None = Field(
@@ -113,27 +129,49 @@ class CreateStream(Request):
     )
 
 
+def form_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a form with the same fields. A form has no null: who means it leaves the field out."""
+    fields = {
+        name: {**{key: value for key, value in field.items() if key != "anyOf"}, **field.get("anyOf", [{}])[0]}
+        for name, field in schema["properties"].items()
+    }
+    fields["image"] = {"type": "string", "format": "binary", "description": f"A file: {WANTED}."}
+    return {"type": "object", "required": schema["required"], "properties": fields, "additionalProperties": False}
+
+
+CREATE = CreateStream.model_json_schema()
 BODY_SCHEMA = {
     "required": True,
-    "content": {
-        "application/json": {"schema": CreateStream.model_json_schema()},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["prompt"],
-                "properties": {
-                    **CreateStream.model_json_schema()["properties"],
-                    "image": {"type": "string", "format": "binary", "description": f"A file: {WANTED}."},
-                },
-            }
-        },
-    },
+    "content": {"application/json": {"schema": CREATE}, "multipart/form-data": {"schema": form_of(CREATE)}},
 }
 """The two forms of a request to open a stream, for OpenAPI: the endpoint reads the body itself."""
 
 
+IDEMPOTENCY_KEY = {
+    "name": idempotency.HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": idempotency.KEY},
+    "description": "Sent again with the same request within a day, it gets what the first one made, with the header "
+    "`Idempotent-Replayed: true`.",
+}
+"""For OpenAPI."""
+
+
 class ChangeStream(Request):
     """A change to a stream; at least one of `prompt` and `paused`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {
+                    "required": ["paused"],
+                    "properties": {"paused": {"type": "boolean"}, "transition": {"type": "null"}},
+                },
+            ]
+        }
+    )
 
     prompt: Prompt | None = None
     transition: Transition | None = Field(
@@ -150,7 +188,15 @@ class ChangeLoras(Request):
     loras: Annotated[
         dict[StrictStr, StrictFloat],
         AfterValidator(check_loras),
-        Field(description=f"Strength by name: {REQUIREMENTS['loras']}.", examples=[{"watercolour": 0.8}]),
+        Field(
+            description=f"Strength by name: {REQUIREMENTS['loras']}.",
+            examples=[{"watercolour": 0.8}],
+            json_schema_extra={
+                "propertyNames": {"pattern": f"^{LORA_NAME}$"},
+                "additionalProperties": {"type": "number", "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH},
+                "maxProperties": MAX_LORAS,
+            },
+        ),
     ]
 
 
@@ -172,7 +218,7 @@ class CreateToken(Request):
     scope: Literal["view", "control"] = Field(
         "view", description="`view` watches the stream, `control` also changes and ends it."
     )
-    expires_in_s: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_SECONDS)] = Field(
+    expires_in_s: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_SECONDS), Whole] = Field(
         600, description="Seconds. A connection that is open by then goes on."
     )
 
@@ -239,7 +285,7 @@ class StreamObject(BaseModel):
     buffer_s: float = Field(description="Playback time of the frames generated and not shown yet.")
     viewers: int
     error: StreamFailure | None = Field(description="Why the stream failed.")
-    ended_reason: str | None = Field(description="finished, deleted, idle, shutdown, revoked or failed.")
+    ended_reason: str | None = Field(description="finished, deleted, idle, shutting_down, revoked or failed.")
 
 
 class TokenObject(BaseModel):

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Coroutine
+from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
 from server.config import Config
 from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
@@ -98,6 +99,8 @@ class Stream:
     """What the stream starts from, until its first chunk is there."""
     owner: str | None = None
     """Whose it is; None where there are no keys."""
+    key: int | None = None
+    """Serial of the API key that it was opened with."""
 
     @property
     def watching(self) -> int:
@@ -251,12 +254,11 @@ class Streams:
         duration_s: float | None,
         picture: bytes = b"",
         *,
-        owner: str | None = None,
-        limit: int | None = None,
+        key: Key | None = None,
     ) -> Stream:
         """Create a stream: it starts when the engine has a place for it. `picture` is `wire.Open`'s.
 
-        `owner` shares the engine with others fairly, and may have `limit` streams at once.
+        Owners share the engine fairly, and each key says how many streams its owner may have at once.
         """
         if self._draining:
             message = "The server is shutting down: try another one."
@@ -275,8 +277,12 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture, owner=owner)
-        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit):
+        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
+        owner, limit, priority = None, None, 1
+        if key is not None:
+            owner, limit, priority = key.owner, key.streams, key.priority
+            stream.owner, stream.key = owner, key.serial
+        if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit, priority=priority):
             self._metrics.refused.inc()
             headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
@@ -305,10 +311,10 @@ class Streams:
         stream = self._streams.get(id)
         return stream.owner if stream else None
 
-    def keep_owners(self, owners: Collection[str]) -> None:
-        """End the streams of everybody else: their keys were taken away."""
+    def keep_keys(self, serials: Container[int]) -> None:
+        """End the streams of all other keys: these were taken away."""
         for stream in list(self._streams.values()):
-            if stream.owner is not None and stream.owner not in owners and not stream.session.state.over:
+            if stream.key is not None and stream.key not in serials and not stream.session.state.over:
                 self._end(stream, "revoked")
 
     def all(self) -> list[Stream]:

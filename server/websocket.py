@@ -117,6 +117,11 @@ async def refuse_handshake(scope: Scope, receive: Receive, send: Send, error: Ap
         await refuse(websocket, error)
 
 
+async def cut_off(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
+    """End a socket in the middle of whatever it does."""
+    await hang_up(WebSocket(scope, receive, send), UNAUTHENTICATED, error.code)
+
+
 async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
     """Close, politely if the peer still reads, and for certain in any case."""
     try:

@@ -7,10 +7,12 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Container
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.auth import principal_of
 from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
 from server.http import Route, streams_of
@@ -37,9 +39,14 @@ class Sessions:
         self._streams = streams
         self._peers: dict[tuple[str, str], Peer] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._keys: dict[tuple[str, str], int] = {}
+        """Serials of the API keys that sessions were opened under."""
 
-    async def open(self, stream: Stream, offer: str, *, local: bool) -> tuple[str, str]:
-        """Answer a viewer's offer: the new session's id, and the SDP. `local` says that it is on this machine."""
+    async def open(self, stream: Stream, offer: str, *, local: bool, key: int | None = None) -> tuple[str, str]:
+        """Answer a viewer's offer: the new session's id, and the SDP.
+
+        `local` says that it is on this machine; `key` is the serial of the API key that lets it watch.
+        """
         id = stream.session.id
         connecting = [key for key, peer in self._peers.items() if not peer.connected.is_set()]
         if len(stream.viewers) + sum(key[0] == id for key in connecting) >= MAX_VIEWERS:
@@ -57,6 +64,8 @@ class Sessions:
             del self._peers[id, session]
             await peer.close()
             raise
+        if key is not None:
+            self._keys[id, session] = key
         self._tasks[id, session] = asyncio.create_task(self._serve(stream, session, peer), name=f"whep {id}")
         return session, peer.answer
 
@@ -72,6 +81,12 @@ class Sessions:
         """Hang up, and wait until everything is free."""
         self.get(stream, session).over.set()
         await asyncio.wait([self._tasks[stream, session]])
+
+    def keep_keys(self, serials: Container[int]) -> None:
+        """End the sessions of all other keys: these were taken away."""
+        for session, key in self._keys.items():
+            if key not in serials:
+                self._peers[session].over.set()
 
     async def stop(self) -> None:
         """End every session."""
@@ -92,6 +107,7 @@ class Sessions:
         finally:
             self._streams.detach(stream, peer.viewer)
             del self._peers[key], self._tasks[key]
+            self._keys.pop(key, None)
             try:
                 await peer.close()
             except Exception:
@@ -123,7 +139,9 @@ async def offer(request: Request, id: str) -> Response:
     stream = watchable(request, id)
     text = await read_sdp(request)
     local = request.client is not None and is_loopback(request.client.host)
-    session, answer = await sessions_of(request).open(stream, text, local=local)
+    key = principal_of(request).key
+    opened = sessions_of(request).open(stream, text, local=local, key=key.serial if key else None)
+    session, answer = await opened
     response = Response(answer, 201, media_type=SDP)
     response.headers["Location"] = f"/v1/streams/{id}/whep/{session}"
     add_links(request, response, session[:8])
@@ -223,7 +241,7 @@ ROUTES = [
     Route("POST", ENDPOINT, offer, None, 201, (400, 404, 409, 413, 415, 503), body(SDP), SDP),
     Route("OPTIONS", ENDPOINT, options, options=DISCOVERY),
     Route("HEAD", ENDPOINT, head, None, 200, options=DISCOVERY),
-    Route("GET", ENDPOINT, get, None, 204, options=DISCOVERY),
+    Route("GET", ENDPOINT, get, None, 204, (404, 409), EMPTY),
     Route("PATCH", SESSION, trickle, None, 204, (400, 404, 412, 413, 415, 422), body(FRAGMENT), FRAGMENT),
     Route("DELETE", SESSION, hang_up, None, 200, (404,), EMPTY),
     Route("OPTIONS", SESSION, session_options, options=DISCOVERY),

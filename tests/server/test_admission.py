@@ -111,3 +111,81 @@ def test_releasing_twice_does_no_harm() -> None:
     places.release("a")
     places.release("a")
     assert places.places(0.0) == {}
+
+
+def served(waiting: list[tuple[str, int]], count: int, share: float = 0.9) -> str:
+    """Owners in the order in which their streams got places, each stream ending when the next one is due.
+
+    `waiting` has an owner and his priority for each request, in the order of arrival.
+    """
+    places = admission(share, queue_limit=1000)
+    owners = {}
+    for number, (owner, priority) in enumerate(waiting):
+        owners[str(number)] = owner
+        assert places.request(str(number), "mini", 0.0, owner=owner, priority=priority) is None
+    live = places.admit()
+    order = list(live)
+    while len(order) < count:
+        places.release(live.pop(0))
+        live += (admitted := places.admit())
+        order += admitted
+    return "".join(owners[stream] for stream in order[:count])
+
+
+@pytest.mark.parametrize(
+    ("waiting", "share", "order"),
+    [
+        ([("a", 1)] * 100 + [("b", 1)], 0.9, "abaaaa"),
+        ([("a", 1)] * 100 + [("b", 1)] * 3, 0.9, "abababaa"),
+        ([("a", 1)] * 100 + [("b", 1)] * 3 + [("c", 1)] * 2, 0.9, "abcabcabaa"),
+        ([("a", 1)] * 100 + [("b", 3)] * 100, 0.9, "babbbabbbabb"),
+        ([("a", 1)] * 5 + [("b", 100)] * 300, 0.9, "ba" + "b" * 99),
+        # two live at once: the share of the engine counts before the turns
+        ([("a", 1)] * 100 + [("b", 1)] * 3, 0.45, "abababaa"),
+        ([("a", 1)] * 100 + [("b", 1)], 0.3, "abaaaa"),
+    ],
+)
+def test_owners_take_turns(waiting: list[tuple[str, int]], share: float, order: str) -> None:
+    assert served(waiting, len(order), share) == order
+
+
+def test_within_an_owner_the_higher_priority_goes_first() -> None:
+    places = admission(share=0.9, queue_limit=9)
+    for name, priority in (("first", 1), ("batch", 1), ("live", 5)):
+        places.request(name, "mini", 0.0, owner="a", priority=priority)
+    assert list(places.places(0.0)) == ["live", "first", "batch"]
+
+
+def test_who_was_away_has_saved_no_turns_and_lost_none() -> None:
+    places = admission(share=0.9, queue_limit=99)
+    for number in range(40):
+        places.request(f"a{number}", "mini", 0.0, owner="a")
+    for number in range(20):
+        places.admit()
+        places.release(f"a{number}")
+    for number in range(20):
+        places.request(f"b{number}", "mini", 0.0, owner="b")
+    order = []
+    for _ in range(8):
+        order += places.admit()
+        places.release(order[-1])
+    assert [name[0] for name in order] == ["b", "a"] * 4
+    for name in list(places.places(0.0)):
+        places.release(name)
+    assert places.admit() == []
+    assert not places._turns, "nobody is remembered for ever"
+
+
+def test_a_full_queue_lets_every_owner_in_once() -> None:
+    places = admission(share=0.9, queue_limit=2)
+    for number in range(3):
+        assert places.request(f"a{number}", "mini", 0.0, owner="a") is None
+        places.admit()
+    assert isinstance(places.request("a3", "mini", 0.0, owner="a"), Full)
+    assert places.request("b0", "mini", 0.0, owner="b") is None
+    assert isinstance(places.request("b1", "mini", 0.0, owner="b"), Full)
+    assert list(places.places(0.0)) == ["b0", "a1", "a2"]
+    # a place that is given up is free for the next
+    places.release("b0")
+    places.release("a1")
+    assert places.request("a3", "mini", 0.0, owner="a") is None

@@ -38,6 +38,9 @@ class Keyed:
             headers["authorization"] = f"Bearer {self.keys.get(who, who)}"
         return await self.gateway.http.request(method, path, headers=headers, **options)
 
+    async def until_state(self, stream: dict[str, Any], state: str) -> None:
+        await self.gateway.until(lambda: self.gateway.streams.get(stream["id"]).session.state == state)
+
     async def open(self, who: str = "studio") -> dict[str, Any]:
         response = await self.call(who, "POST", "/v1/streams", json=OPEN)
         assert response.status_code == 201, response.text
@@ -156,8 +159,8 @@ async def test_a_viewer_may_not_make_tokens_that_control(keyed: Keyed) -> None:
 
 def test_tokens_expire() -> None:
     tokens = Tokens()
-    token = tokens.issue(Grant("stream_a", "view", 100.0, "hash"))
-    assert tokens.read(token, 99.0) == Grant("stream_a", "view", 100.0, "hash")
+    token = tokens.issue(Grant("stream_a", "view", 100.0, 3))
+    assert tokens.read(token, 99.0) == Grant("stream_a", "view", 100.0, 3)
     assert tokens.read(token, 100.0) is None
     assert Tokens().read(token, 99.0) is None, "another process has another secret"
 
@@ -184,15 +187,104 @@ async def everything(socket: websockets.ClientConnection) -> list[str | bytes]:
     return got
 
 
-async def test_a_key_that_is_taken_away_ends_what_it_watches(keyed: Keyed) -> None:
+REVOKED_WITHIN = 2.0
+"""Seconds; the file is looked at every half."""
+
+
+async def test_a_key_that_is_taken_away_ends_what_it_opened_and_watches(keyed: Keyed, rtc_viewer: Any) -> None:
+    """Also what gets nothing sent and would not notice, and what others of the owner's keys could still see."""
+    mine, theirs = await keyed.open("studio"), await keyed.open("other")
+    shared = (await keyed.call("root", "POST", "/v1/streams", json=OPEN)).json()
+    for stream in (mine, theirs, shared):
+        await keyed.until_state(stream, "live")
+    path = f"/v1/streams/{theirs['id']}"
+    tokens = {
+        who: (await keyed.call(who, "POST", path + "/tokens", json={"scope": "view"})).json()["token"]
+        for who in ("root", "other")
+    }
+    address = theirs["ws_url"].split("?")[0]
+    async with (
+        websockets.connect(f"{address}?token={tokens['root']}&format=events") as by_root,
+        websockets.connect(f"{address}?token={tokens['other']}&format=events") as by_other,
+        httpx.AsyncClient(base_url=keyed.gateway.http.base_url, timeout=10) as client,
+        client.stream("GET", f"{path}/mjpeg?token={tokens['root']}") as pictures,
+    ):
+        keyed.gateway.http.headers["authorization"] = f"Bearer {keyed.keys['root']}"
+        async with rtc_viewer(keyed.gateway, theirs, "VP8") as viewer:
+            await viewer.frames(1)
+            del keyed.gateway.http.headers["authorization"]
+            await by_root.recv()
+            await keyed.call("other", "PATCH", path, json={"paused": True})  # its viewers hear nothing any more
+            keys.remove_key(keyed.path, "root")
+            async with asyncio.timeout(REVOKED_WITHIN):
+                await everything(by_root)
+                async for _ in pictures.aiter_raw():
+                    pass
+                await keyed.gateway.until(lambda: viewer.peer.connectionState == "closed")
+            assert by_root.close_code == 4401
+        assert (await keyed.call(tokens["root"], "GET", path)).status_code == 401
+        assert (await keyed.call("other", "GET", f"/v1/streams/{shared['id']}")).status_code == 404
+        assert keyed.gateway.streams.get(shared["id"]).session.ended_reason == "revoked"
+        # what others opened and watch goes on
+        await keyed.call("other", "PATCH", path, json={"paused": False})
+        while "live" not in await by_other.recv():
+            pass
+    assert keyed.gateway.streams.get(mine["id"]).session.state == "live"
+    assert keyed.gateway.streams.get(theirs["id"]).session.state == "live"
+
+
+async def test_a_key_that_is_replaced_is_another_one(keyed: Keyed) -> None:
     stream = await keyed.open()
-    async with keyed.gateway.connect(stream) as socket:
-        await socket.recv()
-        text = keyed.path.read_text()
-        keyed.path.write_text("\n\n".join(t for t in text.split("\n\n") if '"studio"' not in t.split("owner")[0]))
-        await everything(socket)
-    assert socket.close_code == 4401
-    assert code(await keyed.call("studio", "GET", "/v1/streams")) == (401, "unauthenticated")
+    path = f"/v1/streams/{stream['id']}"
+    token = (await keyed.call("studio", "POST", path + "/tokens", json={})).json()["token"]
+    was = keyed.path.read_text()
+    keys.remove_key(keyed.path, "studio")
+    fresh = keys.add_key(keyed.path, "studio", "studio", ["control"], 2, 1000)
+    await keyed.gateway.until(lambda: keyed.gateway.streams.get(stream["id"]).session.state == "ended", REVOKED_WITHIN)
+    assert code(await keyed.call("studio", "GET", path)) == (401, "unauthenticated")
+    assert (await keyed.call(fresh, "GET", path)).json()["ended_reason"] == "revoked"
+    # Put back by hand, the old one is a key again; what was made with it before stays refused.
+    keyed.path.write_text(was)
+
+    async def back() -> bool:
+        return (await keyed.call("studio", "GET", path)).status_code == 200
+
+    await keyed.gateway.until(back, REVOKED_WITHIN)
+    assert code(await keyed.call(token, "GET", path)) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize(("old", "new"), [('["control"]', '["view"]'), ('owner = "studio"', 'owner = "guest"')])
+async def test_a_key_that_may_less_or_is_anothers_is_another_one(keyed: Keyed, old: str, new: str) -> None:
+    stream = await keyed.open()
+    keyed.path.write_text(keyed.path.read_text().replace(old, new, 1))
+    await keyed.gateway.until(lambda: keyed.gateway.streams.get(stream["id"]).session.state == "ended", REVOKED_WITHIN)
+
+
+async def test_other_changes_to_a_key_end_nothing(keyed: Keyed) -> None:
+    stream = await keyed.open()
+    text = keyed.path.read_text().replace('["control"]', '["control", "metrics"]').replace("streams = 2", "streams = 9")
+    keyed.path.write_text(text.replace('name = "studio"', 'name = "Studio"'))
+
+    async def read() -> bool:
+        return (await keyed.call("studio", "GET", "/metrics")).status_code == 200
+
+    await keyed.gateway.until(read, REVOKED_WITHIN)
+    seen = await keyed.gateway.watch(stream, until=lambda watched: len(watched.frames) > 1)
+    assert len(seen.frames) > 1
+
+
+async def test_a_request_that_waits_is_answered_when_its_key_goes(
+    keyed: Keyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = await keyed.open("other")
+    await keyed.until_state(stream, "live")
+    monkeypatch.setattr(FakeBackend, "_steer", lambda self, message: None)  # it will never say when
+    change = asyncio.create_task(
+        keyed.call("root", "PATCH", f"/v1/streams/{stream['id']}", json={"prompt": "a blue ball"})
+    )
+    await keyed.gateway.until(lambda: bool(keyed.gateway.streams.get(stream["id"]).steers))
+    keys.remove_key(keyed.path, "root")
+    assert code(await asyncio.wait_for(change, REVOKED_WITHIN)) == (401, "unauthenticated")
 
 
 async def test_a_key_file_that_is_broken_leaves_the_keys(keyed: Keyed, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +302,14 @@ async def test_limits_of_a_key(keyed: Keyed) -> None:
     answers = [await keyed.call("slow", "GET", "/v1/streams") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert int(answers[-1].headers["retry-after"]) >= 1
-    assert answers[0].headers["x-ratelimit-remaining-requests"] == "2"
+    left = [[answer.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining")] for answer in answers]
+    assert left == [["3", "2"], ["3", "1"], ["3", "0"], ["3", "0"]]
+    assert 19 < float(answers[0].headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 20
+    # errors say it too, wherever they come from
+    nowhere, forbidden = await keyed.call("root", "GET", "/nowhere"), await keyed.call("guest", "PUT", "/v1/loras")
+    large = await keyed.call("root", "PUT", "/v1/loras", content=b" " * 70_000)
+    assert (nowhere.status_code, forbidden.status_code, large.status_code) == (404, 403, 413)
+    assert all("x-ratelimit-remaining-requests" in each.headers for each in (nowhere, forbidden, large))
 
 
 # origins and hosts
@@ -289,6 +388,7 @@ def test_a_file_that_others_reach_is_refused(tmp_path: Path, mode: int) -> None:
         (f'name = "a"\nsha256 = "{"0" * 64}"\nscopes = ["all"]', "scopes"),
         (f'name = "a"\nsha256 = "{"0" * 64}"\nstreams = 0', "streams"),
         (f'name = "a"\nsha256 = "{"0" * 64}"\nrequests_per_minute = true', "requests_per_minute"),
+        (f'name = "a"\nsha256 = "{"0" * 64}"\npriority = 101', "priority"),
         (f'name = "a"\nsha256 = "{"0" * 64}"\nextra = 1', "extra"),
     ],
 )
@@ -309,6 +409,37 @@ def test_the_command_prints_a_key_that_works(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         keys.main(["add", "a/b", "--keys", str(path)], {})
     assert "name" in capsys.readouterr().err
+
+
+def test_keys_are_listed_and_removed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.toml"
+    shown = {name: keys.add_key(path, name, "studio", ["view"], 4, 120, 7) for name in ("one", "two", "three")}
+    path.write_text(path.read_text().replace("[[key]]", "# by hand\n[[ key ]]", 1))
+    assert keys.main(["list", "--keys", str(path)], {}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["name", "owner", "scopes", "streams", "requests/min", "priority"],
+        *([name, "studio", "view", "4", "120", "7"] for name in shown),
+    ]
+    for name in ("two", "three", "one"):
+        assert keys.main(["remove", name], {"LIVEREEL_KEYS": str(path)}) == 0
+        assert name not in [key.name for key in keys.read_keys(path)]
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == "# by hand\n"
+    with pytest.raises(SystemExit):
+        keys.main(["remove", "two", "--keys", str(path)], {})
+    assert "no key named two" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.toml"]
+
+
+def test_a_file_that_cannot_be_cut_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'key = [{{name = "a", sha256 = "{"0" * 64}"}}, {{name = "b", sha256 = "{"1" * 64}"}}]\n')
+    path.chmod(0o600)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="by hand"):
+        keys.remove_key(path, "a")
+    assert path.read_text() == before
 
 
 def test_a_network_address_needs_keys() -> None:

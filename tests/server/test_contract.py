@@ -476,6 +476,7 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("patch", "/v1/streams/{id}"),
             ("delete", "/v1/streams/{id}"),
             ("post", "/v1/streams/{id}/whep"),
+            ("get", "/v1/streams/{id}/whep"),
             ("patch", "/v1/streams/{id}/whep/{session}"),
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
@@ -489,7 +490,8 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
         }
         assert "HTTPValidationError" not in api["components"]["schemas"]
         create = api["paths"]["/v1/streams"]["post"]
-        assert set(create["responses"]) == {"201", "400", "404", "413", "415", "429", "503", "default"}
+        errors = {"400", "404", "409", "413", "415", "422", "429", "503", "default"}
+        assert set(create["responses"]) == {"201", *errors}
         assert create["responses"]["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
 
 

@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from server import keys
 from server.errors import ApiError
 from server.media import destination as destinations
 from server.media.destination import Destination, UnreachableError, destination, public, resolve
@@ -563,3 +564,18 @@ async def test_rtmps_checks_the_certificate(certificate: tuple[Path, Path], monk
         _, writer = await connect(Destination("rtmps", "127.0.0.1", port, "/a/k"), "127.0.0.1")
         writer.close()
     assert destinations.PORTS["rtmps"] == 443
+
+
+async def test_an_output_goes_with_its_key(run_gateway: Any, tmp_path: Path) -> None:
+    path, port = tmp_path / "keys.toml", free_port()
+    owner, helper = (keys.add_key(path, name, "studio", ["control"], 2, 1000) for name in ("owner", "helper"))
+    async with run_gateway(keys=path, outputs=(f"127.0.0.1:{port}",)) as gateway:
+        gateway.http.headers["authorization"] = f"Bearer {owner}"
+        stream = await gateway.open()
+        gateway.http.headers["authorization"] = f"Bearer {helper}"
+        output = (await post(gateway, stream, url=f"rtmp://127.0.0.1:{port}/a/{SECRET}")).json()
+        gateway.http.headers["authorization"] = f"Bearer {owner}"
+        assert (await get(gateway, output))["state"] != "ended"
+        keys.remove_key(path, "helper")
+        await reached(gateway, output, "ended")
+        assert (await gateway.get(stream))["state"] in ("starting", "live")
