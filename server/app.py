@@ -108,6 +108,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             **{**options, **route.options},
         )
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
+    app.mount("/assets/overlay", StaticFiles(directory=http.OVERLAY))
     app.mount("/assets", StaticFiles(directory=http.WEB))
     return app
 

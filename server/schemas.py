@@ -40,6 +40,10 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "mode": "chroma or luma",
+    "color": "a colour such as #00b140",
+    "tolerance": "a number from 0 to 1",
+    "softness": "a number from 0 to 1",
     "url": OUTPUT_URL,
     "token": "1 to 1024 ASCII characters without spaces",
     "scope": "view or control",
@@ -200,6 +204,23 @@ class ChangeLoras(Request):
     ]
 
 
+class MatteObject(Request):
+    """What is transparent: what is near one colour, or what is dark."""
+
+    mode: Literal["chroma", "luma"] = Field(
+        "chroma", description="`chroma` keys the colour, whatever its brightness; `luma` takes dark for transparent."
+    )
+    color: Annotated[StrictStr, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = Field(
+        "#00b140", description="For `chroma`: the background's."
+    )
+    tolerance: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.1, description="How far from it (in Cb or Cr), or how bright, as a part of 1, is still transparent."
+    )
+    softness: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.1, description="How much further the edge goes from transparent to opaque."
+    )
+
+
 class CreateOutput(Request):
     """Where to push a stream."""
 
@@ -266,6 +287,7 @@ class StreamObject(BaseModel):
         description="Why the stream is paused: a client asked, or nobody has watched for a while; then the next viewer "
         "makes it go on."
     )
+    matte: MatteObject | None = Field(description="What is transparent with `alpha=stacked`; null is nothing.")
     ws_url: str = Field(
         description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
         "server has keys, it carries a token to view the stream for ten minutes."

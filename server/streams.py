@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -27,7 +27,8 @@ from server.errors import ApiError, engine_unavailable, stream_ended, stream_not
 from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
-from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
+from server.media.matte import Matte
+from server.media.packets import DISCONTINUITY, Encoder, Format, Frame, Picture
 from server.media.viewer import Viewer
 from server.metrics import Metrics
 from server.session import Event, Session, State
@@ -84,8 +85,10 @@ class Stream:
     """Paused because nobody watches."""
     buffer: deque[Frame] = field(default_factory=deque)
     viewers: set[Viewer] = field(default_factory=set)
-    broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
-    """What the viewers of each codec are served from."""
+    matte: Matte | None = None
+    """What is transparent for viewers who take mattes; None is nothing."""
+    broadcasts: dict[tuple[Codec, bool], Broadcast] = field(default_factory=dict)
+    """What the viewers of each codec are served from, those who take mattes apart."""
     steers: dict[int, _Steer] = field(default_factory=dict)
     """By event number: those that are not on screen yet."""
     next_event: int = 1
@@ -101,6 +104,10 @@ class Stream:
     """Whose it is; None where there are no keys."""
     key: int | None = None
     """Serial of the API key that it was opened with."""
+
+    def picture_for(self, frame: Frame, alpha: bool) -> Picture:
+        """What viewers get of a frame, or those who take mattes."""
+        return frame.above(self.matte) if alpha else frame
 
     @property
     def watching(self) -> int:
@@ -122,6 +129,7 @@ class Stream:
             "fps": session.fps,
             "duration_s": session.duration_s,
             "pause_reason": session.pause_reason,
+            "matte": asdict(self.matte) if self.matte else None,
             "created_at": session.created_at,
             "queue_position": session.queue.position if session.queue else None,
             "queue_wait_s": session.queue.wait if session.queue else None,
@@ -366,7 +374,9 @@ class Streams:
         if len(stream.viewers) >= MAX_VIEWERS:
             raise too_many_viewers()
         last, format = stream.last, viewer.picture
-        packet = await self._encoder.packet(last, format) if last is not None and format is not None else None
+        packet = None
+        if last is not None and format is not None:
+            packet = await self._encoder.packet(stream.picture_for(last, viewer.alpha), format)
         # From here on nothing is awaited, so that the viewer misses no event and gets none twice.
         session = stream.session
         fields = {"type": "stream.started", "seq": session.seq, "ts": time.time(), "stream_id": session.id}
@@ -391,26 +401,35 @@ class Streams:
         stream.viewers.remove(viewer)
         self._metrics.viewers.dec(viewer.format != "events")
         stream.unwatched_since = time.monotonic()
-        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+        if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.leave(viewer)
             if not len(broadcast):
                 broadcast.close()
-                del stream.broadcasts[viewer.codec]
+                del stream.broadcasts[viewer.codec, viewer.alpha]
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
-        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+        if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.request_key()
+
+    def set_matte(self, stream: Stream, matte: Matte | None) -> None:
+        """Say what is transparent from now on, of the picture on screen as well."""
+        if stream.session.state.over:
+            raise stream_ended(stream.session.ended_reason)
+        stream.matte = matte
+        for (_, alpha), broadcast in stream.broadcasts.items():
+            if alpha and stream.last is not None and stream.playback is not None and stream.playback.paused:
+                broadcast.show(stream.picture_for(stream.last, alpha), stream.clock)
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
         codec, last, fps = viewer.codec, stream.last, stream.session.fps
         if codec is None or last is None or fps is None:
             return
-        if codec not in stream.broadcasts:
-            kbps = self._config.bitrate_kbps
-            stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
-        stream.broadcasts[codec].join(viewer)
+        if (which := (codec, viewer.alpha)) not in stream.broadcasts:
+            kbps, picture = self._config.bitrate_kbps, stream.picture_for(last, viewer.alpha)
+            stream.broadcasts[which] = Broadcast(codec, fps, kbps, picture, stream.clock, self._metrics)
+        stream.broadcasts[which].join(viewer)
 
     def keep(self, stream: Stream, by: int = 1) -> None:
         """Something needs the stream, watched or not; -1 takes that back."""
@@ -801,18 +820,18 @@ class Streams:
         if first:
             for viewer in stream.viewers:
                 self._tune_in(stream, viewer)
-        for broadcast in stream.broadcasts.values():
-            broadcast.show(frame, stream.clock)
+        for (_, alpha), broadcast in stream.broadcasts.items():
+            broadcast.show(stream.picture_for(frame, alpha), stream.clock)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
-        packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
+        packets = {which: await packet for which, packet in self._packets(stream, frame).items()}
         if stream.session.state.over:
             return
         if mark := stream.marks.pop(frame.index, None):
             self._announce(stream, frame, *mark)
         for viewer in audience:
             format = viewer.picture
-            if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format])):
+            if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format, viewer.alpha])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
         self._metrics.frames_shown.inc()
         self._metrics.frame_late_seconds.observe(action.late)
@@ -838,10 +857,17 @@ class Streams:
         if not stream.buffer:
             return
         frame, session = stream.buffer[0], stream.session
-        packets = [self._encoder.packet(frame, format) for format in _formats(stream)]
+        packets = list(self._packets(stream, frame).values())
         if session.time_to_first_frame_s is None:
             packets = packets or [self._encoder.packet(frame, "mjpeg")]
             packets[0].add_done_callback(lambda _: self._first_frame_ready(stream))
+
+    def _packets(self, stream: Stream, frame: Frame) -> dict[tuple[Format, bool], asyncio.Future[bytes]]:
+        """The frame in every format that somebody watches, without and with its matte."""
+        wanted = {(format, viewer.alpha) for viewer in stream.viewers if (format := viewer.picture)}
+        return {
+            (format, alpha): self._encoder.packet(stream.picture_for(frame, alpha), format) for format, alpha in wanted
+        }
 
     def _first_frame_ready(self, stream: Stream) -> None:
         if stream.session.time_to_first_frame_s is None:
@@ -910,10 +936,6 @@ class Streams:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _formats(stream: Stream) -> set[Format]:
-    return {format for viewer in stream.viewers if (format := viewer.picture)}
 
 
 def _close_code(session: Session) -> int:
