@@ -33,8 +33,8 @@ from server.keys import IMPLIED, Key, Keys
 from server.streams import Streams
 
 PUBLIC = {"/livez", "/readyz", "/", "/docs"}
-"""For GET, and so is what lies under /assets/ and /overlay/. Probes carry no key, and the page must load before it can ask for one:
-its files are the same in every Livereel. What it shows comes from routes that are not public."""
+"""For GET, and so is what lies under /assets/ and /overlay/. Probes carry no key, and a page must load before it can
+ask for one: its files are the same in every Livereel. What it shows comes from routes that are not public."""
 
 RULES: tuple[tuple[str, str, key_files.Scope], ...] = (
     ("GET", r"/metrics", "metrics"),

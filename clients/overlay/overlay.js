@@ -131,13 +131,12 @@ class Run {
 
 /** Call `step` for each frame that a video shows, while the attempt lasts. */
 function follow(attempt, video) {
-  const next = (step) => (video.requestVideoFrameCallback?.(step) ?? requestAnimationFrame(step));
   const step = () => {
     if (!attempt.alive) return;
     attempt.show(video, video.videoWidth, video.videoHeight);
-    next(step);
+    video.requestVideoFrameCallback(step);
   };
-  next(step);
+  video.requestVideoFrameCallback(step);
 }
 
 function player(attempt) {
