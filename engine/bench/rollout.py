@@ -31,6 +31,7 @@ from engine.stream.decoding import Beside, Decoder, FullDecoding, LightDecoding,
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.calibrate import calibrate
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -156,12 +157,16 @@ def roll(
     wan, decoder = random_model(preset, decoding, device, dtype)
     served = accelerate(wan, decoder, preset, speed, kv_precision=precision, batch=batch)
     weights = allocated(device) - before
+    if speed.sparse_weights:
+        print(f"2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'none'}")
     beside = Beside(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
     text = torch.randn(batch, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    if speed.fixed_scales:
+        calibrate(served, preset, [text])
     context = model.encode_text(text)
     rollout, clock, seeds = preset.rollout(), Clock(device), range(batch)
     memories: list[list[Tensor] | None] = [None] * batch

@@ -23,6 +23,7 @@ from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.scheduler import Claim, pick
 from engine.transforms.accelerate import Speed, accelerate
+from engine.transforms.calibrate import calibrate
 
 
 class NoWords:
@@ -84,7 +85,10 @@ def play(
 
 def build(preset: Preset, speed: Speed, device: torch.device, dtype: torch.dtype) -> Pipeline:
     wan, decoder = random_model(preset, "light", device, dtype)
-    return Pipeline(preset, NoWords(), RandomText(preset, device), accelerate(wan, decoder, preset, speed))
+    pipeline = Pipeline(preset, NoWords(), RandomText(preset, device), accelerate(wan, decoder, preset, speed))
+    if speed.fixed_scales:
+        calibrate(pipeline.served, preset, [pipeline.encode_prompt("")])
+    return pipeline
 
 
 def main() -> None:
@@ -96,7 +100,7 @@ def main() -> None:
     device = best_device()
     preset, speed = chosen(parser, options, device)
     pipeline = build(preset, speed, device, best_dtype(device))
-    warmth = warm(pipeline)
+    warmth = warm(pipeline, max(options.streams))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
     print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))

@@ -66,9 +66,7 @@ class FusedCache(KVCache):
             self.scales = [Scales(*layer) for layer in zip(self._key_means, self._key_scales, values, strict=True)]
             # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
             tokens = -(-self.keys.data.shape[2] // 16) * 16
-            self.packed = torch.zeros(
-                layers, batch, heads, head_dim, tokens, device=device, dtype=torch.float8_e4m3fn
-            )
+            self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device, dtype=torch.float8_e4m3fn)
             self.values = Rows((layers, batch, 0, heads, head_dim), dtype, self.device, "exact")
         self._kernels = kernels(self.device)
         # there our kernel takes three quarters of the time of PyTorch's best (`docs/benchmarks.md`)
