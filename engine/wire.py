@@ -64,6 +64,8 @@ class Open(Message, frozen=True):
     """Pixel frames already shown by earlier engine processes; `pts` continues from here."""
     picture: bytes = b""
     """What the stream goes on from: one or more frames of RGB24 at the model's size, one after the other."""
+    background: bool = False
+    """Nobody watches it: it gets what the others leave of the engine, and its credits are due at no time."""
 
 
 class Steer(Message, frozen=True):

@@ -45,6 +45,21 @@ def stream_not_found() -> ApiError:
     return ApiError(404, "stream_not_found", "No stream has this id: it never existed, or it ended a while ago.")
 
 
+def not_found(kind: str) -> ApiError:
+    message = f"No {kind} has this id: it never existed, was deleted, or has expired."
+    return ApiError(404, f"{kind}_not_found", message)
+
+
+def shutting_down() -> ApiError:
+    message = "The server is shutting down: try another one."
+    return ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+
+
+def busy(retry_after: int) -> ApiError:
+    message = f"Every place is taken and the queue is full: try again in {retry_after} s."
+    return ApiError(429, "queue_full", message, headers={"Retry-After": str(retry_after)})
+
+
 def stream_ended(reason: str | None) -> ApiError:
     return ApiError(
         409, "stream_ended", f"The stream is over ({reason or 'finished'}) and cannot change: open a new one."
@@ -54,6 +69,11 @@ def stream_ended(reason: str | None) -> ApiError:
 def engine_unavailable() -> ApiError:
     message = "The engine is not up: see /readyz, and try again when it is."
     return ApiError(503, "engine_unavailable", message, headers={"Retry-After": "5"})
+
+
+def exhausted() -> ApiError:
+    message = "The server has run out of what its system gives it: try again soon."
+    return ApiError(503, "exhausted", message, headers={"Retry-After": "5"})
 
 
 def too_many_viewers() -> ApiError:

@@ -1,36 +1,31 @@
-"""Uploaded pictures and short clips, made into frames of the model's size. Untrusted bytes: every limit comes first.
+"""Uploaded pictures and short clips, made into frames of the model's size by a process that can do nothing else."""
 
-Bytes, pixels and frames are bounded by what a header says before anything is decoded, only the listed formats are
-tried, and decoding stops at the limits whatever the header said.
-"""
-
+import asyncio
 import base64
 import binascii
-import io
-from collections.abc import Iterator
-from fractions import Fraction
+import os
+import sys
+from pathlib import Path
 
-import av
-from av.container import InputContainer
-from av.video.frame import VideoFrame
-from PIL import Image, ImageOps
-
-from server.errors import ApiError
+from server import decoder
+from server.decoder import KEPT_FRAMES, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_PIXELS, Refusal
+from server.errors import ApiError, exhausted
 
 MAX_BYTES = 8 << 20
-MAX_PIXELS = 1 << 24
-"""Of one frame."""
-MAX_FRAMES = 300
-"""Of a clip, as it is stored."""
-MAX_CLIP_PIXELS = 1 << 29
-"""Of all frames of a clip together: some seconds of work."""
-KEPT_FRAMES = 33
-"""The newest frames at the model's rate that are handed to the engine: three chunks of the usual length."""
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
-CLIPS = {b"ftyp": "mp4", b"\x1aE\xdf\xa3": "matroska"}
-"""What bytes 4 to 8, or 0 to 4, of a file say about its container."""
+DECODE_SECONDS = 30.0
+"""On a busy machine: processor time is bounded in `decoder`."""
 
 WANTED = "a PNG, JPEG, WebP or GIF picture or an MP4 or WebM clip"
+UNREADABLE = "invalid_image", "it is of another kind or damaged"
+REFUSALS: dict[int, tuple[str, str]] = {
+    Refusal.PIXELS: ("image_too_large", f"send at most {MAX_PIXELS} pixels a frame"),
+    Refusal.FRAMES: ("too_many_frames", f"send at most {MAX_FRAMES} frames"),
+    Refusal.CLIP_PIXELS: ("image_too_large", f"send at most {MAX_CLIP_PIXELS} pixels in all frames together"),
+    Refusal.NO_FRAME: ("invalid_image", "it holds no frame"),
+    Refusal.CODEC: ("invalid_image", "the clip must be H.264, H.265, VP8, VP9, AV1 or MPEG-4"),
+    Refusal.AMBIGUOUS: ("invalid_image", "its first bytes are those of two kinds at once"),
+}
+"""Code and message for the ways in which the process can leave; whatever else happened to it is `UNREADABLE`."""
 
 
 def refuse(code: str, what: str, status: int = 400) -> ApiError:
@@ -54,93 +49,66 @@ def too_large(size: int) -> ApiError:
     return refuse("image_too_large", f"send at most {MAX_BYTES} bytes, not {size}", 413)
 
 
-def check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise refuse("image_too_large", f"send at most {MAX_PIXELS} pixels a frame, not {width}x{height}")
-
-
-def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
-    """RGB24 frames of width x height, one after the other: the newest of the clip, or the one picture.
-
-    Each is cut to the model's proportions about its middle; what is transparent becomes black.
+async def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
+    """RGB24 frames of width x height, one after the other, as `decoder.frames` makes them.
 
     Raises:
         ApiError: names the field `image`, what is wrong and the limit.
     """
     if len(data) > MAX_BYTES:
         raise too_large(len(data))
-    container = CLIPS.get(data[4:8]) or CLIPS.get(data[:4])
+    size = width * height * 3
+    # Of our environment, secrets included, it needs only where the system's libraries are.
+    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     try:
-        pictures = clip_frames(data, container, fps) if container else picture_frames(data, fps)
-        kept: list[bytes] = []
-        for picture, ticks in pictures:
-            fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-            kept = [*kept, *[fitted.tobytes()] * ticks][-KEPT_FRAMES:]
-    except ApiError:
-        raise
-    except Image.DecompressionBombError:
-        raise refuse("image_too_large", f"send at most {MAX_PIXELS} pixels a frame") from None
-    except Exception:  # decoders of damaged files raise nearly anything
-        raise refuse("invalid_image", "it is of another kind or damaged") from None
-    if not kept:
-        raise refuse("invalid_image", "it holds no frame")
-    return b"".join(kept)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            str(Path(decoder.__file__)),
+            *map(str, (width, height, fps)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError:  # no descriptor or no process to be had
+        raise exhausted() from None
+    try:
+        async with asyncio.timeout(DECODE_SECONDS):
+            rgb, _ = await asyncio.gather(receive(process, KEPT_FRAMES * size), send(process, data))
+            status = await process.wait()
+    except TimeoutError:
+        raise refuse(*UNREADABLE) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if status != 0 or not rgb or len(rgb) % size:
+        raise refuse(*REFUSALS.get(status, UNREADABLE))
+    return rgb
 
 
-def check_clip(count: int, pixels: int) -> None:
-    if count > MAX_FRAMES:
-        raise refuse("too_many_frames", f"send at most {MAX_FRAMES} frames, not {count}")
-    if count * pixels > MAX_CLIP_PIXELS:
-        raise refuse("image_too_large", f"send at most {MAX_CLIP_PIXELS} pixels in all frames together")
+async def send(process: asyncio.subprocess.Process, data: bytes) -> None:
+    """Give it the upload; it may have left already."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(data)
+        await process.stdin.drain()
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    process.stdin.close()
 
 
-def picture_frames(data: bytes, fps: int) -> Iterator[tuple[Image.Image, int]]:
-    """The one frame of a picture, or those of an animated one, each with the ticks of `fps` that it is shown for."""
-    with Image.open(io.BytesIO(data), formats=PICTURES) as image:
-        check_size(*image.size)
-        count = getattr(image, "n_frames", 1)
-        check_clip(count, image.width * image.height)
-        shown = Fraction(0)
-        for index in range(count):
-            image.seek(index)
-            shown += Fraction(image.info.get("duration", 0) or 100, 1000) * fps if count > 1 else 1
-            if ticks := min(int(shown), KEPT_FRAMES):
-                yield flatten(ImageOps.exif_transpose(image)), ticks
-            shown %= 1
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """RGB of any picture, on black."""
-    rgba = image.convert("RGBA")
-    black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, rgba).convert("RGB")
-
-
-def clip_frames(data: bytes, format: str, fps: int) -> Iterator[tuple[Image.Image, int]]:
-    """The frames of a clip, each with the ticks of `fps` that it is on screen for."""
-    with av.open(io.BytesIO(data), format=format) as container:
-        assert isinstance(container, InputContainer)
-        if not container.streams.video:
-            raise refuse("invalid_image", "the clip has no video")
-        video = container.streams.video[0]
-        check_size(video.codec_context.width, video.codec_context.height)
-        check_clip(video.frames, video.codec_context.width * video.codec_context.height)  # 0 where nothing says
-        video.thread_count = 1
-        ticks = 0
-        last: VideoFrame | None = None
-        for count, frame in enumerate(container.decode(video), start=1):
-            check_size(frame.width, frame.height)
-            check_clip(count, frame.width * frame.height)
-            due = round(float(frame.time or 0.0) * fps)
-            if last is not None and due > ticks:
-                yield as_image(last), min(due - ticks, KEPT_FRAMES)
-                ticks = due
-            last = frame
-        if last is not None:
-            yield as_image(last), 1
-
-
-def as_image(frame: VideoFrame) -> Image.Image:
-    """The frame as RGB."""
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
-    return image
+async def receive(process: asyncio.subprocess.Process, limit: int) -> bytes:
+    """All that it says; nothing when that is more than it may."""
+    assert process.stdout is not None
+    parts, size = [], 0
+    while size <= limit and (part := await process.stdout.read(1 << 20)):
+        parts.append(part)
+        size += len(part)
+    if size > limit:
+        process.kill()
+        return b""
+    return b"".join(parts)

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,16 +23,28 @@ import msgspec
 from engine import wire
 from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
+from server.clips import Clips
 from server.config import Config
-from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.errors import (
+    ApiError,
+    busy,
+    engine_unavailable,
+    shutting_down,
+    stream_ended,
+    stream_not_found,
+    too_many_viewers,
+)
 from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.matte import Matte
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame, Picture
+from server.media.tape import FilmFormat, Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
+from server.recorder import Recorder, Recording
 from server.session import Event, Session, State
+from server.store import Store
 
 logger = logging.getLogger("livereel.streams")
 
@@ -89,6 +102,8 @@ class Stream:
     """What is transparent for viewers who take mattes; None is nothing."""
     broadcasts: dict[tuple[Codec, bool], Broadcast] = field(default_factory=dict)
     """What the viewers of each codec are served from, those who take mattes apart."""
+    tapes: set[Tape] = field(default_factory=set)
+    """Of the recordings that run."""
     steers: dict[int, _Steer] = field(default_factory=dict)
     """By event number: those that are not on screen yet."""
     next_event: int = 1
@@ -113,6 +128,11 @@ class Stream:
     def watching(self) -> int:
         """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
         return sum(viewer.format != "events" for viewer in self.viewers)
+
+    @property
+    def needed(self) -> bool:
+        """Somebody takes its frames: viewers, recordings, outputs, also while they try to connect again."""
+        return bool(self.watching or self.tapes or self.kept)
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -157,6 +177,9 @@ class Streams:
         self._config = config
         self._backend = backend
         self._metrics = metrics
+        self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
+        self.clips = Clips(backend, self._store, metrics)
+        self.recorder = Recorder(self._store, metrics)
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._models: dict[str, wire.ModelInfo] = {}
@@ -174,8 +197,15 @@ class Streams:
         self._failure = ""
         self._settled = asyncio.Event()
 
+    def open_data(self) -> None:
+        """Take hold of the folder of clips and recordings. Raises OSError when that cannot be."""
+        self._store.open()
+
     async def start(self) -> None:
-        """Bring the backend up, without waiting for it."""
+        """Bring the backend up, without waiting for it. Raises OSError as `open_data` does."""
+        self.open_data()
+        self.clips.load()
+        self.recorder.load()
         await self._backend.start(self._on_engine)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
 
@@ -191,6 +221,9 @@ class Streams:
         self._housekeeper = None
         await self._backend.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.clips.stop()
+        await self.recorder.stop()
+        self._store.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def engine_came_up(self) -> bool:
@@ -201,6 +234,7 @@ class Streams:
     def drain(self, seconds: float) -> None:
         """Take no new stream, end those that wait, and tell the others' viewers how long they may still play."""
         self._draining = True
+        self.clips.drain()
         for stream in list(self._streams.values()):
             if stream.session.state is State.QUEUED:
                 self._end(stream, SHUTTING_DOWN)
@@ -209,12 +243,13 @@ class Streams:
 
     @property
     def playing(self) -> bool:
-        """Whether a stream is not over yet."""
-        return any(not stream.session.state.over for stream in self._streams.values())
+        """Whether a stream is not over yet, or a clip is being made."""
+        return self.clips.recording or any(not stream.session.state.over for stream in self._streams.values())
 
     def end(self) -> None:
         """End what `drain` let play: viewers hear it before their sockets close."""
         self._forget_loras()
+        self.clips.end()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
                 self._end(stream, SHUTTING_DOWN)
@@ -238,13 +273,21 @@ class Streams:
         health = self._backend.health()
         return health.ready, health.reason
 
-    def info(self, model: str | None) -> wire.ModelInfo:
-        """What the engine says of a model, which it must be up for."""
+    def info(self, model: str | None, param: str = "image") -> wire.ModelInfo:
+        """What the engine says of a model, which it must be up for; `param` is the field that asks."""
         name = self._named(model)
         if name not in self._models:
-            message = "The engine is still starting, and a picture is cut to its model's size: try again soon."
-            raise ApiError(503, "engine_starting", message, param="image", headers={"Retry-After": "5"})
+            message = f"The engine is still starting, and only then is known what size `{param}` gets: try again soon."
+            raise ApiError(503, "engine_starting", message, param=param, headers={"Retry-After": "5"})
         return self._models[name]
+
+    def check_open(self) -> None:
+        """Raises `ApiError` unless something new can be begun, now or when the engine is up."""
+        if self._draining:
+            raise shutting_down()
+        if self._failure:
+            message = f"No stream can start: {self._failure}."
+            raise ApiError(503, "engine_failed", message, headers={"Retry-After": "60"})
 
     def _named(self, model: str | None) -> str:
         model = self._config.model if model is None else model
@@ -268,14 +311,8 @@ class Streams:
 
         Owners share the engine fairly, and each key says how many streams its owner may have at once.
         """
-        if self._draining:
-            message = "The server is shutting down: try another one."
-            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+        self.check_open()
         model = self._named(model)
-        if self._failure:
-            raise ApiError(
-                503, "engine_failed", f"No stream can start: {self._failure}.", headers={"Retry-After": "60"}
-            )
         now = time.monotonic()
         session = Session(
             id=f"st_{secrets.token_hex(12)}",
@@ -292,12 +329,11 @@ class Streams:
             stream.owner, stream.key = owner, key.serial
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit, priority=priority):
             self._metrics.refused.inc()
-            headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
                 message = f"This key may have {refusal.limit} streams at once: end one first."
+                headers = {"Retry-After": str(refusal.retry_after)}
                 raise ApiError(429, "stream_limit", message, headers=headers)
-            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
-            raise ApiError(429, "queue_full", message, headers=headers)
+            raise busy(refusal.retry_after)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -315,15 +351,16 @@ class Streams:
         return stream
 
     def owner(self, id: str) -> str | None:
-        """Whose the stream is; None also when there is none."""
+        """Whose the stream, clip or recording is; None also when there is none."""
         stream = self._streams.get(id)
-        return stream.owner if stream else None
+        return stream.owner if stream else self.clips.owner(id) or self.recorder.owner(id)
 
     def keep_keys(self, serials: Container[int]) -> None:
         """End the streams of all other keys: these were taken away."""
         for stream in list(self._streams.values()):
             if stream.key is not None and stream.key not in serials and not stream.session.state.over:
                 self._end(stream, "revoked")
+        self.clips.keep_keys(serials)
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -390,9 +427,7 @@ class Streams:
             stream.viewers.add(viewer)
             self._metrics.viewers.inc(viewer.format != "events")
             self._tune_in(stream, viewer)
-            if stream.rests and stream.watching:
-                self._pause(stream, hold=stream.hold, rests=False)
-            stream.wake.set()
+            self._wake(stream)
 
     def detach(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer is gone. Safe to call again."""
@@ -403,9 +438,38 @@ class Streams:
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.leave(viewer)
-            if not len(broadcast):
-                broadcast.close()
-                del stream.broadcasts[viewer.codec, viewer.alpha]
+            self._close_unused(stream, (viewer.codec, viewer.alpha))
+
+    def _close_unused(self, stream: Stream, which: tuple[Codec, bool]) -> None:
+        if not len(stream.broadcasts[which]):
+            stream.broadcasts.pop(which).close()
+
+    def record(self, stream: Stream, format: FilmFormat) -> Recording:
+        """Record the stream from now on, or from its first frame. Raises `ApiError`."""
+        session = stream.session
+        if session.state.over:
+            raise stream_ended(session.ended_reason)
+        if session.fps is None:
+            raise engine_unavailable()
+        recording, tape = self.recorder.begin(session.id, stream.owner, format, session.fps)
+        stream.tapes.add(tape)
+        tape.on_end = partial(self._unload, stream, tape)
+        self._load(stream, tape)
+        self._wake(stream)
+        return recording
+
+    def _load(self, stream: Stream, tape: Tape) -> None:
+        """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
+        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264", alpha=False)) is not None:
+            broadcast.record(tape)
+
+    def _unload(self, stream: Stream, tape: Tape) -> None:
+        """The recording is over, or the stream. Safe to call again."""
+        stream.tapes.discard(tape)
+        stream.unwatched_since = time.monotonic()
+        if (broadcast := stream.broadcasts.get(("h264", False))) is not None:
+            broadcast.stop_recording(tape)
+            self._close_unused(stream, ("h264", False))
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
@@ -423,19 +487,28 @@ class Streams:
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        codec, last, fps = viewer.codec, stream.last, stream.session.fps
-        if codec is None or last is None or fps is None:
-            return
-        if (which := (codec, viewer.alpha)) not in stream.broadcasts:
-            kbps, picture = self._config.bitrate_kbps, stream.picture_for(last, viewer.alpha)
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec, alpha=viewer.alpha)) is not None:
+            broadcast.join(viewer)
+
+    def _broadcast(self, stream: Stream, codec: Codec, *, alpha: bool) -> Broadcast | None:
+        """The stream's encoder of this codec, from the first frame on."""
+        last, fps = stream.last, stream.session.fps
+        if last is None or fps is None:
+            return None
+        if (which := (codec, alpha)) not in stream.broadcasts:
+            kbps, picture = self._config.bitrate_kbps, stream.picture_for(last, alpha)
             stream.broadcasts[which] = Broadcast(codec, fps, kbps, picture, stream.clock, self._metrics)
-        stream.broadcasts[which].join(viewer)
+        return stream.broadcasts[which]
 
     def keep(self, stream: Stream, by: int = 1) -> None:
         """Something needs the stream, watched or not; -1 takes that back."""
         stream.kept += by
         stream.unwatched_since = time.monotonic()
-        if stream.kept and stream.rests:
+        self._wake(stream)
+
+    def _wake(self, stream: Stream) -> None:
+        """Somebody has come, who may be the first: a stream that rests goes on, one that waits for a viewer begins."""
+        if stream.rests and stream.needed:
             self._pause(stream, hold=stream.hold, rests=False)
         stream.wake.set()
 
@@ -473,6 +546,8 @@ class Streams:
                 logger.error("engine fault %s: %s", event.code, event.message)
             case _:
                 stream = self._streams.get(event.stream or "")
+                if stream is None and event.stream:
+                    self.clips.on_message(event.stream, event, pixels)
                 if stream is None or stream.session.state.over or not stream.opened:
                     return  # sent before the engine heard that the stream is over
                 match event:
@@ -534,6 +609,7 @@ class Streams:
                     self._publish(stream, [session.event("engine.restarted", time.time(), generation=generation)])
                 self._open(stream)
         self._admit()
+        self.clips.on_ready(ready.models)
         self._settled.set()
 
     def _on_lost(self, lost: Lost) -> None:
@@ -555,6 +631,7 @@ class Streams:
                     "error", time.time(), code="engine_restarted", message=message, retryable=True
                 )
                 self._publish(stream, [event])
+        self.clips.on_lost(lost)
         if not lost.retrying:
             self._settled.set()
 
@@ -763,6 +840,11 @@ class Streams:
         for viewer in list(stream.viewers):
             viewer.finish(_close_code(session))
             self.detach(stream, viewer)
+        if stream.tapes and (broadcast := stream.broadcasts.pop(("h264", False), None)) is not None:
+            broadcast.finish()  # what is shown is encoded yet, and then its recordings end
+        for tape in list(stream.tapes):
+            if tape.format == "webm" or stream.last is None:
+                tape.finish("stream_ended")
         for steer in stream.steers.values():
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
@@ -788,11 +870,7 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = (
-                    playback.tick(time.monotonic(), watched=stream.watching + stream.kept > 0)
-                    if playback
-                    else pacing.Wait(None)
-                )
+                action = playback.tick(time.monotonic(), watched=stream.needed) if playback else pacing.Wait(None)
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -820,8 +898,13 @@ class Streams:
         if first:
             for viewer in stream.viewers:
                 self._tune_in(stream, viewer)
+            for tape in stream.tapes:
+                self._load(stream, tape)
         for (_, alpha), broadcast in stream.broadcasts.items():
             broadcast.show(stream.picture_for(frame, alpha), stream.clock)
+        for tape in list(stream.tapes):
+            if tape.format == "webm":
+                tape.take(frame)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
         packets = {which: await packet for which, packet in self._packets(stream, frame).items()}
@@ -909,11 +992,14 @@ class Streams:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
             self._tell_places()
+            self.clips.expire(ts)
+            self.recorder.keep_house(ts)
+            await asyncio.to_thread(self._store.measure)
 
     def _look_after(self, stream: Stream, now: float) -> None:
         """Rest or end a stream that nobody watches or needs."""
         config, session, unwatched = self._config, stream.session, now - stream.unwatched_since
-        if session.state.over or stream.watching or stream.kept:
+        if session.state.over or stream.needed:
             return
         if not stream.viewers and 0 < config.idle_timeout_s < unwatched:
             self._end(stream, "idle")
@@ -929,6 +1015,7 @@ class Streams:
         """Bring the gauges up to date."""
         live = [stream for stream in self._streams.values() if not stream.session.state.over and stream.quality]
         self._metrics.quality_level.set(sum(stream.quality.level for stream in live if stream.quality))
+        self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -29,6 +29,8 @@ CONNECT_SECONDS = 15.0
 """A session whose connection is not up by then is given up."""
 MAX_CONNECTING = 64
 """Sessions whose connection is not up yet, of all streams together: each holds sockets."""
+MAX_CONNECTING_PER_KEY = 32
+"""The same of one API key and of the tokens made with it, so that it leaves room for others."""
 
 
 class Sessions:
@@ -51,25 +53,27 @@ class Sessions:
         lets it watch.
         """
         id = stream.session.id
-        connecting = [key for key, peer in self._peers.items() if not peer.connected.is_set()]
-        if len(stream.viewers) + sum(key[0] == id for key in connecting) >= MAX_VIEWERS:
+        connecting = [session for session, peer in self._peers.items() if not peer.connected.is_set()]
+        if len(stream.viewers) + sum(session[0] == id for session in connecting) >= MAX_VIEWERS:
             raise too_many_viewers()
-        if len(connecting) >= MAX_CONNECTING:
+        of_key = sum(self._keys.get(session) == key for session in connecting) if key is not None else 0
+        if len(connecting) >= MAX_CONNECTING or of_key >= MAX_CONNECTING_PER_KEY:
             message = "Too many viewers are connecting at once: try again soon."
             raise ApiError(503, "too_many_connecting", message, headers={"Retry-After": "2"})
         session = secrets.token_urlsafe(24)
         config = self._config
         servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
         peer = self._peers[id, session] = Peer(servers, config.public_address, local=local)
+        if key is not None:
+            self._keys[id, session] = key
         try:
             await peer.negotiate(offer)
         except BaseException:
             del self._peers[id, session]
+            self._keys.pop((id, session), None)
             await peer.close()
             raise
         peer.viewer.alpha = alpha
-        if key is not None:
-            self._keys[id, session] = key
         self._tasks[id, session] = asyncio.create_task(self._serve(stream, session, peer), name=f"whep {id}")
         return session, peer.answer
 

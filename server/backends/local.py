@@ -213,7 +213,12 @@ class LocalBackend:
                 pass_fds=(self._memory,),
             )
             try:
-                reports = self._receive(socket), self._watch(), self._stuck_report(), self._exit_report(process)
+                reports = (
+                    self._receive(socket, directory),
+                    self._watch(),
+                    self._stuck_report(),
+                    self._exit_report(process),
+                )
                 reason = await _first(*reports)
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()  # it is dead or beyond a request, and viewers wait for the next one
@@ -232,7 +237,7 @@ class LocalBackend:
                 self._memory = -1
             shutil.rmtree(directory, ignore_errors=True)
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> str:
+    async def _receive(self, socket: zmq.asyncio.Socket, directory: Path) -> str:
         while True:
             parts = await socket.recv_multipart()
             try:
@@ -260,6 +265,8 @@ class LocalBackend:
                         return f"there is no room for the engine's frames: {error}"
                     self._ready = True
                     self.send(layout)
+                    # Who may connect has: nobody else finds the socket, and a killed gateway leaves none behind.
+                    shutil.rmtree(directory, ignore_errors=True)
                 case wire.Fault(stream=None) if not self._ready:
                     # It will be so next time too: a weight file that is missing or damaged, for one.
                     self._hopeless = f"the engine cannot start: {message.message}"

@@ -14,6 +14,7 @@ import pytest
 import websockets
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessionDescription
 from aiortc.rtp import RtcpPsfbPacket
+from fastapi import FastAPI
 
 from server.__main__ import Server, listen, uvicorn_config
 from server.backends.fake import FakeBackend
@@ -51,6 +52,17 @@ class Gateway:
     backend: FakeBackend
     streams: Streams
     http: httpx.AsyncClient
+    app: FastAPI
+
+    async def live(self, **fields: Any) -> dict[str, Any]:
+        """A stream that has its first frames."""
+        stream = await self.open(**fields)
+
+        async def is_live() -> bool:
+            return (await self.get(stream))["state"] == "live"
+
+        await self.until(is_live)
+        return stream
 
     async def open(self, prompt: str = "a red ball", **fields: Any) -> dict[str, Any]:
         response = await self.http.post("/v1/streams", json={"prompt": prompt, **fields})
@@ -113,7 +125,7 @@ async def gateway(backend: FakeBackend | None = None, *, ready: bool = True, **s
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as client:
-            running = Gateway(address, backend, streams, client)
+            running = Gateway(address, backend, streams, client, uvicorn_settings.app)
             await running.until(lambda: server.started)
             if ready:
                 await running.until(lambda: backend.health().ready)

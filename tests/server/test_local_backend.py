@@ -94,12 +94,17 @@ async def test_a_stream_there_and_back() -> None:
 
 async def test_the_socket_is_private_and_tidied_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
-    async with engine("good") as (_, heard):
-        await heard.until(wire.Ready)
+    async with engine("loads"):
+        async with asyncio.timeout(10):
+            while not list(tmp_path.glob("*/*")):
+                await asyncio.sleep(0.01)
         (directory,) = tmp_path.iterdir()
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         assert [path.name for path in directory.iterdir()] == ["engine.sock"]
     assert list(tmp_path.iterdir()) == []
+    async with engine("good") as (_, heard):
+        await heard.until(wire.Ready)
+        assert list(tmp_path.iterdir()) == []  # nobody else is to connect
 
 
 async def test_garbage_is_dropped_and_the_rest_still_counts(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aioice import Connection
+from aioice.ice import StunProtocol
 from aiortc import RTCCertificate, RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
 from aiortc.rtcdtlstransport import generate_certificate
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -32,6 +33,10 @@ async def test_names_taken_from_inside_aiortc() -> None:
         "timeout",
     ]
     assert list(inspect.signature(RTCCertificate._create_ssl_context).parameters) == ["self", "srtp_profiles"]
+    assert list(inspect.signature(sender._retransmit).parameters) == ["sequence_number"]
+    assert "await self._retransmit(" in inspect.getsource(RTCRtpSender._handle_rtcp_packet)
+    assert list(inspect.signature(Connection.data_received).parameters) == ["self", "data", "component"]
+    assert "self.receiver.data_received(" in inspect.getsource(StunProtocol.datagram_received)
     # Of the fan-out benchmark, whose viewers take packets from there.
     assert list(inspect.signature(sender.transport._handle_rtp_data).parameters) == ["data", "arrival_time_ms"]
     assert "self._handle_rtp_data(" in inspect.getsource(type(sender.transport)._recv_next)

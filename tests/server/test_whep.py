@@ -24,13 +24,7 @@ FRAGMENT = {"content-type": "application/trickle-ice-sdpfrag"}
 
 
 async def live(gateway: Any, **fields: Any) -> dict[str, Any]:
-    stream = await gateway.open(**fields)
-
-    async def is_live() -> bool:
-        return (await gateway.get(stream))["state"] == "live"
-
-    await gateway.until(is_live)
-    return stream
+    return await gateway.live(**fields)
 
 
 def original(gateway: Any, stream: dict[str, Any], index: int) -> Image.Image:
