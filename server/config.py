@@ -216,6 +216,13 @@ class Config:
             "shared secret (none)",
         )
         add(
+            "--outputs",
+            metavar="HOSTS",
+            default=default("outputs", ""),
+            help="hosts that streams may be pushed to by RTMP and WHIP, with commas between: "
+            "live.example,10.0.0.5:1936 (none)",
+        )
+        add(
             "--data",
             type=Path,
             metavar="FOLDER",
@@ -235,13 +242,6 @@ class Config:
             metavar="HOURS",
             default=default("keep", cls.keep_hours),
             help="how long each is kept once it is finished (%(default)s)",
-        )
-        add(
-            "--outputs",
-            metavar="HOSTS",
-            default=default("outputs", ""),
-            help="hosts that streams may be pushed to by RTMP and WHIP, with commas between: "
-            "live.example,10.0.0.5:1936 (none)",
         )
         add(
             "--keys",
@@ -277,10 +277,10 @@ class Config:
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
+                outputs=tuple(host for each in options.outputs.split(",") if (host := each.strip())),
                 data=options.data,
                 data_limit_gb=options.data_limit,
                 keep_hours=options.keep,
-                outputs=tuple(host for each in options.outputs.split(",") if (host := each.strip())),
                 keys=options.keys,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,

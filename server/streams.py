@@ -129,6 +129,11 @@ class Stream:
         """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
         return sum(viewer.format != "events" for viewer in self.viewers)
 
+    @property
+    def needed(self) -> bool:
+        """Somebody takes its frames: viewers, recordings, outputs, also while they try to connect again."""
+        return bool(self.watching or self.tapes or self.kept)
+
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
         session, playback, quality = self.session, self.playback, self.quality
@@ -422,9 +427,7 @@ class Streams:
             stream.viewers.add(viewer)
             self._metrics.viewers.inc(viewer.format != "events")
             self._tune_in(stream, viewer)
-            if stream.rests and stream.watching:
-                self._pause(stream, hold=stream.hold, rests=False)
-            stream.wake.set()
+            self._wake(stream)
 
     def detach(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer is gone. Safe to call again."""
@@ -435,11 +438,11 @@ class Streams:
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.leave(viewer)
-            self._close_unused(stream, viewer.codec, viewer.alpha)
+            self._close_unused(stream, (viewer.codec, viewer.alpha))
 
-    def _close_unused(self, stream: Stream, codec: Codec, alpha: bool = False) -> None:
-        if not len(stream.broadcasts[codec, alpha]):
-            stream.broadcasts.pop((codec, alpha)).close()
+    def _close_unused(self, stream: Stream, which: tuple[Codec, bool]) -> None:
+        if not len(stream.broadcasts[which]):
+            stream.broadcasts.pop(which).close()
 
     def record(self, stream: Stream, format: FilmFormat) -> Recording:
         """Record the stream from now on, or from its first frame. Raises `ApiError`."""
@@ -452,22 +455,21 @@ class Streams:
         stream.tapes.add(tape)
         tape.on_end = partial(self._unload, stream, tape)
         self._load(stream, tape)
-        self.keep(stream)
+        self._wake(stream)
         return recording
 
     def _load(self, stream: Stream, tape: Tape) -> None:
         """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
-        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
+        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264", alpha=False)) is not None:
             broadcast.record(tape)
 
     def _unload(self, stream: Stream, tape: Tape) -> None:
         """The recording is over, or the stream. Safe to call again."""
-        if tape in stream.tapes:
-            stream.tapes.remove(tape)
-            self.keep(stream, -1)
+        stream.tapes.discard(tape)
+        stream.unwatched_since = time.monotonic()
         if (broadcast := stream.broadcasts.get(("h264", False))) is not None:
             broadcast.stop_recording(tape)
-            self._close_unused(stream, "h264")
+            self._close_unused(stream, ("h264", False))
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
@@ -485,10 +487,10 @@ class Streams:
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec, viewer.alpha)) is not None:
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec, alpha=viewer.alpha)) is not None:
             broadcast.join(viewer)
 
-    def _broadcast(self, stream: Stream, codec: Codec, alpha: bool = False) -> Broadcast | None:
+    def _broadcast(self, stream: Stream, codec: Codec, *, alpha: bool) -> Broadcast | None:
         """The stream's encoder of this codec, from the first frame on."""
         last, fps = stream.last, stream.session.fps
         if last is None or fps is None:
@@ -502,7 +504,11 @@ class Streams:
         """Something needs the stream, watched or not; -1 takes that back."""
         stream.kept += by
         stream.unwatched_since = time.monotonic()
-        if stream.kept and stream.rests:
+        self._wake(stream)
+
+    def _wake(self, stream: Stream) -> None:
+        """Somebody has come, who may be the first: a stream that rests goes on, one that waits for a viewer begins."""
+        if stream.rests and stream.needed:
             self._pause(stream, hold=stream.hold, rests=False)
         stream.wake.set()
 
@@ -864,11 +870,7 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = (
-                    playback.tick(time.monotonic(), watched=stream.watching + stream.kept > 0)
-                    if playback
-                    else pacing.Wait(None)
-                )
+                action = playback.tick(time.monotonic(), watched=stream.needed) if playback else pacing.Wait(None)
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -997,7 +999,7 @@ class Streams:
     def _look_after(self, stream: Stream, now: float) -> None:
         """Rest or end a stream that nobody watches or needs."""
         config, session, unwatched = self._config, stream.session, now - stream.unwatched_since
-        if session.state.over or stream.watching or stream.kept:
+        if session.state.over or stream.needed:
             return
         if not stream.viewers and 0 < config.idle_timeout_s < unwatched:
             self._end(stream, "idle")
@@ -1011,9 +1013,9 @@ class Streams:
 
     def count(self) -> None:
         """Bring the gauges up to date."""
-        self._metrics.stored_bytes.set(self._store.used_bytes)
         live = [stream for stream in self._streams.values() if not stream.session.state.over and stream.quality]
         self._metrics.quality_level.set(sum(stream.quality.level for stream in live if stream.quality))
+        self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -157,7 +157,7 @@ class Broadcast:
         if coded.key:
             self._key_at = time.monotonic()
         for tape in list(self._tapes):
-            if isinstance(frame, Frame) and not repeated:
+            if not repeated and isinstance(frame, Frame):
                 tape.take(frame, coded)
             if tape.wants_key:
                 self.request_key()

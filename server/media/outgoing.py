@@ -28,7 +28,8 @@ STALL_SECONDS = 10.0
 """A server to whom no frame could be sent for this long is given up."""
 KEY_SECONDS = 2.0
 """RTMP services want a keyframe this often."""
-FINISH_SECONDS = 3.0
+GOODBYE_SECONDS, FINISH_SECONDS = 1.0, 3.0
+"""For the process to end, and for the rest of what it sent to arrive."""
 MAX_ANSWER_BYTES = 64 * 1024
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,13 +89,14 @@ async def push_rtmp(where: Destination, address: str, feed: Feed) -> None:
         try:
             await feed.attach(viewer)
             await _watch(where, feed, process.stdout)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FINISH_SECONDS):
-                    await process.wait()
         finally:
             for task in (feeding, keys):
                 task.cancel()
             await asyncio.gather(feeding, keys, return_exceptions=True)
+            process.stdin.close()  # whereupon it says goodbye to the server and ends
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_SECONDS):
+                    await process.wait()
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
