@@ -1,6 +1,7 @@
 """The HTTP side: thin functions between requests and `Streams`, and the envelope around every one of them."""
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -25,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError
+from server.errors import ApiError, exhausted
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
 
@@ -42,6 +43,9 @@ BODY_SECONDS = 10.0
 
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,19})(\.\d{1,30})?([eE][+-]?\d{1,3})?")
 """What a form may have for one, as JSON writes it."""
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN)
+"""What the system says when it has no more descriptors, memory, room or processes."""
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -381,11 +385,15 @@ class Envelope:
             await self._app(scope, receive, send_with_headers)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_headers)
-        except Exception:
-            logger.exception("request %s failed", request_id)
+        except Exception as error:
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                failure = exhausted()
+                logger.error("request %s failed: %s", request_id, error.strerror)
+            else:
+                logger.exception("request %s failed", request_id)
             if started:
                 raise
-            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
             await error_response(failure)(scope, receive, send_with_headers)
 
     def _log(self, scope: Scope, status: int, request_id: str) -> None:

@@ -28,9 +28,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @contextmanager
-def gateway(*arguments: str, log: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def gateway(
+    *arguments: str, log: Path, run: tuple[str, ...] = ("-m", "server", "--backend", "fake"), **options: Any
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process once it is ready, and its port."""
-    command = [sys.executable, "-m", "server", "--port", "0", *arguments]
+    command = [sys.executable, *run, "--port", "0", *arguments]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, **options)
         try:
@@ -88,23 +90,21 @@ def listeners(pid: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]], set
     return tcp, udp, unix
 
 
-@pytest.fixture
-def stub_engine(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the engine is the stub, so that the real backend runs without torch."""
-    package = tmp_path / "stub" / "engine"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'engine')!r})")
-    stub = Path(__file__).with_name("stub_engine.py")
-    (package / "__main__.py").write_text(
-        "import importlib.util, runpy, sys\n"
-        f"spec = importlib.util.spec_from_file_location('engine.__main__', {str(ROOT / 'engine' / '__main__.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "sys.modules['engine.__main__'] = module\n"
-        "sys.argv[1] = 'good'\n"
-        f"runpy.run_path({str(stub)!r}, run_name='__main__')\n"
-    )
-    return {**os.environ, "PYTHONPATH": f"{package.parent}:{ROOT}", "TMPDIR": str(tmp_path)}
+WITH_STUB = f"""
+import functools, sys
+from server import __main__ as server
+command = (sys.executable, {str(Path(__file__).with_name("stub_engine.py"))!r})
+server.LocalBackend = functools.partial(server.LocalBackend, command=command)
+sys.exit(server.main())
+"""
+"""The server as it is, but for the program that is its engine: one without torch, whose model is `mini`."""
+STUB = ("-c", WITH_STUB, "--model", "good")
+BALL = {"prompt": "a ball", "model": "mini"}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What it writes for a while, it writes there."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
 
 
 async def an_offer() -> str:
@@ -117,17 +117,17 @@ async def an_offer() -> str:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_nothing_listens_but_the_port_and_a_viewers_ice(host: str, tmp_path: Path, stub_engine: dict[str, str]) -> None:
+def test_nothing_listens_but_the_port_and_a_viewers_ice(host: str, tmp_path: Path) -> None:
     """Enumerated from the system, of the gateway and of its engine, before, while and after somebody watches."""
     path = tmp_path / "keys.toml"
     key = keys.add_key(path, "studio", "studio", ["control"], 4, 1000)
     log = tmp_path / "log"
     arguments = ("--host", host, "--keys", str(path))
-    with gateway(*arguments, log=log, env=stub_engine, umask=0) as (process, port):
+    with gateway(*arguments, log=log, run=STUB, env=environment(tmp_path), umask=0) as (process, port):
         assert len(family(process.pid)) >= 2, "the engine is a process of its own"
         assert listeners(process.pid) == ({(host, port)}, set(), set())
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {key}"})
-        stream = client.post("/v1/streams", json={"prompt": "a ball"}).json()
+        stream = client.post("/v1/streams", json=BALL).json()
         until(lambda: client.get(f"/v1/streams/{stream['id']}").json()["state"] == "live")
         headers = {"content-type": "application/sdp"}
         answer = client.post(stream["whep_url"], content=asyncio.run(an_offer()), headers=headers)
@@ -147,18 +147,19 @@ def test_nothing_listens_but_the_port_and_a_viewers_ice(host: str, tmp_path: Pat
 # 18: it is killed, and it runs out of descriptors
 
 
-def test_what_is_killed_leaves_nothing_behind(tmp_path: Path, stub_engine: dict[str, str]) -> None:
+def test_what_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm"))
     for first in (0, 1):  # the gateway, or its engine
-        with gateway(log=tmp_path / "log", env=stub_engine) as (process, port):
+        with gateway(log=tmp_path / "log", run=STUB, env=environment(tmp_path)) as (process, port):
             client = httpx.Client(base_url=f"http://127.0.0.1:{port}")
-            stream = client.post("/v1/streams", json={"prompt": "a ball"}).json()
+            stream = client.post("/v1/streams", json=BALL).json()
             until(lambda: client.get(f"/v1/streams/{stream['id']}").json()["state"] == "live")  # noqa: B023
             left = family(process.pid)
             os.kill(left[first], signal.SIGKILL)
             process.kill()
         until(lambda: not any(alive(pid) for pid in left))  # noqa: B023
-    assert not set(os.listdir("/dev/shm")) - before
+    # semaphores of multiprocessing are other people's: nothing here makes any
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.mp-")}
     assert not list(tmp_path.glob("livereel-*"))
 
 
@@ -172,11 +173,11 @@ def alive(pid: int) -> bool:
 def test_it_outlives_a_want_of_descriptors(tmp_path: Path) -> None:
     limit = 60
     prelude = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # noqa: E731
-    with gateway("--backend", "fake", log=tmp_path / "log", preexec_fn=prelude) as (process, port):
+    with gateway(log=tmp_path / "log", preexec_fn=prelude) as (process, port):
         address = f"http://127.0.0.1:{port}"
         with ExitStack() as crowd:
             client = crowd.enter_context(httpx.Client(base_url=address, timeout=20))
-            stream = client.post("/v1/streams", json={"prompt": "a ball"}).json()
+            stream = client.post("/v1/streams", json=BALL).json()
             until(lambda: client.get(f"/v1/streams/{stream['id']}").json()["state"] == "live")
             for _ in range(2 * limit):
                 crowd.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -188,10 +189,13 @@ def test_it_outlives_a_want_of_descriptors(tmp_path: Path) -> None:
                 stream["whep_url"], content=asyncio.run(an_offer()), headers={"content-type": "application/sdp"}
             )
             for answer in (picture, offer):
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "exhausted"), answer.text
+                assert answer.status_code == 503, answer.text
+                assert answer.json()["error"]["code"] in ("exhausted", "no_address")
         until(lambda: quickly(address) == 200, 20)
         assert process.poll() is None
-    print((tmp_path / "log").read_text())
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert log.count("out of file descriptors") == 1
 
 
 def quickly(address: str) -> int:
@@ -245,7 +249,7 @@ def exchange(port: int, sent: bytes) -> bytes:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     """A gateway without keys: its port, and its log."""
     log = tmp_path_factory.mktemp("plain") / "log"
-    with gateway("--backend", "fake", log=log) as (process, port):
+    with gateway(log=log) as (process, port):
         yield port, log
         assert process.poll() is None
     assert "Traceback" not in log.read_text()
@@ -292,7 +296,7 @@ def test_headers_of_proxies_and_other_methods_change_nothing(plain: tuple[int, P
 def test_nobody_writes_lines_into_the_log(tmp_path: Path) -> None:
     path, log = tmp_path / "keys.toml", tmp_path / "log"
     key = keys.add_key(path, "studio", "studio", ["control"], 4, 1000)
-    with gateway("--backend", "fake", "--keys", str(path), log=log) as (_, port):
+    with gateway("--keys", str(path), log=log) as (_, port):
         for target in (
             b"/v1/%0d%0aFORGED%20line",
             b"/v1/\x1b[2JFORGED",
@@ -326,7 +330,7 @@ def test_every_route_is_closed_to_whoever_may_not(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     mine = keys.add_key(path, "mine", "mine", ["control"], 4, 10_000)
     theirs = keys.add_key(path, "theirs", "theirs", ["control"], 4, 10_000)
-    with gateway("--backend", "fake", "--keys", str(path), log=tmp_path / "log") as (_, port):
+    with gateway("--keys", str(path), log=tmp_path / "log") as (_, port):
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
 
         def call(method: str, path: str, key: str | None, **options: Any) -> httpx.Response:
