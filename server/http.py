@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -385,6 +385,8 @@ class Envelope:
             await self._app(scope, receive, send_with_headers)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            return  # in the middle of its request: there is nobody to answer, and nothing to write down
         except Exception as error:
             failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
             if isinstance(error, OSError) and error.errno in EXHAUSTED:

@@ -52,6 +52,9 @@ class Frame:
     packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
 
 
+Image.preinit()  # loads what writes JPEGs now, and not when there may be no file descriptor for it
+
+
 class Encoder:
     """Turns frames into packets in a thread, so that the event loop never waits for a JPEG."""
 

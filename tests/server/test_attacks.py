@@ -264,6 +264,15 @@ def test_nothing_is_smuggled(plain: tuple[int, Path], name: str) -> None:
     assert set(re.findall(rb"HTTP/1.1 (\d+)", got)) <= {b"400"}, got
 
 
+def test_who_leaves_in_the_middle_is_no_fault_of_ours(plain: tuple[int, Path]) -> None:
+    """The log of `plain` has nothing of it."""
+    head = b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\nContent-Type: "
+    for kind in (b"application/json", b"multipart/form-data; boundary=x"):
+        with socket.create_connection(("127.0.0.1", plain[0])) as client:
+            client.sendall(head + kind + b"\r\n\r\n{")
+            time.sleep(0.1)
+
+
 def test_requests_in_a_row_are_answered_in_a_row(plain: tuple[int, Path]) -> None:
     one = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     got = exchange(plain[0], one * 20 + SMUGGLED)
