@@ -47,6 +47,7 @@ test-gpu: setup
 
 bench-gpu: setup
 	$(BIN)/python -m engine.bench.attention
+	$(BIN)/python -m engine.bench.linear
 	$(BIN)/python -m engine.bench.rollout self-forcing-1.3b --window 12 --sink 3 $(ARGS)
 
 bench-serve: setup

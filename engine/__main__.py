@@ -28,6 +28,7 @@ def serve() -> int:
     from engine.assemble import assemble, best_device, best_dtype, describe, warm
     from engine.checkpoints.store import StoreError
     from engine.offload.text import Place
+    from engine.ops.linear import Format
     from engine.stream.kv_cache import Precision
     from engine.transforms.accelerate import add_arguments, from_arguments
     from engine.worker import Wire, Worker
@@ -55,6 +56,7 @@ def serve() -> int:
         default="resident",
         help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
     )
+    parser.add_argument("--text-encoder-weights", choices=get_args(Format), help="keep its weights in 8 bits")
     add_arguments(parser)
     parser.add_argument("--parent-pid", type=int, help="leave when this process is no longer the parent")
     options = parser.parse_args()
@@ -85,6 +87,7 @@ def serve() -> int:
             kv_precision=options.kv_cache,
             decoder=options.decoder,
             text_encoder=options.text_encoder,
+            text_weights=options.text_encoder_weights,
             speed=speed,
             loras=options.loras is not None,
         )

@@ -1,7 +1,7 @@
 """From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,12 +18,16 @@ from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import Place, place_text_encoder
+from engine.ops.linear import Format
 from engine.pipeline import Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
 from engine.stream.state import StreamState
 from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.cuda_graphs import GraphedWan
+from engine.transforms.low_bit import Held, Policy, fault_of
+from engine.transforms.weights_alone import weights_in_8_bits
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -59,15 +63,16 @@ def assemble(
     kv_precision: Precision = "exact",
     decoder: Literal["light", "full"] = "light",
     text_encoder: Place = "resident",
+    text_weights: Format | None = None,
     speed: Speed | None = None,
     loras: bool = False,
 ) -> Pipeline:
     """Load a preset.
 
     `kv_precision` is how past chunks are kept, see `engine.stream.kv_cache`; `decoder` is the light decoder or the
-    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`;
-    `speed` is by default whatever costs no exactness on this device; `loras` says that weights may change while it
-    serves.
+    VAE's own, which takes several times as long; `text_encoder` is where that lives, see `engine.offload.text`,
+    and `text_weights` keeps its weights in 8 bits; `speed` is by default whatever costs no exactness on this device;
+    `loras` says that weights may change while it serves.
 
     Raises:
         KeyError: no preset has this name.
@@ -98,7 +103,10 @@ def assemble(
             raise store.StoreError(f"weights in {folder} do not fit preset {name}: {error}") from None
         return module.to(dtype=dtype).requires_grad_(False).eval()
 
-    encoder = place_text_encoder(build("text_encoder", lambda: TextEncoder(preset.text)), text_encoder, device)
+    text = build("text_encoder", lambda: TextEncoder(preset.text))
+    if text_weights is not None:
+        weights_in_8_bits(text, text_weights)
+    encoder = place_text_encoder(text, text_encoder, device)
     dit = build("dit", lambda: CausalWan(preset.dit)).to(device)
     if not {"statistics.mean", "statistics.std"} <= tensors.keys():
         raise store.StoreError(f"{folder} holds no latent statistics, which {name} needs: convert its weights again")
@@ -123,7 +131,22 @@ def assemble(
     if speed is None:
         speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
-    return Pipeline(preset, tokenizer, encoder, served, pictures)
+    for line in told(served.policy, speed, device):
+        print(f"engine: {line}", flush=True)
+    pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
+    if speed.fixed_scales:
+        calibrate(served, preset, [pipeline.encode_prompt(prompt) for prompt in PROMPTS])
+    return pipeline
+
+
+def told(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
+    """What whoever asked for `speed` would not expect of this device."""
+    if speed.sparse_weights == "faster":
+        yield f"2:4 sparse weights: {', '.join(sorted(policy.sparse)) or 'none would be faster here'}"
+    for held in (Held(policy.form), *([Held(policy.form, sparse=True)] if policy.sparse else [])):
+        if fault := fault_of(held, device):
+            form = f"2:4 {held.form or 'sparse'}" if held.sparse else held.form
+            yield f"{form} products are emulated here, and slower for it: {fault}"
 
 
 @dataclass(frozen=True)
@@ -137,11 +160,11 @@ MOST_STREAMS = 8
 """For more than so many at once nothing is prepared ahead."""
 
 
-def warm(pipeline: Pipeline) -> Warmth:
+def warm(pipeline: Pipeline, streams: int | None = None) -> Warmth:
     """Run every shape that will be served once, then time chunks at full window (median of three).
 
-    Where forwards are recorded for the cache they run on, that is done ahead for as many streams as the device can keep
-    at playback's pace, so that opening one takes no longer than its first chunk.
+    Where forwards are recorded for the cache they run on, that is done ahead for `streams`, by default for as many as
+    the device can keep at playback's pace and one more, so that opening one takes no longer than its first chunk.
     """
     preset = pipeline.preset
     state = pipeline.open("warm-up", seed=0)
@@ -150,7 +173,9 @@ def warm(pipeline: Pipeline) -> Warmth:
     warmth = Warmth(sorted(times)[1])
     opened = [state]
     if isinstance(pipeline.dit, GraphedWan):
-        streams = min(MOST_STREAMS, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
+        # a chunk alone is waited for to its end, which one among others is not: hence one more
+        kept = 1 + int(preset.chunk_frames / preset.fps / warmth.chunk_seconds)
+        streams = streams or min(MOST_STREAMS, kept)
         while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
             opened.append(pipeline.open("warm-up", seed=0))
             for _ in range(shapes):

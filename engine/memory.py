@@ -37,6 +37,8 @@ class Setting:
     height: int
     window: int
     text_on_device: bool = True
+    exact_text: bool = True
+    """False keeps the text encoder's linear layers in 8 bits."""
     exact_cache: bool = True
     """False keeps keys and values in float8."""
     light_vae: bool = False
@@ -61,7 +63,7 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim
     return {
         "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
-        "text encoder": BYTES * sum(map(prod, sizes["text_encoder"].values())) if setting.text_on_device else 0,
+        "text encoder": text_encoder(sizes["text_encoder"], setting) if setting.text_on_device else 0,
         # keys and values of the window, and the sink's keys once more as they were before rotation
         "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text.length,
@@ -75,6 +77,18 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
         )
         * BYTES,
     }
+
+
+def text_encoder(shapes: dict[str, tuple[int, ...]], setting: Setting) -> int:
+    """Bytes of an encoder with these parameters."""
+    linear = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and "embed_tokens" not in name and "relative_attention_bias" not in name
+    ]
+    exact = BYTES * sum(map(prod, shapes.values()))
+    saved = sum((BYTES - 1) * prod(shape) - 4 * shape[0] for shape in linear)  # 4: a float32 scale a row
+    return exact if setting.exact_text else exact - saved
 
 
 def total(preset: Preset, setting: Setting) -> int:
@@ -102,6 +116,9 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
     """
     options = {
         "--text-encoder cpu": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),
+        "--text-encoder-weights int8": lambda s: iter(
+            [replace(s, exact_text=False)] if s.exact_text and s.text_on_device else []
+        ),
         "--float8-attention": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
         "--decoder light": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
         "shorter window": lambda s: _windows(preset, s),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engine.config import Preset
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
-from engine.stream.decoding import PictureEncoding, to_host
+from engine.stream.decoding import Beside, PictureEncoding, to_host
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
@@ -57,6 +57,7 @@ class Pipeline:
         self.decoder = served.decoder
         self.pictures = pictures
         self._caches: list[KVCache] = []
+        self._beside = Beside(served.wan.patch_embedding.weight.device)
         self.device: torch.device = served.wan.patch_embedding.weight.device
         self.dtype: torch.dtype = served.wan.patch_embedding.weight.dtype
 
@@ -109,7 +110,8 @@ class Pipeline:
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
         latents = self.pictures(frames)
         for part in latents.split(preset.chunk, dim=2):
-            self.decode(part, state)
+            with self._beside(latents):
+                self.decode(part, state)
             self._write(state, part, state.context)
             self._remember(state, part)
 
@@ -144,17 +146,19 @@ class Pipeline:
         latents = denoise_chunk(
             self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk, steps=state.steps
         )
-        finite = torch.isfinite(latents).all()
-        frames, finite = to_host(self.decode(latents, state)), to_host(finite)
+        with self._beside(latents):
+            finite = to_host(torch.isfinite(latents).all())
+            frames = to_host(self.decode(latents, state))
+            arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+            if arrived is not None:
+                arrived.record()
         chunk = Chunk(state.chunk, state.frame, frames, fresh)
         state.uncommitted = latents
         state.chunk += 1
         state.frame += len(frames)
-        if self.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
+        if arrived is not None:
             if state.pending is None:
-                self.commit(state)  # queued behind the frames, so that the GPU goes on while they are sent
+                self.commit(state)  # beside decoding, and while the frames are sent
             arrived.synchronize()  # the one place where the host waits for the GPU
         if not finite:
             raise NotFiniteError(f"chunk {chunk.index} has values that are not finite")

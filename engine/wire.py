@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -63,6 +63,8 @@ class Open(Message, frozen=True):
     """Pixel frames already shown by earlier engine processes; `pts` continues from here."""
     picture: bytes = b""
     """What the stream goes on from: one or more frames of RGB24 at the model's size, one after the other."""
+    background: bool = False
+    """Nobody watches it: it gets what the others leave of the engine, and its credits are due at no time."""
 
 
 class Steer(Message, frozen=True):

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from engine.stream.state import StreamState
 from engine.transforms.lora import Adapters
 
 HEARTBEAT_SECONDS = 1.0
+RECENT_STEPS = 8
+"""Steps whose slowest says how long the next one may take."""
 OUT_OF_MEMORY = "out_of_memory"
 T = TypeVar("T")
 
@@ -192,6 +195,7 @@ class Worker:
         self.slots = Slots(frames)
         self.streams: dict[str, Stream] = {}
         self.adapters = Adapters(pipeline.served.wan)
+        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._folder = loras
         self._shapes = lora.shapes_of(pipeline.served.wan)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loras")
@@ -202,11 +206,14 @@ class Worker:
         try:
             while True:
                 claims = {name: stream.claim for name, stream in self.streams.items()}
-                name = pick(claims) if self.slots.free else None
+                step_seconds = max(self._steps, default=0.0)
+                name = pick(claims, time.monotonic(), step_seconds) if self.slots.free else None
                 if not self._receive(wait=name is None):
                     return
                 if name is not None and name in self.streams:
+                    began = time.monotonic()
                     self._step(name)
+                    self._steps.append(time.monotonic() - began)
                 self.link.moved()
                 self.link.streams = len(self.streams)
         finally:
@@ -316,7 +323,7 @@ class Worker:
             print(f"engine: stream {message.stream} could not be opened: {error!r}", flush=True)
             self.link.send(wire.Fault(cause(error), "the stream could not be opened", message.stream))
             return
-        claim = Claim(message.start_chunk, message.start_chunk, time.monotonic())
+        claim = Claim(message.start_chunk, message.start_chunk, time.monotonic(), message.background)
         self.streams[message.stream] = Stream(message, state, claim)
 
     def _picture(self, data: bytes) -> Tensor | None:

@@ -149,6 +149,11 @@ async def serve(config: Config) -> int:
     host, port = listener.getsockname()[:2]
     settings, streams = uvicorn_config(config, backend)
     assert isinstance(settings.app, FastAPI)
+    try:
+        streams.open_data()
+    except OSError as error:
+        print(f"cannot keep clips and recordings: {error}", file=sys.stderr)
+        return 1
     access = settings.app.state.access
     server = Server(settings, streams, config.drain_timeout_s)
     failed = False

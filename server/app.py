@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, whep
-from server.auth import STREAM_PATH, Access, Gate, public
+from server import http, mjpeg, recordings, videos, whep
+from server.auth import OWNED_PATH, Access, Gate, public
 from server.backends.base import Backend
 from server.config import Config
 from server.idempotency import Idempotency
@@ -38,11 +38,14 @@ Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer tha
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
 carries one already.
 
-`POST /v1/streams` takes an `Idempotency-Key`: who did not hear the answer may send the request again, and gets the
-stream that the first one opened."""
+`/v1/videos` makes clips as OpenAI's API does; what that has no field for is in `extra`. `POST
+/v1/streams/{id}/recordings` records a live stream, and `/v1/recordings` is where its films are.
+
+`POST /v1/streams`, `/v1/videos` and a remix take an `Idempotency-Key`: who did not hear the answer may send the request
+again, and gets what the first one made."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES]
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES, *recordings.ROUTES]
 
 
 def create_app(config: Config, backend: Backend) -> FastAPI:
@@ -120,8 +123,9 @@ class Api(FastAPI):
                 "token": {"type": "apiKey", "in": "query", "name": "token", "description": "A token for one stream."},
             }
             for path, methods in schema["paths"].items():
+                owned = OWNED_PATH.fullmatch(path)
+                shown = ["key", "token"] if owned and owned[1] == "stream" else ["key"]
                 for method, operation in methods.items():
-                    shown = ["key", "token"] if STREAM_PATH.fullmatch(path) else ["key"]
                     operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
         return super().openapi()
 

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import keys as key_files
 from server.admission import Rate
 from server.config import is_loopback
-from server.errors import ApiError, stream_not_found
+from server.errors import ApiError, not_found, stream_not_found
 from server.keys import IMPLIED, Key, Keys
 from server.streams import Streams
 
@@ -43,7 +43,8 @@ RULES: tuple[tuple[str, str, key_files.Scope], ...] = (
 )
 """Method, path and scope of what does not follow from the method: reading needs `view`, everything else `control`."""
 
-STREAM_PATH = re.compile(r"/v1/streams/([^/]+)(?:/.*)?", re.DOTALL)
+OWNED_PATH = re.compile(r"/v1/(stream|video|recording)s/([^/]+)(?:/.*)?", re.DOTALL)
+"""What belongs to somebody, and its id."""
 
 TOKEN_PREFIX = "lrt_"
 TOKEN_SECONDS = 600
@@ -77,10 +78,10 @@ class Principal:
         """Who owns what it opens; None where there is nobody to tell apart."""
         return self.key.owner if self.key else None
 
-    def sees(self, stream: str, owner: str | None) -> bool:
-        """Whether a stream of this owner exists for it."""
+    def sees(self, id: str, owner: str | None) -> bool:
+        """Whether a stream, clip or recording of this owner exists for it."""
         if self.stream is not None:
-            return stream == self.stream
+            return id == self.stream
         return "admin" in self.scopes or owner == self.owner
 
 
@@ -189,10 +190,11 @@ class Access:
         return Principal(f"{key.name} (token)", IMPLIED[grant.scope], key, grant.stream, credential)
 
     def authorize(self, principal: Principal, method: str, path: str, owner: str | None) -> None:
-        """Refuse what the principal may not do, with `ApiError`. `owner` is that of the stream in the path, if any."""
-        if match := STREAM_PATH.fullmatch(path):
-            if not principal.sees(match[1], owner):
-                raise stream_not_found()  # as if it did not exist: whether it does is nobody's business
+        """Refuse what the principal may not do, with `ApiError`. `owner` is that of what the path names."""
+        if match := OWNED_PATH.fullmatch(path):
+            if not principal.sees(match[2], owner):
+                # As if it did not exist: whether it does is nobody's business.
+                raise stream_not_found() if match[1] == "stream" else not_found(match[1])
         elif principal.stream is not None:
             raise ApiError(403, "token_scope", "The token is for one stream: use an API key here.")
         scope = needed(method, path)
@@ -356,7 +358,7 @@ class Gate:
             now = time.monotonic()
             principal = access.identify(headers, scope["query_string"], now)
             scope.setdefault("state", {})["principal"] = principal
-            stream = STREAM_PATH.fullmatch(path)
+            owned = OWNED_PATH.fullmatch(path)
             # Counted before anything else is looked at, so that nobody may try without bound.
             left = access.spend(principal, now)
         except ApiError as error:
@@ -374,7 +376,7 @@ class Gate:
             await send(message)
 
         try:
-            access.authorize(principal, method, path, self._streams.owner(stream[1]) if stream else None)
+            access.authorize(principal, method, path, self._streams.owner(owned[2]) if owned else None)
             async with access.lease(principal) as lease:
                 await self._app(scope, receive, send_with_limits)
         except ApiError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from server.keys import read_keys
+from server.store import check_folder
 
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
@@ -48,6 +49,12 @@ class Config:
     """STUN and TURN servers for viewers behind NAT: `stun:HOST[:PORT]`, `turn:HOST[:PORT][?transport=udp|tcp]`."""
     turn_secret: str = field(default="", repr=False)
     """Shared with the TURN servers (coturn's `static-auth-secret`): credentials for an hour are made from it."""
+    data: Path | None = None
+    """Folder for clips and recordings, of the server's own; None is one that goes with the server."""
+    data_limit_gb: float = 10.0
+    """What may be kept there, in 10^9 bytes."""
+    keep_hours: float = 24.0
+    """How long a finished clip or recording is kept."""
     keys: Path | None = None
     """File of API keys (see `server.keys`); without one only this machine is served."""
     origins: tuple[str, ...] = ()
@@ -80,6 +87,11 @@ class Config:
             raise ValueError(
                 "ice-servers has a TURN server, whose shared secret is missing: set LIVEREEL_TURN_SECRET to it"
             )
+        if self.data is not None:
+            check_folder(self.data)
+        for name, unit in (("data-limit", "gb"), ("keep", "hours")):
+            if not 0 < (value := getattr(self, f"{name.replace('-', '_')}_{unit}")) < float("inf"):
+                raise ValueError(f"{name} {value} is not a number above 0")
         for origin in self.origins:
             if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
                 raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
@@ -187,6 +199,27 @@ class Config:
             "shared secret (none)",
         )
         add(
+            "--data",
+            type=Path,
+            metavar="FOLDER",
+            default=default("data", None),
+            help="where clips and recordings are kept, closed to other users (a folder that goes with the server)",
+        )
+        add(
+            "--data-limit",
+            type=float,
+            metavar="GB",
+            default=default("data-limit", cls.data_limit_gb),
+            help="how much of them: past it nothing new is taken (%(default)s)",
+        )
+        add(
+            "--keep",
+            type=float,
+            metavar="HOURS",
+            default=default("keep", cls.keep_hours),
+            help="how long each is kept once it is finished (%(default)s)",
+        )
+        add(
             "--keys",
             type=Path,
             metavar="FILE",
@@ -219,6 +252,9 @@ class Config:
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
+                data=options.data,
+                data_limit_gb=options.data_limit,
+                keep_hours=options.keep,
                 keys=options.keys,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,

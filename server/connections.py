@@ -16,7 +16,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request
 
-from server.websocket import ABORT
+from server.http import ABORT
 
 HEAD_SECONDS = 10.0
 """From the first byte that is expected to the end of the headers."""

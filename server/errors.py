@@ -45,6 +45,16 @@ def stream_not_found() -> ApiError:
     return ApiError(404, "stream_not_found", "No stream has this id: it never existed, or it ended a while ago.")
 
 
+def not_found(kind: str) -> ApiError:
+    message = f"No {kind} has this id: it never existed, was deleted, or has expired."
+    return ApiError(404, f"{kind}_not_found", message)
+
+
+def busy(retry_after: int) -> ApiError:
+    message = f"Every place is taken and the queue is full: try again in {retry_after} s."
+    return ApiError(429, "queue_full", message, headers={"Retry-After": str(retry_after)})
+
+
 def stream_ended(reason: str | None) -> ApiError:
     return ApiError(
         409, "stream_ended", f"The stream is over ({reason or 'finished'}) and cannot change: open a new one."

@@ -35,17 +35,26 @@ logger = logging.getLogger("livereel.http")
 WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
-"""Of a request to open a stream, which may bring a picture; base64 takes four bytes for three."""
+"""Of a request that may bring a picture; base64 takes four bytes for three."""
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
 """Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
+UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
 
-NUMBER = re.compile(r"-?(0|[1-9]\d{0,19})(\.\d{1,30})?([eE][+-]?\d{1,3})?")
+ABORT = "livereel.abort"
+"""ASGI extension of our own server (see `server.connections`): drops the connection without waiting for the peer."""
+
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 """What a form may have for one, as JSON writes it."""
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN)
 """What the system says when it has no more descriptors, memory, room or processes."""
+
+FIELD = re.compile(r"(\w{1,32})((?:\[\w{0,32}\]){1,4})")
+"""The name of what is nested in a form."""
+MAX_FIELDS = 8 + 3 * schemas.MAX_CHANGES
+"""Of a form."""
 
 ERROR = {"model": schemas.ErrorBody}
 
@@ -62,7 +71,7 @@ class Route:
     errors: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     accepts: str = "application/json"
-    """Media type of a request body."""
+    """Media type of a request body; empty where none is read."""
 
 
 def streams_of(connection: HTTPConnection) -> Streams:
@@ -78,16 +87,13 @@ def streams_of(connection: HTTPConnection) -> Streams:
 async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     """Open a stream: it starts at once, or waits in the queue for a place in the engine."""
     streams = streams_of(request)
-    fields, upload = await read_form(request) if is_form(request.headers) else (await read_json(request), None)
-    body = schemas.read_create(fields)
+    fields, upload = await read_fields(request, "image", ("seed", "duration_s"))
+    body = schemas.read(schemas.CreateStream, fields)
     with claim_of(request, "POST /v1/streams", body.model_dump(), upload or b"") as claim:
         if claim.made is None:
             picture = b""
             if upload is not None or body.image is not None:
-                info = streams.info(body.model)
-                data = upload if upload is not None else pictures.from_data_url(body.image or "")
-                async with streams.decoding:
-                    picture = await pictures.frames(data, info.width, info.height, info.fps)
+                picture = await read_picture(streams, streams.info(body.model), upload, body.image)
             key = principal_of(request).key
             stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
             claim.made = stream.session.id
@@ -117,27 +123,65 @@ async def read_json(request: Request) -> Any:
         raise ApiError(400, "invalid_json", "The body is not valid JSON in UTF-8.") from None
 
 
-async def read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """The fields of a form, numbers as numbers, and the uploaded picture apart."""
+async def read_fields(request: Request, file: str, numbers: Sequence[str]) -> tuple[Any, bytes | None]:
+    """The fields of a form or of JSON, and the uploaded file of this name apart."""
+    return await read_form(request, file, numbers) if is_form(request.headers) else (await read_json(request), None)
+
+
+async def read_picture(streams: Streams, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
+    """Frames of the model's size of what came as a file or as a data URL."""
+    data = upload if upload is not None else pictures.from_data_url(url or "")
+    async with streams.decoding:
+        return await pictures.frames(data, info.width, info.height, info.fps)
+
+
+async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tuple[dict[str, Any], bytes | None]:
+    """The fields of a form, `numbers` as numbers, and the uploaded file apart.
+
+    `a[b]` is field `b` of the object `a`, `a[]` the next item of the list `a`, and `a[][b]` field `b` of its first
+    item that has none: so programs write what is nested.
+    """
     fields: dict[str, Any] = {}
     upload: bytes | None = None
     try:
-        async with request.form(max_files=1, max_fields=8, max_part_size=MAX_BODY_BYTES) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_BODY_BYTES) as form:
             for name, value in form.multi_items():
-                if name in fields or (name == "image" and upload is not None):
+                bracketed = FIELD.fullmatch(name)
+                path = [bracketed[1], *re.findall(r"\[(\w*)\]", bracketed[2])] if bracketed else [name]
+                item: Any = value
+                if path[-1] in numbers and isinstance(value, str) and NUMBER.fullmatch(value):
+                    item = json.loads(value)
+                if isinstance(value, UploadFile) and name == file and upload is None:
+                    upload = await value.read()
+                elif (name == file and upload is not None) or not put(fields, path, item):
                     shown = name.encode("ascii", "backslashreplace").decode()[:64]
                     raise ApiError(400, "invalid_form", f"`{shown}` is there twice: send it once.", param=shown)
-                if isinstance(value, UploadFile) and name == "image":
-                    upload = await value.read()
-                elif name in ("seed", "duration_s") and isinstance(value, str) and NUMBER.fullmatch(value):
-                    fields[name] = json.loads(value)
-                else:
-                    fields[name] = value
     except ApiError:
         raise
     except HTTPException:  # what Starlette makes of a form that is damaged or over a limit
         raise ApiError(400, "invalid_form", "The body is not a valid form with one file at most.") from None
     return fields, upload
+
+
+def put(into: dict[str, Any], path: list[str], value: Any) -> bool:
+    """Set a field of a form; false when it is there already, or as something else."""
+    key, *rest = path
+    if not rest:
+        fresh = key not in into
+        into.setdefault(key, value)
+        return fresh
+    inner = into.setdefault(key, [] if rest[0] == "" else {})
+    if rest[0]:
+        return isinstance(inner, dict) and put(inner, rest, value)
+    if not isinstance(inner, list):
+        return False
+    if len(rest) == 1:
+        inner.append(value)
+        return True
+    item = next((item for item in inner if isinstance(item, dict) and rest[1] not in item), None)
+    if item is None:
+        inner.append(item := {})
+    return put(item, rest[1:], value)
 
 
 async def list_streams(request: Request) -> dict[str, Any]:
@@ -290,7 +334,12 @@ ROUTES = [
         schemas.StreamObject,
         201,
         (400, 404, 409, 413, 415, 422, 429, 503),
-        {"openapi_extra": {"requestBody": schemas.BODY_SCHEMA, "parameters": [schemas.IDEMPOTENCY_KEY]}},
+        {
+            "openapi_extra": {
+                "requestBody": schemas.body_schema(schemas.CreateStream, "image"),
+                "parameters": [schemas.IDEMPOTENCY_KEY],
+            }
+        },
     ),
     Route("GET", "/v1/streams", list_streams, schemas.StreamList),
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
@@ -308,6 +357,45 @@ ROUTES = [
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]
+
+
+# responses that go on
+
+
+class Lasting(Response):
+    """A response that goes on for as long as there is something to send, or its reader wants it."""
+
+    def __init__(self, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status_code=status_code, headers=headers)
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = [asyncio.create_task(self.send_all(scope, send)), asyncio.create_task(gone(receive))]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def send_all(self, scope: Scope, send: Send) -> None:
+        """Send the response, from its head to its end."""
+        raise NotImplementedError
+
+
+async def gone(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def abort(scope: Scope) -> None:
+    """Break a response off, so that its client does not take it for complete. Ends only by being cancelled."""
+    if extension := scope.get("extensions", {}).get(ABORT):
+        extension["call"]()
+    await asyncio.Event().wait()  # until the client is known to be gone
 
 
 # errors
@@ -459,7 +547,7 @@ def check_body(scope: Scope, headers: Headers, ours: bool) -> None:
     if length.isdecimal() and int(length[:20]) > limit:
         raise body_too_large(limit)
     if route := next((route for route in routes_at(scope) if route.method == scope["method"]), None):
-        if media_type(headers) == route.accepts:
+        if route.accepts in ("", media_type(headers)):
             return
         # A type that a form can send would let any web page open streams on the visitor's own machine: such a request
         # must come from our own page, or from no browser at all.
@@ -481,7 +569,7 @@ def is_form(headers: Headers) -> bool:
 
 def body_limit(scope: Scope) -> int:
     """Bytes that the body of this request may have."""
-    return MAX_UPLOAD_BYTES if (scope["method"], scope["path"]) == ("POST", "/v1/streams") else MAX_BODY_BYTES
+    return MAX_UPLOAD_BYTES if (scope["method"], scope["path"]) in UPLOADS else MAX_BODY_BYTES
 
 
 def body_too_large(limit: int) -> ApiError:

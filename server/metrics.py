@@ -64,8 +64,17 @@ class Metrics:
         self.viewers_dropped = Counter(
             "livereel_viewers_dropped", "Viewers disconnected for being too slow.", registry=registry
         )
+        self.clips = Counter("livereel_clips", "Clips that are over, by status.", ["status"], registry=registry)
+        self.clip_seconds = Histogram(
+            "livereel_clip_seconds",
+            "From the begin of a clip to its complete file, the queue left out.",
+            buckets=(1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0),
+            registry=registry,
+        )
+        self.recordings = Gauge("livereel_recordings", "Recordings that run.", registry=registry)
+        self.stored_bytes = Gauge("livereel_stored_bytes", "Clips and recordings, on disk.", registry=registry)
         self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
-        for reason in ("slow_viewer", "slow_encoder"):
+        for reason in ("slow_viewer", "slow_encoder", "slow_recorder"):
             self.frames_dropped.labels(reason)
         self.count_streams({})
 

@@ -7,40 +7,32 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import stream_ended
-from server.http import Route, streams_of
+from server.http import Lasting, Route, abort, streams_of
 from server.media.packets import HEADER
 from server.media.viewer import Viewer
 from server.streams import Stream, Streams
-from server.websocket import ABORT
 
 BOUNDARY = "frame"
 SEND_SECONDS = 10.0
 """A viewer to whom nothing could be sent for this long is let go."""
 
 
-class Pictures(Response):
-    """A response that lasts as long as the stream, or as its viewer wants."""
+class Pictures(Lasting):
+    """Lasts as long as the stream."""
 
     media_type = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
 
     def __init__(self, streams: Streams, stream: Stream, viewer: Viewer) -> None:
         super().__init__()
-        del self.headers["content-length"]
         self._streams, self._stream, self._viewer = streams, stream, viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = [asyncio.create_task(self._send(scope, send)), asyncio.create_task(gone(receive))]
         try:
-            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await super().__call__(scope, receive, send)
         finally:
-            for task in work:
-                task.cancel()
             self._streams.detach(self._stream, self._viewer)
-            await asyncio.gather(*work, return_exceptions=True)
 
-    async def _send(self, scope: Scope, send: Send) -> None:
+    async def send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while (item := await self._viewer.next()) is not None:
@@ -57,15 +49,7 @@ class Pictures(Response):
         except TimeoutError:
             self._streams.detach(self._stream, self._viewer)
             self._streams.viewer_too_slow()
-            if abort := scope.get("extensions", {}).get(ABORT):
-                abort["call"]()
-            await asyncio.Event().wait()  # until it is known to be gone
-
-
-async def gone(receive: Receive) -> None:
-    """Wait until the viewer has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            await abort(scope)
 
 
 async def watch(request: Request, id: str) -> Response:

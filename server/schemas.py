@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -28,6 +29,9 @@ MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_DURATION_SECONDS = 86_400
 MAX_TOKEN_SECONDS = 86_400
+MAX_CLIP_SECONDS = 600
+MAX_CHANGES = 32
+MAX_PAGE = 100
 MAX_LORAS = 16
 MAX_STRENGTH = 4.0
 
@@ -39,6 +43,16 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "seconds": f'a string of a number of seconds above 0 and at most {MAX_CLIP_SECONDS}, such as "4"',
+    "size": "the size that the model draws, as WIDTHxHEIGHT: see /v1/models",
+    "input_reference": f"{WANTED}: a file in a form, in JSON a data URL or an object with one as `image_url`",
+    "extra": "an object; of a clip `seed` (an integer from 0) and `prompts` (a list of at most "
+    f"{MAX_CHANGES} objects of `at_s`, `prompt` and `transition`, `at_s` rising), of a remix `at_s` and `transition`",
+    "limit": f"an integer from 1 to {MAX_PAGE}",
+    "order": "asc or desc",
+    "after": "the id of a video in the list",
+    "variant": "video or thumbnail",
+    "format": "mp4 or webm",
     "scope": "view or control",
     "expires_in_s": f"an integer of seconds from 1 to {MAX_TOKEN_SECONDS}",
     "loras": f"an object of at most {MAX_LORAS} names in /v1/loras, each with a strength from {-MAX_STRENGTH:g} "
@@ -126,22 +140,104 @@ class CreateStream(Request):
     )
 
 
-def form_of(schema: dict[str, Any]) -> dict[str, Any]:
+At = Annotated[float, Field(strict=True, ge=0, le=MAX_CLIP_SECONDS, allow_inf_nan=False)]
+
+
+class PromptChange(Request):
+    """Another prompt, from a moment of a clip on."""
+
+    at_s: At = Field(description="Seconds from the start; it takes effect at the chunk that begins nearest to that.")
+    prompt: Prompt
+    transition: Transition = "recache"
+
+
+class VideoOptions(Request):
+    """What OpenAI's API has no field for."""
+
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED), Whole] | None = Field(None, description="Random when absent.")
+    prompts: Annotated[list[PromptChange], Field(max_length=MAX_CHANGES)] = Field(
+        default=[], description="How the prompt changes while the clip runs."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        times = [each.at_s for each in self.prompts]
+        if times != sorted(set(times)):
+            raise PydanticCustomError("at_s_order", "`at_s` does not rise")
+        return self
+
+
+class ImageReference(Request):
+    """A picture, as OpenAI's API has it in JSON."""
+
+    image_url: StrictStr = Field(description="A data URL.")
+
+
+def check_seconds(seconds: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", seconds) or not 0 < float(seconds) <= MAX_CLIP_SECONDS:
+        raise ValueError
+    return seconds
+
+
+class CreateVideo(Request):
+    """A clip to make."""
+
+    prompt: Prompt
+    model: StrictStr | None = Field(None, description="Name of a model; the server's default when absent.")
+    seconds: Annotated[StrictStr, AfterValidator(check_seconds)] = Field(
+        "4", description=f"Its length: {REQUIREMENTS['seconds']}."
+    )
+    size: StrictStr | None = Field(None, description=f"{REQUIREMENTS['size']}. The model's when absent.")
+    input_reference: StrictStr | ImageReference | None = Field(
+        None, description=f"What the clip goes on from: {REQUIREMENTS['input_reference']}."
+    )
+    extra: VideoOptions = VideoOptions(seed=None)
+
+
+class RemixOptions(Request):
+    """What OpenAI's API has no field for."""
+
+    at_s: At = Field(0.0, description="Until then the clip stays as it was.")
+    transition: Transition = "recache"
+
+
+class RemixVideo(Request):
+    """A clip to make from another: with its seed, its picture and its prompts, but for what changes."""
+
+    prompt: Prompt
+    extra: RemixOptions = RemixOptions(at_s=0.0)
+
+
+def inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """The schema with what it refers to in its place: the references of a body go nowhere in OpenAPI."""
+    if isinstance(schema, list):
+        return [inline(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return inline(definitions[schema["$ref"]], definitions)
+    return {name: inline(each, definitions) for name, each in schema.items()}
+
+
+def form_of(schema: dict[str, Any], file: str) -> dict[str, Any]:
     """The schema of a form with the same fields. A form has no null: who means it leaves the field out."""
     fields = {
         name: {**{key: value for key, value in field.items() if key != "anyOf"}, **field.get("anyOf", [{}])[0]}
         for name, field in schema["properties"].items()
     }
-    fields["image"] = {"type": "string", "format": "binary", "description": f"A file: {WANTED}."}
+    fields[file] = {"type": "string", "format": "binary", "description": f"A file: {WANTED}."}
     return {"type": "object", "required": schema["required"], "properties": fields, "additionalProperties": False}
 
 
-CREATE = CreateStream.model_json_schema()
-BODY_SCHEMA = {
-    "required": True,
-    "content": {"application/json": {"schema": CREATE}, "multipart/form-data": {"schema": form_of(CREATE)}},
-}
-"""The two forms of a request to open a stream, for OpenAPI: the endpoint reads the body itself."""
+def body_schema(kind: type[Request], file: str) -> dict[str, Any]:
+    """The two forms of a request that may bring a file, for OpenAPI: the endpoint reads the body itself."""
+    schema = kind.model_json_schema(ref_template="{model}")
+    schema = inline(schema, schema.pop("$defs", {}))
+    form = form_of(schema, file)
+    return {
+        "required": True,
+        "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
+    }
 
 
 IDEMPOTENCY_KEY = {
@@ -277,6 +373,87 @@ class StreamChanged(StreamObject):
     chunk_index: int = Field(description="The chunk where the change takes effect.")
 
 
+class CreateRecording(Request):
+    """A recording to begin."""
+
+    format: Literal["mp4", "webm"] = Field("mp4", description="`mp4` is H.264 as viewers get it, `webm` is VP9.")
+
+
+class RecordingObject(BaseModel):
+    """One recording. Times are unix times."""
+
+    id: str
+    object: Literal["recording"] = "recording"
+    stream_id: str
+    status: Literal["recording", "completed", "failed"]
+    format: Literal["mp4", "webm"]
+    created_at: float
+    ended_at: float | None
+    expires_at: float | None = Field(description="When it is deleted; null until it is over.")
+    ended_reason: (
+        Literal["stopped", "stream_ended", "storage_full", "too_slow", "failed", "server_restarted"] | None
+    ) = Field(description="Why it is over. Whatever it is, a completed recording is a whole film.")
+    frames: int
+    frames_lost: int = Field(description="Shown meanwhile, and missed because the encoder could not keep up.")
+    duration_s: float = Field(description="Playback time: stalls and pauses are left out.")
+    bytes: int
+
+
+class RecordingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RecordingObject]
+
+
+class VideoFailure(BaseModel):
+    code: str
+    message: str
+
+
+class VideoExtra(BaseModel):
+    seed: int
+    fps: int
+    frames: int
+    frames_recorded: int
+    queue_position: int | None = Field(description="1 is next; null when not queued.")
+    prompts: list[PromptChange] = Field(description="What it shows, and from when.")
+    retryable: bool | None = Field(description="Of a failure: whether the same request may succeed.")
+
+
+class VideoObject(BaseModel):
+    """One clip: OpenAI's object, and all else in `extra`. Times are unix times in seconds."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(description="Per cent.")
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = Field(description="When the clip and its files are deleted; null until it is over.")
+    prompt: str
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None
+    error: VideoFailure | None
+    extra: VideoExtra
+
+
+class VideoList(BaseModel):
+    """A page of clips. `after` the last id comes the next one."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool
+
+
 class StreamList(BaseModel):
     object: Literal["list"] = "list"
     data: list[StreamObject]
@@ -338,10 +515,13 @@ class Readiness(BaseModel):
     reason: str
 
 
-def read_create(fields: Any) -> CreateStream:
-    """A decoded request body as a stream to open; raises `ApiError`."""
+R = TypeVar("R", bound=Request)
+
+
+def read(kind: type[R], fields: Any) -> R:
+    """A decoded request body; raises `ApiError`."""
     try:
-        return CreateStream.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         raise explain([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
 
@@ -359,8 +539,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         name = field.encode("ascii", "backslashreplace").decode()[:64]
         return ApiError(400, "unknown_field", f"There is no field `{name}`: remove it.", param=name)
     requirement = REQUIREMENTS.get(field, "left out")
-    if kind == "missing":
+    if kind == "missing" and len(error["loc"]) == 2:
         return ApiError(400, "missing_field", f"`{field}` is missing: it must be {requirement}.", param=field)
-    ours = kind.startswith(("prompt_", "lora_"))
+    ours = kind.startswith(("prompt_", "lora_", "at_s_"))
     message = f"`{field}` must be {requirement}{'; ' + error['msg'] if ours else ''}."
     return ApiError(400, kind if ours else "invalid_value", message, param=field)

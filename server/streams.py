@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,15 +23,19 @@ import msgspec
 from engine import wire
 from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
+from server.clips import Clips
 from server.config import Config
-from server.errors import ApiError, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.errors import ApiError, busy, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
 from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
 from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
+from server.media.tape import FilmFormat, Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
+from server.recorder import Recorder, Recording
 from server.session import Event, Session, State
+from server.store import Store
 
 logger = logging.getLogger("livereel.streams")
 
@@ -82,6 +87,8 @@ class Stream:
     viewers: set[Viewer] = field(default_factory=set)
     broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
     """What the viewers of each codec are served from."""
+    tapes: set[Tape] = field(default_factory=set)
+    """Of the recordings that run."""
     steers: dict[int, _Steer] = field(default_factory=dict)
     """By event number: those that are not on screen yet."""
     next_event: int = 1
@@ -100,6 +107,11 @@ class Stream:
     def watching(self) -> int:
         """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
         return sum(viewer.format != "events" for viewer in self.viewers)
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody watches or listens, or it is recorded."""
+        return bool(self.viewers or self.tapes)
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
@@ -139,6 +151,9 @@ class Streams:
         self._config = config
         self._backend = backend
         self._metrics = metrics
+        self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
+        self.clips = Clips(backend, self._store, metrics)
+        self.recorder = Recorder(self._store, metrics)
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._models: dict[str, wire.ModelInfo] = {}
@@ -156,8 +171,15 @@ class Streams:
         self._failure = ""
         self._settled = asyncio.Event()
 
+    def open_data(self) -> None:
+        """Take hold of the folder of clips and recordings. Raises OSError when that cannot be."""
+        self._store.open()
+
     async def start(self) -> None:
-        """Bring the backend up, without waiting for it."""
+        """Bring the backend up, without waiting for it. Raises OSError as `open_data` does."""
+        self.open_data()
+        self.clips.load()
+        self.recorder.load()
         await self._backend.start(self._on_engine)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
 
@@ -173,6 +195,9 @@ class Streams:
         self._housekeeper = None
         await self._backend.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.clips.stop()
+        await self.recorder.stop()
+        self._store.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def engine_came_up(self) -> bool:
@@ -183,6 +208,7 @@ class Streams:
     def drain(self, seconds: float) -> None:
         """Take no new stream, end those that wait, and tell the others' viewers how long they may still play."""
         self._draining = True
+        self.clips.drain()
         for stream in list(self._streams.values()):
             if stream.session.state is State.QUEUED:
                 self._end(stream, SHUTTING_DOWN)
@@ -191,12 +217,13 @@ class Streams:
 
     @property
     def playing(self) -> bool:
-        """Whether a stream is not over yet."""
-        return any(not stream.session.state.over for stream in self._streams.values())
+        """Whether a stream is not over yet, or a clip is being made."""
+        return self.clips.recording or any(not stream.session.state.over for stream in self._streams.values())
 
     def end(self) -> None:
         """End what `drain` let play: viewers hear it before their sockets close."""
         self._forget_loras()
+        self.clips.end()
         for stream in list(self._streams.values()):
             if not stream.session.state.over:
                 self._end(stream, SHUTTING_DOWN)
@@ -220,13 +247,22 @@ class Streams:
         health = self._backend.health()
         return health.ready, health.reason
 
-    def info(self, model: str | None) -> wire.ModelInfo:
-        """What the engine says of a model, which it must be up for."""
+    def info(self, model: str | None, param: str = "image") -> wire.ModelInfo:
+        """What the engine says of a model, which it must be up for; `param` is the field that asks."""
         name = self._named(model)
         if name not in self._models:
-            message = "The engine is still starting, and a picture is cut to its model's size: try again soon."
-            raise ApiError(503, "engine_starting", message, param="image", headers={"Retry-After": "5"})
+            message = f"The engine is still starting, and only then is known what size `{param}` gets: try again soon."
+            raise ApiError(503, "engine_starting", message, param=param, headers={"Retry-After": "5"})
         return self._models[name]
+
+    def check_open(self) -> None:
+        """Raises `ApiError` unless something new can be begun, now or when the engine is up."""
+        if self._draining:
+            message = "The server is shutting down: try another one."
+            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+        if self._failure:
+            message = f"No stream can start: {self._failure}."
+            raise ApiError(503, "engine_failed", message, headers={"Retry-After": "60"})
 
     def _named(self, model: str | None) -> str:
         model = self._config.model if model is None else model
@@ -250,14 +286,8 @@ class Streams:
 
         Owners share the engine fairly, and each key says how many streams its owner may have at once.
         """
-        if self._draining:
-            message = "The server is shutting down: try another one."
-            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+        self.check_open()
         model = self._named(model)
-        if self._failure:
-            raise ApiError(
-                503, "engine_failed", f"No stream can start: {self._failure}.", headers={"Retry-After": "60"}
-            )
         now = time.monotonic()
         session = Session(
             id=f"st_{secrets.token_hex(12)}",
@@ -274,12 +304,11 @@ class Streams:
             stream.owner, stream.key = owner, key.serial
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit, priority=priority):
             self._metrics.refused.inc()
-            headers = {"Retry-After": str(refusal.retry_after)}
             if isinstance(refusal, admission.OverLimit):
                 message = f"This key may have {refusal.limit} streams at once: end one first."
+                headers = {"Retry-After": str(refusal.retry_after)}
                 raise ApiError(429, "stream_limit", message, headers=headers)
-            message = f"Every place is taken and the queue is full: try again in {refusal.retry_after} s."
-            raise ApiError(429, "queue_full", message, headers=headers)
+            raise busy(refusal.retry_after)
         self._streams[session.id] = stream
         if info := self._models.get(model):
             self._shape(stream, info)
@@ -297,15 +326,16 @@ class Streams:
         return stream
 
     def owner(self, id: str) -> str | None:
-        """Whose the stream is; None also when there is none."""
+        """Whose the stream, clip or recording is; None also when there is none."""
         stream = self._streams.get(id)
-        return stream.owner if stream else None
+        return stream.owner if stream else self.clips.owner(id) or self.recorder.owner(id)
 
     def keep_keys(self, serials: Container[int]) -> None:
         """End the streams of all other keys: these were taken away."""
         for stream in list(self._streams.values()):
             if stream.key is not None and stream.key not in serials and not stream.session.state.over:
                 self._end(stream, "revoked")
+        self.clips.keep_keys(serials)
 
     def all(self) -> list[Stream]:
         """Every stream that is kept, the oldest first."""
@@ -379,9 +409,38 @@ class Streams:
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
             broadcast.leave(viewer)
-            if not len(broadcast):
-                broadcast.close()
-                del stream.broadcasts[viewer.codec]
+            self._close_unused(stream, viewer.codec)
+
+    def _close_unused(self, stream: Stream, codec: Codec) -> None:
+        if not len(stream.broadcasts[codec]):
+            stream.broadcasts.pop(codec).close()
+
+    def record(self, stream: Stream, format: FilmFormat) -> Recording:
+        """Record the stream from now on, or from its first frame. Raises `ApiError`."""
+        session = stream.session
+        if session.state.over:
+            raise stream_ended(session.ended_reason)
+        if session.fps is None:
+            raise engine_unavailable()
+        recording, tape = self.recorder.begin(session.id, stream.owner, format, session.fps)
+        stream.tapes.add(tape)
+        tape.on_end = partial(self._unload, stream, tape)
+        self._load(stream, tape)
+        stream.wake.set()
+        return recording
+
+    def _load(self, stream: Stream, tape: Tape) -> None:
+        """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
+        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
+            broadcast.record(tape)
+
+    def _unload(self, stream: Stream, tape: Tape) -> None:
+        """The recording is over, or the stream. Safe to call again."""
+        stream.tapes.discard(tape)
+        stream.unwatched_since = time.monotonic()
+        if (broadcast := stream.broadcasts.get("h264")) is not None:
+            broadcast.stop_recording(tape)
+            self._close_unused(stream, "h264")
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
@@ -390,13 +449,18 @@ class Streams:
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        codec, last, fps = viewer.codec, stream.last, stream.session.fps
-        if codec is None or last is None or fps is None:
-            return
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec)) is not None:
+            broadcast.join(viewer)
+
+    def _broadcast(self, stream: Stream, codec: Codec) -> Broadcast | None:
+        """The stream's encoder of this codec, from the first frame on."""
+        last, fps = stream.last, stream.session.fps
+        if last is None or fps is None:
+            return None
         if codec not in stream.broadcasts:
             kbps = self._config.bitrate_kbps
             stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
-        stream.broadcasts[codec].join(viewer)
+        return stream.broadcasts[codec]
 
     def viewer_too_slow(self) -> None:
         """Count a viewer that had to be disconnected."""
@@ -424,6 +488,8 @@ class Streams:
                 logger.error("engine fault %s: %s", event.code, event.message)
             case _:
                 stream = self._streams.get(event.stream or "")
+                if stream is None and event.stream:
+                    self.clips.on_message(event.stream, event, pixels)
                 if stream is None or stream.session.state.over or not stream.opened:
                     return  # sent before the engine heard that the stream is over
                 match event:
@@ -485,6 +551,7 @@ class Streams:
                     self._publish(stream, [session.event("engine.restarted", time.time(), generation=generation)])
                 self._open(stream)
         self._admit()
+        self.clips.on_ready(ready.models)
         self._settled.set()
 
     def _on_lost(self, lost: Lost) -> None:
@@ -506,6 +573,7 @@ class Streams:
                     "error", time.time(), code="engine_restarted", message=message, retryable=True
                 )
                 self._publish(stream, [event])
+        self.clips.on_lost(lost)
         if not lost.retrying:
             self._settled.set()
 
@@ -692,6 +760,11 @@ class Streams:
         for viewer in list(stream.viewers):
             viewer.finish(_close_code(session))
             self.detach(stream, viewer)
+        if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)) is not None:
+            broadcast.finish()  # what is shown is encoded yet, and then its recordings end
+        for tape in list(stream.tapes):
+            if tape.format == "webm" or stream.last is None:
+                tape.finish("stream_ended")
         for steer in stream.steers.values():
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
@@ -717,7 +790,11 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = playback.tick(time.monotonic(), watched=stream.watching > 0) if playback else pacing.Wait(None)
+                action = (
+                    playback.tick(time.monotonic(), watched=stream.watching > 0 or bool(stream.tapes))
+                    if playback
+                    else pacing.Wait(None)
+                )
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -745,8 +822,13 @@ class Streams:
         if first:
             for viewer in stream.viewers:
                 self._tune_in(stream, viewer)
+            for tape in stream.tapes:
+                self._load(stream, tape)
         for broadcast in stream.broadcasts.values():
             broadcast.show(frame, stream.clock)
+        for tape in list(stream.tapes):
+            if tape.format == "webm":
+                tape.take(frame)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
         packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
@@ -819,7 +901,7 @@ class Streams:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             now, ts, idle = time.monotonic(), time.time(), self._config.idle_timeout_s
             for stream in list(self._streams.values()):
-                if not stream.session.state.over and not stream.viewers and 0 < idle < now - stream.unwatched_since:
+                if not stream.session.state.over and not stream.wanted and 0 < idle < now - stream.unwatched_since:
                     self._end(stream, "idle")
             ended = [stream for stream in self._streams.values() if stream.session.state.over]
             for stream in ended[: max(0, len(ended) - MAX_RECORDS)]:
@@ -828,9 +910,13 @@ class Streams:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
             self._tell_places()
+            self.clips.expire(ts)
+            self.recorder.keep_house(ts)
+            await asyncio.to_thread(self._store.measure)
 
     def count(self) -> None:
         """Bring the gauges up to date."""
+        self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server.auth import FORBIDDEN, UNAUTHENTICATED
 from server.errors import ApiError
-from server.http import streams_of, ws_url
+from server.http import ABORT, streams_of, ws_url
 from server.media.viewer import Viewer, Watching
 from server.streams import Streams
 
@@ -24,9 +24,6 @@ SEND_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 MAX_MESSAGES, MESSAGES_SECONDS = 100, 10.0
 """A viewer has nothing to say; more messages than this within this many seconds are an attack or a bug."""
-
-ABORT = "livereel.abort"
-"""ASGI extension of our own server (see `server.connections`): drops the connection without waiting for the peer."""
 
 
 async def watch(websocket: WebSocket) -> None:

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import attention as reference
+from engine.timing import milliseconds
 
 FP8 = torch.float8_e4m3fn
 MODES = ("bf16 dense", "bf16 sparse", "fp8 dense", "fp8 sparse")
@@ -99,44 +100,6 @@ def call(mode: str, x: Inputs, index: Tensor | None, config: Any = None) -> Tens
 def random_lists(batch: int, heads: int, queries: int, keys: int, count: int, device: str) -> Tensor:
     scores = torch.rand(batch, heads, (queries + 127) // 128, (keys + 127) // 128, device=device)
     return scores.topk(count, -1).indices.sort(-1, descending=True).values.int().contiguous()
-
-
-def milliseconds(work: Sequence[Callable[[], Any]], device: str, seconds: float = 0.4) -> float:
-    """Median time of one call, over the sets of inputs in turn."""
-    if device == "cpu":
-        start = time.perf_counter()
-        work[0]()
-        return (time.perf_counter() - start) * 1e3
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for f in work:
-            f()
-            f()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for f in work:
-            f()
-    graph.replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    each = max(time.perf_counter() - start, 1e-5)
-    # enough replays between two events that a launch does not show
-    group = max(1, round(2e-3 / each))
-    for _ in range(max(3, math.ceil(0.5 / each))):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(8, math.ceil(seconds / each / group)))]
-    for mark in marks:
-        mark.record()
-        for _ in range(group):
-            graph.replay()
-    last = torch.cuda.Event(enable_timing=True)
-    last.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise([*marks, last]))
-    return times[len(times) // 2] / group / len(work)
 
 
 def candidates(mode: str) -> Iterator[Any]:

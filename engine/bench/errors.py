@@ -21,6 +21,8 @@ from engine.config import PRESETS, Preset
 from engine.ops.linear import fp8_rows_supported
 from engine.pipeline import Pipeline
 from engine.transforms.accelerate import Speed, accelerate
+from engine.transforms.calibrate import calibrate
+from engine.transforms.low_bit import ROLES
 
 PROMPT = "a shiny red cube bouncing on grass at sunset with a small blue ball to the left, orbiting camera"
 
@@ -34,7 +36,17 @@ def variants(device: torch.device) -> Iterator[tuple[str, Speed]]:
     yield "as it is written", Speed()
     yield "fused", fused
     yield "fp8 projections", replace(fused, low_bit="fp8")
+    yield "fp8, fixed scales", replace(fused, low_bit="fp8", fixed_scales=True)
+    yield "fp8-tensor", replace(fused, low_bit="fp8-tensor")
+    yield "fp8-tensor, fixed scales", replace(fused, low_bit="fp8-tensor", fixed_scales=True)
     yield "int8 projections", replace(fused, low_bit="int8")
+    yield "int8, fixed scales", replace(fused, low_bit="int8", fixed_scales=True)
+    yield "mxfp8", replace(fused, low_bit="mxfp8")
+    yield "nvfp4", replace(fused, low_bit="nvfp4")
+    yield "fp8 weights alone", replace(fused, low_bit="fp8-weights")
+    yield "int8 weights alone", replace(fused, low_bit="int8-weights")
+    yield "2:4 weights", replace(fused, sparse_weights=frozenset(ROLES))
+    yield "2:4 weights, fp8", replace(fused, low_bit="fp8", sparse_weights=frozenset(ROLES))
     yield "float8 attention", replace(fused, float8_attention=True)
     yield "half of the past", replace(fused, keep=0.5)
     yield "a fifth of the past", replace(fused, keep=0.2)
@@ -70,7 +82,10 @@ def maker(preset: Preset, device: torch.device) -> Make:
         wan, decoder = random_model(preset, "light", device, torch.float32)
         wan.to(dtype)
         decoder.network.to(dtype)
-        return Pipeline(preset, NoWords(), text, accelerate(wan, decoder, preset, speed))
+        pipeline = Pipeline(preset, NoWords(), text, accelerate(wan, decoder, preset, speed))
+        if speed.fixed_scales:
+            calibrate(pipeline.served, preset, [pipeline.encode_prompt(PROMPT)])
+        return pipeline
 
     return make
 

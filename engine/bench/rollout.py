@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -27,10 +27,11 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
-from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, to_host
+from engine.stream.decoding import Beside, Decoder, FullDecoding, LightDecoding, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.calibrate import calibrate
 
 STAGES = ("steps", "decode", "copy", "context")
 
@@ -91,11 +92,15 @@ class Clock:
     marks: list[dict[str, tuple[torch.cuda.Event | float, torch.cuda.Event | float]]] = field(default_factory=list)
 
     def chunk(self) -> None:
-        self.marks.append({})
+        """A new one begins, and the one before ends."""
+        now = self._now()
+        if self.marks:
+            self.marks[-1]["chunk"] = self.marks[-1]["chunk"][0], now
+        self.marks.append({"chunk": (now, now)})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        before = self._now()
+        before = self.marks[-1].get(name, (self._now(), None))[0]
         yield
         self.marks[-1][name] = before, self._now()
 
@@ -142,35 +147,50 @@ def roll(
     speed: Speed,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    overlap: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, float], float]:
-    """Seconds of every stage of every chunk; memory in bytes; seconds to a new stream's first frames in the host."""
+    """Seconds of every stage of every chunk, and of the chunk, from its start to the next one's; memory in bytes;
+    seconds to a new stream's first frames in the host."""
     before = allocated(device)
     wan, decoder = random_model(preset, decoding, device, dtype)
-    served = accelerate(wan, decoder, preset, speed, kv_precision=precision)
+    served = accelerate(wan, decoder, preset, speed, kv_precision=precision, batch=batch)
     weights = allocated(device) - before
+    if speed.sparse_weights:
+        print(f"2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'none'}")
+    beside = Beside(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
-    text = torch.randn(1, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    text = torch.randn(batch, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    if speed.fixed_scales:
+        calibrate(served, preset, [text])
     context = model.encode_text(text)
-    rollout, clock = preset.rollout(), Clock(device)
-    memories: list[Tensor] | None = None
+    rollout, clock, seeds = preset.rollout(), Clock(device), range(batch)
+    memories: list[list[Tensor] | None] = [None] * batch
     early = 0
     for index in range(chunks):
         clock.chunk()
         with clock.stage("steps"):
-            latents = denoise_chunk(model, rollout, cache, context, [0], index)
-        with clock.stage("decode"):
-            frames, memories = decoder(latents, memories)
-        with clock.stage("copy"):
-            to_host(frames)
+            latents = denoise_chunk(model, rollout, cache, context, seeds, index)
+        with beside(latents) if overlap else nullcontext():
+            for row, part in enumerate(latents.split(1)):
+                with clock.stage("decode"):
+                    frames, memories[row] = decoder(part, memories[row])
+                with clock.stage("copy"):
+                    to_host(frames)
         with clock.stage("context"):
-            commit_chunk(model, rollout, cache, context, latents, [0], index, context_pass=speed.context_pass)
+            commit_chunk(model, rollout, cache, context, latents, seeds, index, context_pass=speed.context_pass)
         if index == 2 * preset.window // preset.chunk:
             early = allocated(device)
     synchronise(device)
-    memory = {"weights": weights, "kv cache": cache.bytes(), "decoder state": sum(x.nbytes for x in memories or [])}
+    memory = {
+        "weights": weights,
+        "kv cache": cache.bytes(),
+        "decoder state": sum(x.nbytes for row in memories for x in row or ()),
+    }
     if device.type == "cuda":
         memory |= {
             "peak": torch.cuda.max_memory_allocated(device),
@@ -179,8 +199,8 @@ def roll(
     cache.reset(0)
     synchronise(device)
     started = time.perf_counter()
-    latents = denoise_chunk(model, rollout, cache, context, [0], 0)
-    frames, _ = decoder(latents, None)
+    latents = denoise_chunk(model, rollout, cache, context, seeds, 0)
+    frames, _ = decoder(latents[:1], None)
     to_host(frames)
     synchronise(device)
     first = time.perf_counter() - started
@@ -189,7 +209,7 @@ def roll(
 
 def summary(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
     """Milliseconds: the median of each stage, and of whole chunks the median, the 95th percentile and the longest."""
-    whole = sorted(sum(stages.values()) for stages in seconds)
+    whole = sorted(stages["chunk"] for stages in seconds)
     figures = {name: 1e3 * median(stages[name] for stages in seconds) for name in STAGES}
     last = len(whole) - 1
     return figures | {"chunk": 1e3 * median(whole), "p95": 1e3 * whole[round(0.95 * last)], "max": 1e3 * whole[last]}
@@ -233,6 +253,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
+    parser.add_argument("--batch", type=int, default=1, help="streams whose chunks are made in one batch")
+    parser.add_argument("--in-turn", action="store_true", help="decode before the context pass, not beside it")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
     device = best_device()
@@ -243,25 +265,36 @@ def main() -> None:
         parser.error(f"--chunks must be at least {steady + 4} for this window")
 
     best = ceiling(device, dtype)
-    seconds, memory, opening = roll(preset, options.chunks, options.decoder, options.kv_cache, speed, device, dtype)
-    full = seconds[steady:]
+    seconds, memory, opening = roll(
+        preset,
+        options.chunks,
+        options.decoder,
+        options.kv_cache,
+        speed,
+        device,
+        dtype,
+        batch=options.batch,
+        overlap=not options.in_turn,
+    )
+    full = seconds[steady:-1]  # the last one's end is not known
     part = min(20, len(full) // 2)
     first, last = summary(full[:part]), summary(full[-part:])
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
-    print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder, {options.kv_cache} cache")
+    order = "before the context pass" if options.in_turn else "beside the context pass"
+    print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {options.kv_cache} cache")
     print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
-    print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames")
+    print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames, {options.batch} streams in a batch")
     for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))
     chunk = last["chunk"] / 1e3
     playback = preset.chunk_frames / preset.fps
     print(f"a new stream's first {preset.first_chunk_frames} frames are in host memory after {1e3 * opening:.0f} ms")
     tokens = preset.window * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
-    work = operations(preset, tokens)
+    work = options.batch * operations(preset, tokens)
     reached = work * len(preset.steps) / (last["steps"] / 1e3)
-    print(f"frames/s {preset.chunk_frames / chunk:.1f}, real-time factor {chunk / playback:.3f}")
+    print(f"frames/s {options.batch * preset.chunk_frames / chunk:.1f}, real-time factor {chunk / playback:.3f}")
     print(f"a forward is {work / 1e12:.3g} Tflop: {reached / 1e12:.3g} Tflop/s, {100 * reached / best:.0f} % of the")
     print(f"ceiling of {best / 1e12:.3g} Tflop/s (a large product, measured in this run)")
     print("memory, GiB: " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))

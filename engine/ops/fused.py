@@ -1,8 +1,8 @@
 """What stands between the matrix products of a transformer block, each a single pass over memory on a GPU.
 
 Every function runs its kernel (`engine.ops.triton.fused`) on a GPU and the plain form, below it, elsewhere: the same
-sums in float32, rounded once. Where a product in 8 bits follows, `into` names its format and the result comes
-quantised, row by row: a pass of its own for that would cost most of what the format gains.
+sums in float32, rounded once. Where a product in 8 bits follows, `into` names its format, and the scale if that is
+fixed, and the result comes quantised: a pass of its own for that would cost most of what the format gains.
 
 Shapes: R rows (tokens), D model width, G groups of R / G rows each (the frames, each with a modulation of its own).
 """
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.linear import LARGEST, Format, Rows8, quantise
+from engine.ops.linear import LARGEST, Into, Rows8, quantise
 from engine.ops.rope import rotate
 
 Activation = Tensor | Rows8
 
 
-def _into(x: Tensor, into: Format | None, dtype: torch.dtype) -> Activation:
+def _into(x: Tensor, into: Into | None, dtype: torch.dtype) -> Activation:
     return x.to(dtype) if into is None else quantise(x, into)
 
 
@@ -32,7 +32,7 @@ def add_norm(
     y: Tensor | None = None,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
-    into: Format | None = None,
+    into: Into | None = None,
 ) -> tuple[Tensor, Activation]:
     """The residual sum x' = x + gate (y + bias), and layer_norm(x') scale + shift.
 
@@ -61,7 +61,7 @@ def add_norm(
     return (x if y is None else total.to(x.dtype)), _into(out, into, x.dtype)
 
 
-def gelu(x: Tensor, bias: Tensor | None, into: Format | None = None) -> Activation:
+def gelu(x: Tensor, bias: Tensor | None, into: Into | None = None) -> Activation:
     """GELU (tanh form) of x + bias, [R, F]; bias [F]."""
     if x.is_cuda:
         from engine.ops.triton import fused
@@ -71,7 +71,7 @@ def gelu(x: Tensor, bias: Tensor | None, into: Format | None = None) -> Activati
     return _into(F.gelu(wide, approximate="tanh"), into, x.dtype)
 
 
-def to_rows8(x: Tensor, into: Format) -> Rows8:
+def to_rows8(x: Tensor, into: Into) -> Rows8:
     """`quantise` of [R, D]."""
     if x.is_cuda:
         from engine.ops.triton import fused
@@ -171,3 +171,15 @@ def store(x: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None = No
         return
     wide = x.float() if mean is None else x.float() - mean[:, None]
     out.copy_((wide / scale[:, None, :, None]).clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(out.dtype))
+
+
+def store_turned(
+    x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None = None, mean: Tensor | None = None
+) -> None:
+    """`store` of x rotated by angles float32 [S, head_dim / 2, 2]; all of [B, S, heads, head_dim]."""
+    if x.is_cuda:
+        from engine.ops.triton import fused
+
+        fused.store_turned(x, angles, out, scale, mean)
+        return
+    store(rotate(x, angles), out, scale, mean)

@@ -59,13 +59,14 @@ class FusedCache(KVCache):
         )
         self.keep = keep
         self.scales: list[Scales] | None = None
+        self._key_scales: Tensor | None = None
         if float8:
-            means = torch.zeros(layers, batch, heads, head_dim, device=device)
-            keys, values = (torch.ones(layers, batch, heads, device=device) for _ in range(2))
-            self.scales = [Scales(*layer) for layer in zip(means, keys, values, strict=True)]
+            self._key_means = torch.zeros(layers, batch, heads, head_dim, device=device)
+            self._key_scales, values = (torch.ones(layers, batch, heads, device=device) for _ in range(2))
+            self.scales = [Scales(*layer) for layer in zip(self._key_means, self._key_scales, values, strict=True)]
             # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
             tokens = -(-self.keys.data.shape[2] // 16) * 16
-            self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device).to(torch.float8_e4m3fn)
+            self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device, dtype=torch.float8_e4m3fn)
             self.values = Rows((layers, batch, 0, heads, head_dim), dtype, self.device, "exact")
         self._kernels = kernels(self.device)
         # there our kernel takes three quarters of the time of PyTorch's best (`docs/benchmarks.md`)
@@ -154,10 +155,11 @@ class FusedCache(KVCache):
             self.pooled[:, :, first:last] = self._kernels.pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
         super().advance()
 
-    def _write_sink(self, layer: int, keys: Tensor) -> None:
-        scales = None if self.scales is None else self.scales[layer]
-        span = self.keys.data[layer, :, : keys.shape[1]]
-        fused.store(keys, span, None if scales is None else scales.key, None if scales is None else scales.key_mean)
+    def _turn_sink(self, angles: Tensor) -> None:
+        raw = self.raw_sink.flatten(0, 1)
+        keys = self.keys.data[:, :, : raw.shape[1]].flatten(0, 1)
+        how = () if self._key_scales is None else (self._key_scales.flatten(0, 1), self._key_means.flatten(0, 1))
+        fused.store_turned(raw, angles, keys, *how)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         scales = [x for layer in self.scales or () for x in (layer.key_mean, layer.key, layer.value)]

@@ -182,12 +182,11 @@ class KVCache:
         if base == self._sink_base:
             return
         self._sink_base = base
-        angles = self._rotations(base, self.config.sink)
-        for layer, raw in enumerate(self.raw_sink):
-            self._write_sink(layer, rotate(raw, angles))
+        self._turn_sink(self._rotations(base, self.config.sink))
 
-    def _write_sink(self, layer: int, keys: Tensor) -> None:
-        self.keys.write(layer, slice(0, keys.shape[1]), keys)
+    def _turn_sink(self, angles: Tensor) -> None:
+        for layer, raw in enumerate(self.raw_sink):
+            self.keys.write(layer, slice(0, raw.shape[1]), rotate(raw, angles))
 
     def reset(self, start_frame: int | None = None) -> None:
         """Forget everything; the next chunk stands at `start_frame`, by default where it would have stood."""

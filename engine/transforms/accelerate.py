@@ -1,22 +1,26 @@
-"""From a loaded model to one that serves fast: every transform, in the one order that is legal."""
+"""From a loaded model to one that serves fast: every transform, in the one order that is legal.
+
+Sparse weights, low-bit, fused with sparse attention, compile, CUDA graphs; scales are calibrated on what comes out
+(`calibrate.py`).
+"""
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
 from engine.config import Preset
 from engine.models.dit import CausalWan
-from engine.ops.linear import Format
 from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
 from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import Transformer
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Policy
+from engine.transforms.low_bit import ROLES, Form, Held, Policy, Role
+from engine.transforms.sparse_weights import faster_roles, prune_weights
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Speed:
 
     fused: bool = False
     """The passes between matrix products fused, on a GPU by kernels; everything below needs it."""
-    low_bit: Format | None = None
-    """Projections of the blocks in 8 bits."""
+    low_bit: Form | None = None
+    """Projections of the blocks in fewer bits."""
     float8_attention: bool = False
     """Keys, values and queries in float8."""
     keep: float = 1.0
@@ -35,6 +39,11 @@ class Speed:
     """Forwards and decoding as CUDA graphs, the decoder compiled."""
     context_pass: bool = True
     """Without it, what the last denoising step wrote is what later chunks see."""
+    sparse_weights: frozenset[Role] | Literal["faster"] = frozenset()
+    """Projections whose weights are 2:4 sparse, or those that are faster so on this device; models should have been
+    trained for it."""
+    fixed_scales: bool = False
+    """Scales of the projections' inputs are found once, by `calibrate`, and not for every input."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -44,9 +53,15 @@ class Speed:
             "float8_attention": self.float8_attention,
             "keep": self.keep < 1,
             "graphs": self.graphs,
+            "sparse_weights": bool(self.sparse_weights),
+            "fixed_scales": self.fixed_scales,
         }
         if not self.fused and (asked := [name for name, used in needs.items() if used]):
             raise ValueError(f"{', '.join(asked)} can only be used together with the fused model")
+        if self.sparse_weights:
+            Held(self.low_bit, sparse=True)
+        if self.fixed_scales and (self.low_bit is None or not Held(self.low_bit).scales_inputs):
+            raise ValueError(f"fixed_scales need low_bit to round inputs by a scale, got low_bit {self.low_bit}")
 
 
 def fastest_exact(device: torch.device) -> Speed:
@@ -61,7 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "speed", "What costs no exactness is done by itself on a GPU: kernels and graphs. The rest is asked for."
     )
     group.add_argument("--plain", action="store_true", help="the model as it is written")
-    group.add_argument("--low-bit", choices=get_args(Format), help="the transformer's projections in 8 bits")
+    group.add_argument("--low-bit", choices=get_args(Form), help="the transformer's projections in fewer bits")
+    group.add_argument(
+        "--fixed-scales", action="store_true", help="with --low-bit: scales of inputs from a calibration at the start"
+    )
+    group.add_argument(
+        "--sparse-weights",
+        nargs="*",
+        choices=ROLES,
+        metavar="ROLE",
+        help=f"projections with 2:4 sparse weights, of {', '.join(ROLES)} (default: those that this device speeds up)",
+    )
     group.add_argument("--float8-attention", action="store_true", help="keys, values and queries in float8")
     group.add_argument(
         "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
@@ -72,7 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
     """Raises ValueError where the options contradict each other or the device."""
     exact = Speed() if options.plain else fastest_exact(device)
-    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1
+    if device.type == "cuda" and options.low_bit in ("fp8", "fp8-tensor"):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(f"{options.low_bit} needs compute capability 8.9, this GPU has {capability}: use int8")
+    wanted = options.sparse_weights
+    sparse: frozenset[Role] | Literal["faster"] = frozenset(wanted or ()) if wanted or wanted is None else "faster"
+    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1 or bool(sparse)
     return Speed(
         fused=exact.fused or (coarse and not options.plain),
         low_bit=options.low_bit,
@@ -80,6 +111,8 @@ def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
         keep=options.keep,
         graphs=exact.graphs,
         context_pass=not options.no_context_pass,
+        sparse_weights=sparse,
+        fixed_scales=options.fixed_scales,
     )
 
 
@@ -95,6 +128,8 @@ class Served:
     new_cache: Callable[[], KVCache]
     """Makes a cache for `dit`."""
     context_pass: bool = True
+    policy: Policy = field(default_factory=Policy)
+    """How the projections are held."""
 
 
 def accelerate(
@@ -107,7 +142,7 @@ def accelerate(
     keep_on_host: bool = False,
     batch: int = 1,
 ) -> Served:
-    """Apply `speed`. The model's weights may move: see `FusedWan`.
+    """Apply `speed`. The model's weights may move, see `FusedWan`, and are pruned where they are to be sparse.
 
     Raises:
         ValueError: CUDA graphs without a GPU, or two ways of keeping the cache at once.
@@ -145,8 +180,15 @@ def accelerate(
             keep=speed.keep,
         )
 
-    fused = FusedWan(wan, Policy(speed.low_bit), keep_on_host=keep_on_host)
+    sparse = speed.sparse_weights
+    if sparse == "faster":
+        cache = preset.cache()
+        rows = batch * cache.chunk * cache.rows * cache.columns
+        sparse = faster_roles(config, rows, speed.low_bit, device, dtype, fixed=speed.fixed_scales)
+    policy = Policy(speed.low_bit, sparse=sparse)
+    prune_weights(wan, policy)
+    fused = FusedWan(wan, policy, keep_on_host=keep_on_host)
     if not speed.graphs:
-        return Served(wan, fused, decoder, new_fused_cache, speed.context_pass)
+        return Served(wan, fused, decoder, new_fused_cache, speed.context_pass, policy)
     decoder.network.compile(dynamic=False)
-    return Served(wan, GraphedWan(fused), GraphedDecoder(decoder), new_fused_cache, speed.context_pass)
+    return Served(wan, GraphedWan(fused), GraphedDecoder(decoder), new_fused_cache, speed.context_pass, policy)

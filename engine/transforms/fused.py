@@ -15,7 +15,7 @@ from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
 from engine.ops.attention import attention
 from engine.ops.fused import add_norm, gelu, rms_norm
 from engine.stream.fused_cache import FusedCache
-from engine.transforms.low_bit import Policy, Projection
+from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
 class FusedBlock:
@@ -23,13 +23,10 @@ class FusedBlock:
 
     def __init__(self, block: Block, index: int, policy: Policy) -> None:
         own, cross = block.self_attn, block.cross_attn
-        up, down = cast(nn.Linear, block.ffn[0]), cast(nn.Linear, block.ffn[2])
-        self.qkv = Projection([own.q, own.k, own.v], policy.of(index, "qkv"))
-        self.o = Projection([own.o], policy.of(index, "o"))
-        self.cross_q = Projection([cross.q], policy.of(index, "cross_q"))
-        self.cross_o = Projection([cross.o], policy.of(index, "cross_o"))
-        self.up = Projection([up], policy.of(index, "up"))
-        self.down = Projection([down], policy.of(index, "down"))
+        made = {role: Projection(layers, policy.of(index, role)) for role, layers in layers_of(block).items()}
+        self.qkv, self.o = made["qkv"], made["o"]
+        self.cross_q, self.cross_o = made["cross_q"], made["cross_o"]
+        self.up, self.down = made["up"], made["down"]
         self.norm_q, self.norm_k = own.norm_q.weight, own.norm_k.weight
         self.cross_norm = cross.norm_q.weight
         self.text_norm = block.norm3
@@ -94,7 +91,7 @@ class FusedWan(nn.Module):
         gate: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(1)
-            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.format)
+            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.into)
             qkv = block.qkv(h).unflatten(0, (batch, -1))
             own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
             y = block.o(own.flatten(0, 1).flatten(1))
@@ -106,18 +103,18 @@ class FusedWan(nn.Module):
                 y=y,
                 bias=block.o.bias,
                 gate=gate1,
-                into=block.cross_q.format,
+                into=block.cross_q.into,
             )
             q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
             text_k, text_v = text.layers[layer]
             seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
             y = block.cross_o(seen.reshape(len(residual), -1))
-            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.format)
-            if block.up.format is None and block.down.format is None:
+            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
+            if isinstance(block.up.weight, Tensor) and block.down.into is None:
                 assert isinstance(h, Tensor)
                 y = block.down(block.up.gelu(h))
             else:
-                y = block.down(gelu(block.up(h), block.up.bias, block.down.format))
+                y = block.down(gelu(block.up(h), block.up.bias, block.down.into))
             bias, gate = block.down.bias, gate2
         shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
         _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)

@@ -1,50 +1,148 @@
-"""The projections of a transformer block in 8 bits, or as they are: which is data, see `Policy`."""
+"""The projections of a transformer block in fewer bits, or 2:4 sparse, or as they are: which is data, see `Policy`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.models.dit import Block
+from engine.ops.blocks import E2M1, Blocks, blocks_fault, linear_blocks, quantise_blocks
 from engine.ops.fused import Activation, to_rows8
-from engine.ops.linear import Format, Rows8, linear8, quantise
+from engine.ops.linear import (
+    LARGEST,
+    Fixed,
+    Format,
+    Into,
+    Rows8,
+    fp8_fault,
+    linear8,
+    linear_weights8,
+    one_scale,
+    quantise,
+)
+from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_fault
 
 Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
-ROLES: tuple[Role, ...] = ("qkv", "o", "cross_q", "cross_o", "up", "down")
+ROLES: tuple[Role, ...] = get_args(Role)
+
+Form = Literal["fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights"]
+"""Both operands with a scale a row (fp8, int8), one for each matrix (fp8-tensor), in blocks (mxfp8, nvfp4); or the
+weights alone, with a scale a row."""
+Weight = Tensor | Rows8 | Sparse24 | Blocks
+HEADROOM: dict[Format, float] = {"fp8": 4.0, "int8": 1.25}
+"""What a fixed scale leaves above the largest magnitude seen. Float8 rounds in proportion, so room costs it nothing."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the weights of a projection are kept.
+
+    Raises:
+        ValueError: there are no sparse products in this form.
+    """
+
+    form: Form | None = None
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sparse and self.form not in (None, "fp8"):
+            raise ValueError(f"2:4 sparse weights are multiplied as they are or in fp8, not in {self.form}")
+
+    @property
+    def rows(self) -> Format | None:
+        """The format of the other operand, where that is in 8 bits."""
+        match self.form:
+            case "fp8" | "fp8-tensor":
+                return "fp8"
+            case "int8":
+                return "int8"
+            case _:
+                return None
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether there is a scale of inputs that could be fixed."""
+        return self.rows is not None or self.form == "nvfp4"
+
+
+def fault_of(held: Held, device: torch.device) -> str | None:
+    """Why this device has no product of its own for this form, so that it is emulated; None if it has."""
+    if held.sparse:
+        return sparse_fault(device, fp8=held.form is not None)
+    match held.form:
+        case "fp8":
+            return fp8_fault(device, "rows") and fp8_fault(device, "tensor")
+        case "fp8-tensor":
+            return fp8_fault(device, "tensor")
+        case "mxfp8" | "nvfp4" as form:
+            return blocks_fault(device, form)
+        case _:
+            return None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is in 8 bits. Everything outside the blocks stays as it is: it is small, and errors there reach all.
+    """What is in fewer bits, and what is sparse. Everything outside the blocks stays as it is: it is small, and errors
+    there reach all.
 
     `exact` names the roles that stay as they are in every block, `exact_blocks` whole blocks.
     """
 
-    format: Format | None = None
+    form: Form | None = None
     exact: frozenset[Role] = field(default_factory=frozenset)
     exact_blocks: frozenset[int] = field(default_factory=frozenset)
+    sparse: frozenset[Role] = field(default_factory=frozenset)
 
-    def of(self, block: int, role: Role) -> Format | None:
-        return None if role in self.exact or block in self.exact_blocks else self.format
+    def of(self, block: int, role: Role) -> Held:
+        if role in self.exact or block in self.exact_blocks:
+            return Held()
+        return Held(self.form, role in self.sparse)
+
+
+def layers_of(block: Block) -> dict[Role, list[nn.Linear]]:
+    """The linear layers of each role, which read the same input and are joined."""
+    own, cross = block.self_attn, block.cross_attn
+    return {
+        "qkv": [own.q, own.k, own.v],
+        "o": [own.o],
+        "cross_q": [cross.q],
+        "cross_o": [cross.o],
+        "up": [cast(nn.Linear, block.ffn[0])],
+        "down": [cast(nn.Linear, block.ffn[2])],
+    }
 
 
 class Projection:
     """One or more linear layers over the same input, side by side, without their bias.
 
     As they are, the layers' weights become views of the joint one, so nothing is held twice and a change of theirs (a
-    LoRA) is a change here. In 8 bits the joint weight is a copy: `refresh` makes it again.
+    LoRA) is a change here. In any other way the joint weight is a copy: `refresh` makes it again.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], to: Format | None) -> None:
-        self._layers, self.format = layers, to
+    def __init__(self, layers: Sequence[nn.Linear], held: Held | None = None) -> None:
+        self._layers, self.held = layers, held or Held()
         self.bias: Tensor | None = self._join([x.bias for x in layers]) if layers[0].bias is not None else None
-        self.weight: Tensor | Rows8
-        if to is None:
+        self.weight: Weight
+        if self.held == Held():
             self.weight = self._join([x.weight for x in layers])
         else:
-            self.weight = quantise(torch.cat([x.weight.detach() for x in layers]), to)
+            self.weight = self._make(torch.cat([x.weight.detach() for x in layers]))
+        self.scale: Tensor | None = None
+        """Of the input, float32 [1], where it was calibrated; without it each input's own is looked for."""
+        self._seen: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, held: Held, bias: Tensor | None = None) -> "Projection":
+        """A weight [N, K] by itself, which is taken over."""
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return cls([layer], held)
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -54,29 +152,90 @@ class Projection:
             part.data = view
         return joint
 
+    def _make(self, weight: Tensor) -> Weight:
+        if self.held.sparse:
+            return compress(prune(weight), self.held.form is not None)
+        match self.held.form:
+            case "fp8" | "fp8-weights":
+                return quantise(weight, "fp8")
+            case "int8" | "int8-weights":
+                return quantise(weight, "int8")
+            case "fp8-tensor":
+                return quantise(weight, one_scale(weight, "fp8"))
+            case "mxfp8" | "nvfp4" as form:
+                return quantise_blocks(weight, form)
+            case None:
+                return weight
+
     def release(self, *, keep_on_host: bool) -> None:
-        """Give back the layers' own memory on the device, now that the copy in 8 bits serves."""
-        if self.format is None:
+        """Give back the layers' own memory on the device, now that the copy serves."""
+        if self.held == Held():
             return
         for layer in self._layers:
             moved = layer.weight.detach().to("cpu" if keep_on_host else "meta")
             layer.weight = nn.Parameter(moved, requires_grad=False)
 
     def refresh(self) -> None:
-        """Take the layers' changed weights over, in place."""
-        if isinstance(self.weight, Rows8):
-            device = self.weight.data.device
-            fresh = quantise(torch.cat([x.weight.detach().to(device) for x in self._layers]), self.format or "fp8")
-            self.weight.data.copy_(fresh.data)
-            self.weight.scale.copy_(fresh.scale)
+        """Take the layers' changed weights over, in place. Sparse ones are pruned anew."""
+        if self.held == Held():
+            return
+        old = tensors(self.weight)
+        fresh = self._make(torch.cat([x.weight.detach().to(old[0].device) for x in self._layers]))
+        for mine, new in zip(old, tensors(fresh), strict=True):
+            mine.copy_(new)
+
+    @property
+    def into(self) -> Into | None:
+        """What the kernel that makes the input is to round it to, so that no other pass has to."""
+        form = self.held.rows
+        if form is None or self._seen is not None:
+            return None
+        if self.scale is not None:
+            return Fixed(form, self.scale)
+        return None if self.held.form == "fp8-tensor" else form
+
+    def watch(self) -> None:
+        """From now on note the largest magnitude of the input, until `settle`."""
+        if self.held.scales_inputs:
+            self._seen = torch.zeros(1, device=tensors(self.weight)[0].device)
+
+    def settle(self) -> None:
+        """Fix the input's scale by what was seen; where nothing was, each input's own is looked for as before."""
+        seen, self._seen = self._seen, None
+        if seen is None or not float(seen):
+            return
+        form = self.held.rows
+        if form is not None:
+            self.scale = seen * (HEADROOM[form] / LARGEST[form])
+        else:
+            self.scale = seen * (HEADROOM["fp8"] / (LARGEST["fp8"] * E2M1[-1]))
 
     def __call__(self, x: Activation) -> Tensor:
-        """x [..., K] -> [..., N], in the dtype of the activations. In 8 bits x is best given quantised already."""
-        if isinstance(self.weight, Tensor):
+        """x [R, K] -> [R, N], in the dtype of the activations. It is best given as `into` says."""
+        weight = self.weight
+        if self._seen is not None:
             assert isinstance(x, Tensor)
-            return F.linear(x, self.weight)
-        rows = x if isinstance(x, Rows8) else to_rows8(x, self.weight.format)
-        return linear8(rows, self.weight, None, self.dtype)
+            torch.maximum(self._seen, x.abs().amax().float(), out=self._seen)
+        if isinstance(weight, Sparse24):
+            return linear_sparse(x if self.held.form is None else self.rounded(x), weight, self.dtype)
+        if isinstance(weight, Rows8) and self.held.rows is not None:
+            return linear8(self.rounded(x), weight, None, self.dtype)
+        assert isinstance(x, Tensor)
+        if isinstance(weight, Rows8):
+            return linear_weights8(x, weight)
+        if isinstance(weight, Blocks):
+            return linear_blocks(quantise_blocks(x, weight.format, self._block_scale()), weight, self.dtype)
+        return F.linear(x, weight)
+
+    def _block_scale(self) -> Tensor | None:
+        return self.scale if self.held.form == "nvfp4" else None
+
+    def rounded(self, x: Activation) -> Rows8:
+        """The input in 8 bits, where it is not yet: a pass over it, or two where its one scale has to be found."""
+        if isinstance(x, Rows8):
+            return x
+        form = cast(Format, self.held.rows)
+        return to_rows8(x, self.into or (one_scale(x, form) if self.held.form == "fp8-tensor" else form))
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of the product plus the bias: the library's own epilogue where there is one."""
@@ -90,14 +249,12 @@ class Projection:
         return self._layers[0].weight.dtype
 
 
+def tensors(weight: Weight) -> list[Tensor]:
+    """What a weight consists of."""
+    parts: Iterable[object] = (weight,) if isinstance(weight, Tensor) else vars(weight).values()
+    return [x for x in parts if isinstance(x, Tensor)]
+
+
 def bytes_of(projections: Mapping[str, Projection]) -> int:
     """Device memory of the weights of these projections."""
-    total = 0
-    for projection in projections.values():
-        parts = (
-            (projection.weight.data, projection.weight.scale)
-            if isinstance(projection.weight, Rows8)
-            else (projection.weight,)
-        )
-        total += sum(x.nbytes for x in parts)
-    return total
+    return sum(x.nbytes for projection in projections.values() for x in tensors(projection.weight))

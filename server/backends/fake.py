@@ -139,7 +139,7 @@ class FakeBackend:
 
     def _pick(self) -> _Stream | None:
         runnable = [stream for stream in self._streams.values() if stream.chunk < stream.limit]
-        return min(runnable, key=lambda stream: stream.due_at, default=None)
+        return min(runnable, key=lambda stream: (stream.opened.background, stream.due_at), default=None)
 
     async def _step(self, stream: _Stream) -> None:
         name = stream.opened.stream

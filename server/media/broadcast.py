@@ -16,6 +16,7 @@ from engine.wire import CLOCK_RATE
 from server.media import fmp4
 from server.media.codecs import Codec, Coded, VideoEncoder
 from server.media.packets import Frame, fmp4_packet
+from server.media.tape import Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
 
@@ -29,6 +30,8 @@ KEY_WAIT_SECONDS = 0.2
 """How long who asked for a keyframe waits for the next frame, before the picture on screen becomes one."""
 MAX_PENDING = 2
 """Frames waiting for the encoder. One that cannot keep up skips frames, and delays none."""
+MAX_PENDING_RECORDED = 64
+"""While a recording wants every frame, viewers rather get them late, up to some seconds."""
 
 
 class Broadcast:
@@ -39,10 +42,12 @@ class Broadcast:
         self._fps = fps
         self._metrics = metrics
         self._viewers: set[Viewer] = set()
+        self._tapes: set[Tape] = set()
         self._last, self._clock, self._media = last, clock - 1, -1
         self._shown_at = time.monotonic()
         self._pending: deque[tuple[Frame, int]] = deque()
         self._wake = asyncio.Event()
+        self._ending = False
         self._key_wanted = True
         self._key_at = -KEY_SECONDS
         self._head = b""
@@ -52,7 +57,7 @@ class Broadcast:
         self._task = asyncio.create_task(self._run(), name=f"broadcast {codec}")
 
     def __len__(self) -> int:
-        return len(self._viewers)
+        return len(self._viewers) + len(self._tapes)
 
     def join(self, viewer: Viewer) -> None:
         """A viewer more, who starts with a keyframe."""
@@ -63,6 +68,15 @@ class Broadcast:
         """A viewer less. Safe to call again."""
         self._viewers.discard(viewer)
 
+    def record(self, tape: Tape) -> None:
+        """A recording more: it gets every frame from the next keyframe on."""
+        self._tapes.add(tape)
+        self.request_key()
+
+    def stop_recording(self, tape: Tape) -> None:
+        """The recording gets nothing more. Safe to call again."""
+        self._tapes.discard(tape)
+
     def request_key(self) -> None:
         """Somebody can show nothing before the next keyframe."""
         self._key_wanted = True
@@ -70,10 +84,15 @@ class Broadcast:
 
     def show(self, frame: Frame, clock: int) -> None:
         """The frame is due, at `clock` on the playback clock in 1/90000 s. Returns at once."""
-        if len(self._pending) == MAX_PENDING:
+        if len(self._pending) >= (MAX_PENDING_RECORDED if self._tapes else MAX_PENDING):
             self._pending.popleft()
             self._metrics.frames_dropped.labels("slow_encoder").inc()
         self._pending.append((frame, clock))
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Nothing more is shown: encode what waits, tell the recordings, and close."""
+        self._ending = True
         self._wake.set()
 
     def close(self) -> None:
@@ -83,10 +102,14 @@ class Broadcast:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        repeated = False
         try:
-            while True:
-                frame, clock = await self._next()
+            while (item := await self._next()) is not None:
+                frame, clock = item
+                before, repeated = repeated, frame is self._last and self._media >= 0
                 key = self._key_wanted and time.monotonic() - self._key_at >= KEY_SECONDS
+                # Recordings leave repetitions out, so nothing that follows may build on one.
+                key = key or bool(self._tapes and before and not repeated)
                 if key:
                     self._key_wanted = False
                 # The picture on screen, sent again, is later than itself.
@@ -96,15 +119,23 @@ class Broadcast:
                 coded = await loop.run_in_executor(self._executor, work)
                 self._metrics.encode_seconds.labels(self._codec).observe(time.monotonic() - self._shown_at)
                 if coded is not None:
-                    self._deliver(frame, coded)
+                    self._deliver(frame, coded, repeated=repeated)
+            for tape in list(self._tapes):
+                tape.finish("stream_ended")
+            self._executor.shutdown(wait=False)
         except Exception:
             logger.exception("the %s encoder failed", self._codec)
             for viewer in self._viewers:
                 viewer.finish(1011)
+            for tape in list(self._tapes):
+                tape.finish("failed")
 
-    async def _next(self) -> tuple[Frame, int]:
-        """The next frame that is due, or the one on screen once more when there has been none for a while."""
+    async def _next(self) -> tuple[Frame, int] | None:
+        """The next frame that is due, or the one on screen once more when there has been none for a while; None when
+        none is to come."""
         while not self._pending:
+            if self._ending:
+                return None
             self._wake.clear()
             again = self._shown_at + HOLD_SECONDS
             if self._key_wanted:
@@ -118,9 +149,14 @@ class Broadcast:
                     await self._wake.wait()
         return self._pending.popleft()
 
-    def _deliver(self, frame: Frame, coded: Coded) -> None:
+    def _deliver(self, frame: Frame, coded: Coded, *, repeated: bool) -> None:
         if coded.key:
             self._key_at = time.monotonic()
+        for tape in list(self._tapes):
+            if not repeated:
+                tape.take(frame, coded)
+            if tape.wants_key:
+                self.request_key()
         fragment = b""
         for viewer in self._viewers:
             if viewer.format != "fmp4":
@@ -142,5 +178,6 @@ class Broadcast:
             head = fmp4.init_segment(parameters[fmp4.SPS], parameters[fmp4.PPS], frame.width, frame.height)
             self._head = fmp4_packet(frame, frame.pts, head, head=True)
         self._fragments += 1
-        body = fmp4.fragment(self._fragments, units, self._media, CLOCK_RATE // self._fps, key=coded.key)
+        sample = fmp4.sample(units, CLOCK_RATE // self._fps, key=coded.key)
+        body = fmp4.fragment(self._fragments, self._media, [sample])
         return fmp4_packet(frame, self._media, body, key=coded.key)

@@ -38,10 +38,15 @@ class Coded:
 
 
 class VideoEncoder:
-    """RGB24 in, packets out. `kbps` is in kbit/s. To be used by one thread at a time."""
+    """RGB24 in, packets out. To be used by one thread at a time."""
 
-    def __init__(self, codec: Codec, width: int, height: int, fps: int, kbps: int) -> None:
-        self._context = _h264(fps, kbps) if codec == "h264" else _vp8(fps, kbps)
+    def __init__(self, codec: Codec, width: int, height: int, fps: int, kbps: int | None) -> None:
+        """`kbps` is in kbit/s; None, with H.264 only, is for a file: no line has to carry it while it is made."""
+        if codec == "vp8":
+            assert kbps is not None
+            self._context = _vp8(fps, kbps)
+        else:
+            self._context = _h264_file(fps) if kbps is None else _h264(fps, kbps)
         self._context.width, self._context.height = width, height
 
     def encode(self, rgb: memoryview, clock: int, *, key: bool) -> Coded | None:
@@ -49,19 +54,23 @@ class VideoEncoder:
 
         `clock` is its time in 1/90000 s, later than that of the frame before.
         """
-        width, height = self._context.width, self._context.height
-        frame = av.VideoFrame(width, height, "rgb24")
-        plane = frame.planes[0]
-        if padding := plane.line_size - 3 * width:
-            rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
-            plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
-        else:
-            plane.update(bytes(rgb))
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+        frame = picture(rgb, self._context.width, self._context.height)
         frame.pts, frame.time_base = clock, TIME_BASE
         frame.pict_type = PictureType.I if key else PictureType.NONE
         packets = self._context.encode(frame)
         return Coded(packets[0], packets[0].is_keyframe) if packets else None
+
+
+def picture(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
+    """A frame as encoders want it, YUV 4:2:0 from height x width x 3 bytes."""
+    frame = av.VideoFrame(width, height, "rgb24")
+    plane = frame.planes[0]
+    if padding := plane.line_size - 3 * width:
+        rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
+        plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
+    else:
+        plane.update(bytes(rgb))
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
 
 
 def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
@@ -92,6 +101,18 @@ def _h264(fps: int, kbps: int) -> VideoCodecContext:
     )
     # What every browser decodes and WebRTC offers: no B-frames, no CABAC.
     context.profile = "Baseline"
+    return _labelled(context)
+
+
+def _h264_file(fps: int) -> VideoCodecContext:
+    # Zero latency still: a frame that is handed over is in the file, for who reads along.
+    options = {"preset": "veryfast", "tune": "zerolatency", "crf": "17", "forced-idr": "1"}
+    context = _context("libx264", fps, options)
+    context.profile = "Main"
+    return _labelled(context)
+
+
+def _labelled(context: VideoCodecContext) -> VideoCodecContext:
     context.max_b_frames = 0
     context.colorspace = context.color_primaries = context.color_trc = BT601
     context.color_range = LIMITED_RANGE

@@ -1,10 +1,13 @@
-"""Fragmented MP4 of one H.264 track: an init segment, then one fragment per frame, each a function of its arguments.
+"""Fragmented MP4 of one H.264 track: an init segment, then fragments of one or more frames, each a function of its
+arguments; a file ends with an index of its keyframes.
 
 ISO/IEC 14496-12 for the boxes, 14496-15 for `avcC`, the byte stream format of Media Source Extensions for what a
 browser wants of both. Times are in 1/90000 s.
 """
 
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.wire import CLOCK_RATE
 
@@ -22,8 +25,13 @@ def nal_units(access_unit: bytes) -> list[bytes]:
     return [unit.rstrip(b"\0") for unit in access_unit.split(b"\0\0\1")[1:]]
 
 
-def init_segment(sps: bytes, pps: bytes, width: int, height: int) -> bytes:
-    """`ftyp` and `moov` for these parameter sets (NAL units without start codes)."""
+def init_segment(sps: bytes, pps: bytes, width: int, height: int, duration: int = 0) -> bytes:
+    """`ftyp` and `moov` for these parameter sets (NAL units without start codes).
+
+    Its length does not depend on `duration`, which is 0 while nobody knows it.
+    """
+    # 13 hours are the most that the older boxes can say; `mehd` says it in any case.
+    short = duration if duration < 1 << 32 else 0
     avcc = struct.pack("!5BBH", 1, sps[1], sps[2], sps[3], 0xFF, 0xE1, len(sps)) + sps
     avcc += struct.pack("!BH", 1, len(pps)) + pps
     avc1 = struct.pack("!6xH16xHHIII H32xHh", 1, width, height, 0x480000, 0x480000, 0, 1, 24, -1)
@@ -39,13 +47,13 @@ def init_segment(sps: bytes, pps: bytes, width: int, height: int) -> bytes:
     )
     dinf = _box("dinf", _full("dref", 0, 0, struct.pack("!I", 1), _full("url ", 0, 1)))
     minf = _box("minf", _full("vmhd", 0, 1, bytes(8)), dinf, stbl)
-    mdhd = _full("mdhd", 0, 0, struct.pack("!4IHH", 0, 0, CLOCK_RATE, 0, 0x55C4, 0))  # language "und"
+    mdhd = _full("mdhd", 0, 0, struct.pack("!4IHH", 0, 0, CLOCK_RATE, short, 0x55C4, 0))  # language "und"
     hdlr = _full("hdlr", 0, 0, struct.pack("!I4s12x", 0, b"vide"), b"video\0")
     tkhd = _full(
         "tkhd",
         0,
         3,
-        struct.pack("!5I8x4H", 0, 0, TRACK, 0, 0, 0, 0, 0, 0),
+        struct.pack("!5I8x4H", 0, 0, TRACK, 0, short, 0, 0, 0, 0),
         UNITY,
         struct.pack("!2I", width << 16, height << 16),
     )
@@ -54,28 +62,52 @@ def init_segment(sps: bytes, pps: bytes, width: int, height: int) -> bytes:
         "mvhd",
         0,
         0,
-        struct.pack("!4IIH10x", 0, 0, CLOCK_RATE, 0, 0x10000, 0x100),
+        struct.pack("!4IIH10x", 0, 0, CLOCK_RATE, short, 0x10000, 0x100),
         UNITY,
         bytes(24),
         struct.pack("!I", TRACK + 1),
     )
-    mvex = _box("mvex", _full("trex", 0, 0, struct.pack("!5I", TRACK, 1, 0, 0, 0)))
+    mehd = _full("mehd", 1, 0, struct.pack("!Q", duration))
+    mvex = _box("mvex", mehd, _full("trex", 0, 0, struct.pack("!5I", TRACK, 1, 0, 0, 0)))
     return _box("ftyp", b"isom", struct.pack("!I", 0x200), b"isomiso5avc1mp41") + _box("moov", mvhd, trak, mvex)
 
 
-def fragment(number: int, units: list[bytes], time: int, duration: int, *, key: bool) -> bytes:
-    """`moof` and `mdat` with one frame, its parameter sets left out. `number` counts from 1."""
-    sample = b"".join(struct.pack("!I", len(unit)) + unit for unit in units if unit[0] & 31 not in (SPS, PPS, AUD, SEI))
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One frame."""
+
+    data: bytes
+    duration: int
+    key: bool
+
+
+def sample(units: Sequence[bytes], duration: int, *, key: bool) -> Sample:
+    """A frame of these NAL units, its parameter sets left out."""
+    kept = (unit for unit in units if unit[0] & 31 not in (SPS, PPS, AUD, SEI))
+    return Sample(b"".join(struct.pack("!I", len(unit)) + unit for unit in kept), duration, key)
+
+
+def fragment(number: int, time: int, samples: Sequence[Sample]) -> bytes:
+    """`moof` and `mdat` with these frames, the first at `time`. `number` counts from 1."""
     tfhd = _full("tfhd", 0, 0x020000, struct.pack("!I", TRACK))  # offsets count from the start of the moof
     tfdt = _full("tfdt", 1, 0, struct.pack("!Q", time))
-    # data offset, first-sample... present: data offset, duration, size and flags of each sample
+    # data offset present; duration, size and flags of each sample
     fields = 0x000001 | 0x000100 | 0x000200 | 0x000400
-    size_of_trun = 8 + 4 + 4 + 4 + 12
+    size_of_trun = 8 + 4 + 4 + 4 + 12 * len(samples)
     size_of_moof = 8 + 16 + 8 + len(tfhd) + len(tfdt) + size_of_trun
-    flags = KEY_FLAGS if key else OTHER_FLAGS
-    trun = _full("trun", 0, fields, struct.pack("!IiIII", 1, size_of_moof + 8, duration, len(sample), flags))
+    entries = [
+        struct.pack("!III", each.duration, len(each.data), KEY_FLAGS if each.key else OTHER_FLAGS) for each in samples
+    ]
+    trun = _full("trun", 0, fields, struct.pack("!Ii", len(samples), size_of_moof + 8), *entries)
     moof = _box("moof", _full("mfhd", 0, 0, struct.pack("!I", number)), _box("traf", tfhd, tfdt, trun))
-    return moof + _box("mdat", sample)
+    return moof + _box("mdat", *(each.data for each in samples))
+
+
+def index(keyframes: Sequence[tuple[int, int]]) -> bytes:
+    """`mfra`: time and place of each fragment that begins with a keyframe. The place is that of its `moof`."""
+    entries = (struct.pack("!QQBBB", time, place, 1, 1, 1) for time, place in keyframes)
+    tfra = _full("tfra", 1, 0, struct.pack("!III", TRACK, 0, len(keyframes)), *entries)
+    return _box("mfra", tfra, _full("mfro", 0, 0, struct.pack("!I", 8 + len(tfra) + 16)))
 
 
 def _box(name: str, *parts: bytes) -> bytes:

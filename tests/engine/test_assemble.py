@@ -18,6 +18,8 @@ from engine.models.sizes import TAEW21, WAN21, DiTConfig, TextConfig
 from engine.models.text_encoder import TextEncoder
 from engine.models.vae import CausalVAE
 from engine.stream.rollout import forward
+from engine.transforms.accelerate import Speed
+from engine.transforms.fused import FusedWan
 
 TOY = replace(
     PRESETS["longlive-1.3b"],
@@ -63,6 +65,43 @@ def test_a_wan_preset_streams(weights: Path, decoder: str) -> None:
     assert len(pipeline.next_chunk(state).frames) == 12
     shown = pipeline.open("a b", seed=1, picture=chunks[0].frames)
     assert len(pipeline.next_chunk(shown).frames) == 12
+
+
+def test_text_weights_in_8_bits_and_fixed_scales(weights: Path) -> None:
+    """Both are what loading does: nothing is left for whoever serves."""
+    exact = assemble(TOY.name, weights=weights, dtype=torch.float32)
+    pipeline = assemble(
+        TOY.name,
+        weights=weights,
+        dtype=torch.float32,
+        text_weights="int8",
+        speed=Speed(fused=True, low_bit="fp8", fixed_scales=True),
+    )
+    encoded, expected = pipeline.encode_prompt("a b"), exact.encode_prompt("a b")
+    assert 0 < (encoded - expected).norm() / expected.norm() < 0.05
+    assert isinstance(pipeline.dit, FusedWan)
+    assert all(p.scale is not None for block in pipeline.dit.blocks for p in block.projections.values())
+    assert len(pipeline.next_chunk(pipeline.open("a b", seed=1)).frames) == 9
+
+
+@pytest.mark.parametrize(
+    ("speed", "lines"),
+    [
+        (Speed(fused=True), []),
+        (Speed(fused=True, low_bit="int8"), []),
+        (Speed(fused=True, low_bit="nvfp4"), ["nvfp4 products are emulated here, and slower for it: needs a GPU"]),
+        (Speed(fused=True, sparse_weights="faster"), ["2:4 sparse weights: none would be faster here"]),
+        (
+            Speed(fused=True, sparse_weights=frozenset({"up"})),
+            ["2:4 sparse products are emulated here, and slower for it: needs a GPU"],
+        ),
+    ],
+)
+def test_what_a_device_lacks_is_told(
+    weights: Path, speed: Speed, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assemble(TOY.name, weights=weights, dtype=torch.float32, device=torch.device("cpu"), speed=speed)
+    assert capsys.readouterr().out.splitlines() == [f"engine: {line}" for line in lines]
 
 
 def test_the_first_chunk_of_a_scene_has_its_own_steps(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from engine import commands, memory
 from engine.checkpoints import layouts, wan
 from engine.checkpoints.headers import DTYPES
 from engine.config import DIT_1_3B, PRESETS
+from engine.models.text_encoder import TextEncoder
 from engine.stream.fused_cache import FusedCache
+from engine.transforms.weights_alone import weights_in_8_bits
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,13 +192,24 @@ def test_memory_of_the_cache_is_the_caches_own(exact: bool) -> None:
     assert memory.parts(preset, setting)["KV cache"] == pytest.approx(cache.bytes(), rel=1e-3)  # but for the scales
 
 
+def test_memory_of_text_weights_in_8_bits_is_the_modules_own() -> None:
+    preset = PRESETS["self-forcing-1.3b"]
+    small = replace(preset.text, vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=2)
+    encoder = TextEncoder(small).to(torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in encoder.named_parameters()}
+    weights_in_8_bits(encoder, "int8")
+    setting = replace(memory.default(preset), exact_text=False)
+    assert memory.text_encoder(shapes, setting) == sum(p.nbytes for p in encoder.parameters())
+
+
 def test_remedies() -> None:
     preset = PRESETS["self-forcing-1.3b"]
     setting = memory.default(preset)
     needed = memory.total(preset, setting)
     text, cache, light = ["--text-encoder cpu"], ["--float8-attention"], ["--decoder light"]
     window, resolution = ["shorter window of 18"], ["smaller resolution of 720x416"]
-    assert memory.remedies(preset, setting, needed - (300 << 20)) == [text, cache, light, window, resolution]
+    weights = ["--text-encoder-weights int8"]
+    assert memory.remedies(preset, setting, needed - (300 << 20)) == [text, weights, cache, light, window, resolution]
     assert memory.remedies(preset, setting, 16 << 30) == [text, ["smaller resolution of 416x240"]]
     assert memory.remedies(preset, setting, 8 << 30) == [text + cache + light + window]
     assert memory.remedies(preset, setting, 6 << 30) == [text + cache + light + ["shorter window of 6"] + resolution]

@@ -16,3 +16,60 @@ from engine.scheduler import Claim, pick
 )
 def test_pick(claims: dict[str, Claim], expected: str | None) -> None:
     assert pick(claims) == expected
+
+
+def clip(chunk: int, limit: int) -> Claim:
+    return Claim(chunk, limit, 0.0, background=True)
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [
+        # Alone, at whatever speed there is; of two, the first.
+        ({"clip": clip(0, 1)}, "clip"),
+        ({"clip": clip(1, 1)}, None),
+        ({"clip": clip(3, 4), "other": clip(0, 1)}, "clip"),
+        # Behind every stream that may generate, however far off its deadline.
+        ({"clip": clip(0, 1), "a": Claim(0, 1, 99.0)}, "a"),
+        # A stream that has run ahead: its next chunk takes 2 s after the clip's 2 s, so it may not be due before 14.
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 13.9)}, None),
+        # Of two such streams, the second waits for the first.
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0), "b": Claim(2, 2, 16.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0), "b": Claim(2, 2, 15.9)}, None),
+        # Paused: nobody waits for it.
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 9.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Claim(2, 2, 9.0), "b": Claim(2, 2, 13.0)}, None),
+        # Clips are never due, and so never in each other's way.
+        ({"clip": clip(4, 4), "other": clip(0, 1)}, "other"),
+    ],
+)
+def test_a_clip_gets_what_the_streams_leave(claims: dict[str, Claim], expected: str | None) -> None:
+    assert pick(claims, now=10.0, step_seconds=2.0) == expected
+
+
+@pytest.mark.parametrize(("streams", "step"), [(1, 0.67), (1, 0.3), (2, 0.33), (3, 0.22), (8, 0.08)])
+def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> None:
+    """A simulated minute of streams that fill the engine as far as they are admitted, and a clip that always wants."""
+    chunk, lead = 0.75, 0.75 + step  # of `server.pacing`: a chunk is allowed this long before it is due
+    names = [f"s{k}" for k in range(streams)]
+    claims = {"clip": clip(0, 10**6), **{name: Claim(1, 1, 0.75 + k * 0.1) for k, name in enumerate(names)}}
+    now, late, clips = 0.0, 0.0, 0
+    while now < 60:
+        for name in names:
+            claim = claims[name]
+            if claim.chunk == claim.limit and now >= claim.due - lead:
+                claims[name] = Claim(claim.chunk, claim.limit + 1, claim.due)
+        picked = pick(claims, now, step)
+        if picked is None:
+            now += 0.001
+            continue
+        now += step
+        if picked == "clip":
+            clips += 1
+        else:
+            claim = claims[picked]
+            late = max(late, now - claim.due)
+            claims[picked] = Claim(claim.chunk + 1, claim.limit, claim.due + chunk)
+    assert late <= 1e-9
+    assert clips > 3, "and the clip gets on"

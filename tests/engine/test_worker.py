@@ -161,6 +161,23 @@ def test_close_frees_and_others_go_on(gateway: Gateway) -> None:
     assert gateway.nothing()
 
 
+def test_a_clip_waits_for_streams(gateway: Gateway) -> None:
+    gateway.send(wire.Open("clip", "toy", "a red ball", 7, background=True))
+    gateway.send(wire.Credit("clip", 4, 0.0))
+    gateway.expect(wire.Started)
+    held = []
+    for _ in range(SLOTS):  # with no slot free, the clip makes no further chunk
+        message, _ = gateway.receive(release=False)
+        assert isinstance(message, wire.Frames)
+        held.append(message)
+    gateway.send(wire.Open("live", "toy", "a red ball", 7))
+    gateway.send(wire.Credit("live", 2, 60.0))
+    for message in held:
+        gateway.send(wire.Release(message.slot, message.generation))
+    gateway.expect(wire.Started)
+    assert [frames(gateway)[0].stream for _ in range(4)] == ["live", "live", "clip", "clip"]
+
+
 def test_a_failing_stream_leaves_others_unharmed(gateway: Gateway, pipeline: Pipeline) -> None:
     opened(gateway, "a", limit=1)
     frames(gateway)

@@ -1,11 +1,13 @@
 """The gateway's command line."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from server.backends.local import LocalBackend
 from server.config import Config
+from server.store import Store
 
 
 def test_what_follows_two_dashes_goes_to_the_engine() -> None:
@@ -49,3 +51,43 @@ def test_a_way_to_viewers_behind_nat(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit):
             Config.from_arguments(wrong, {})
         assert named in capsys.readouterr().err
+
+
+def test_a_folder_for_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = tmp_path / "data", tmp_path / "file"
+    file.touch()
+    arguments = ["--data", str(folder), "--data-limit", "2.5", "--keep", "0.5"]
+    config = Config.from_arguments(arguments, {})
+    assert (config.data, config.data_limit_gb, config.keep_hours) == (folder, 2.5, 0.5)
+    assert Config.from_arguments([], {}).data is None
+    folder.mkdir(mode=0o755)
+    for wrong, named in (
+        (["--data", str(folder)], f"chmod 700 {folder}"),
+        (["--data", str(file)], "is not a folder"),
+        (["--data-limit", "0"], "data-limit 0.0"),
+        (["--keep", "nan"], "keep nan"),
+    ):
+        with pytest.raises(SystemExit):
+            Config.from_arguments(wrong, {})
+        assert named in capsys.readouterr().err
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    store, other = Store(tmp_path / "data", 1, 1.0), Store(tmp_path / "data", 1, 1.0)
+    store.open()
+    with pytest.raises(OSError, match="in use by another server"):
+        other.open()
+    store.close()
+    other.open()
+    other.close()
+
+
+def test_a_folder_that_nobody_named_goes_with_the_server() -> None:
+    store = Store(None, 1000, 1.0)
+    store.open()
+    path = store.create("x", ".mp4")
+    store.save("x", ".bin", bytes(1000))
+    store.measure()
+    assert store.full and path.exists()
+    store.close()
+    assert not path.parent.exists()

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import json
+import re
 import struct
 import subprocess
 import sys
@@ -419,6 +421,19 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
             ("post", "/v1/streams/{id}/tokens"),
+            ("post", "/v1/streams/{id}/recordings"),
+            ("get", "/v1/streams/{id}/recordings"),
+            ("get", "/v1/recordings"),
+            ("get", "/v1/recordings/{id}"),
+            ("post", "/v1/recordings/{id}/stop"),
+            ("delete", "/v1/recordings/{id}"),
+            ("get", "/v1/recordings/{id}/content"),
+            ("post", "/v1/videos"),
+            ("get", "/v1/videos"),
+            ("get", "/v1/videos/{id}"),
+            ("delete", "/v1/videos/{id}"),
+            ("post", "/v1/videos/{id}/remix"),
+            ("get", "/v1/videos/{id}/content"),
             ("get", "/v1/models"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),
@@ -427,6 +442,8 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("get", "/metrics"),
         }
         assert "HTTPValidationError" not in api["components"]["schemas"]
+        for name in re.findall(r'"\$ref": "([^"]*)"', json.dumps(api)):
+            assert name.removeprefix("#/components/schemas/") in api["components"]["schemas"]
         create = api["paths"]["/v1/streams"]["post"]
         errors = {"400", "404", "409", "413", "415", "422", "429", "503", "default"}
         assert set(create["responses"]) == {"201", *errors}

@@ -383,6 +383,8 @@ async def test_bad_pictures_are_refused_before_a_stream_exists(run_gateway: Any)
             ({"files": {"image": picture()}}, "missing_field", "prompt"),
             ({"data": {"prompt": "a"}, "files": {"other": picture()}}, "unknown_field", "other"),
             ({"data": {"prompt": "a", "seed": "x"}, "files": {"image": picture()}}, "invalid_value", "seed"),
+            ({"data": {"prompt": "a", "seed": "\uff14"}, "files": {"image": picture()}}, "invalid_value", "seed"),
+            ({"data": {"prompt": "a", "seed[x]": "1"}, "files": {"image": picture()}}, "invalid_value", "seed"),
             ({"data": {"prompt": ["a", "b"]}, "files": {"image": picture()}}, "invalid_form", "prompt"),
             ({"data": {"prompt": "a"}, "files": [("image", picture()), ("image", picture())]}, "invalid_form", None),
         ]

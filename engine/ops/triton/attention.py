@@ -521,37 +521,36 @@ def pool(x: Tensor, block: int = BLOCK) -> Tensor:
 @triton.jit
 def _choose(
     pooled_q, pooled_k, always, out, heads, nq, nk, chosen,
-    D: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
+    D: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS query blocks of one head. The last score that is kept is found bit by bit, by counting."""
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One query block of one head. The last score that is kept is found bit by bit, by counting: one warp's work, so
+    that no count waits at a barrier."""
+    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block = tl.arange(0, NK)
-    score = tl.zeros([ROWS, NK], tl.float32)
-    for start in tl.static_range(0, D, DK):
+    score = tl.zeros([NK], tl.float32)
+    for start in range(0, D, DK):
         d = start + tl.arange(0, DK)
-        at_q = ((batch * nq + row) * heads + head)[:, None] * D + d[None, :]
-        at_k = ((batch * nk + block) * heads + head)[None, :] * D + d[:, None]
-        q = tl.load(pooled_q + at_q, mask=(row < nq)[:, None], other=0.0)
-        k = tl.load(pooled_k + at_k, mask=(block < nk)[None, :], other=0.0)
-        score = tl.dot(q, k, score, input_precision="ieee")
+        q = tl.load(pooled_q + ((batch * nq + row) * heads + head) * D + d)
+        at = ((batch * nk + block) * heads + head)[:, None] * D + d[None, :]
+        k = tl.load(pooled_k + at, mask=(block < nk)[:, None], other=0.0)
+        score += tl.sum(k * q[None, :], 1)
     # an int32 of the same order as the float
     bits = score.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     forced = tl.load(always + block, mask=block < nk, other=0) != 0
-    key = tl.where(forced[None, :], 2147483647, key)
-    key = tl.where((block < nk)[None, :], key, -2147483648)
-    last = tl.where(tl.sum((key >= 0).to(tl.int32), 1) >= chosen, 0, -2147483648)
+    key = tl.where(forced, 2147483647, key)
+    key = tl.where(block < nk, key, -2147483648)
+    last = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= chosen, 0, -2147483648)
     for i in range(31):
         trial = last + (1 << (30 - i))
-        last = tl.where(tl.sum((key >= trial[:, None]).to(tl.int32), 1) >= chosen, trial, last)
-    above = key > last[:, None]
-    level = key == last[:, None]
-    room = chosen - tl.sum(above.to(tl.int32), 1)
-    taken = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None]))
-    place = chosen - tl.cumsum(taken.to(tl.int32), 1)
-    target = out + ((batch * heads + head) * nq + row)[:, None] * chosen + place
-    tl.store(target, tl.broadcast_to(block[None, :], [ROWS, NK]), mask=taken & (row < nq)[:, None])
+        last = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= chosen, trial, last)
+    above = key > last
+    level = key == last
+    room = chosen - tl.sum(above.to(tl.int32), 0)
+    taken = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))
+    place = chosen - tl.cumsum(taken.to(tl.int32), 0)
+    target = out + ((batch * heads + head) * nq + row) * chosen + place
+    tl.store(target, block, mask=taken)
 
 
 def choose_blocks(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, keep: int, dense: int) -> Tensor:
@@ -561,9 +560,19 @@ def choose_blocks(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, keep: int,
     if dense + keep > nk:
         raise ValueError(f"{dense} + {keep} blocks are asked for, of {nk}")
     out = torch.empty((batch, heads, nq, dense + keep), dtype=torch.int32, device=pooled_q.device)
-    rows = 16
-    _choose[(triton.cdiv(nq, rows), heads, batch)](
-        pooled_q, pooled_k, always, out, heads, nq, nk, dense + keep,
-        D=dim, ROWS=rows, NK=max(16, triton.next_power_of_2(nk)), DK=min(dim, 32), num_warps=8,
-    )  # fmt: skip
+    size = max(32, triton.next_power_of_2(nk))
+    _choose[(nq, heads, batch)](
+        pooled_q,
+        pooled_k,
+        always,
+        out,
+        heads,
+        nq,
+        nk,
+        dense + keep,
+        D=dim,
+        NK=size,
+        DK=8,
+        num_warps=max(1, size // 256),
+    )
     return out

@@ -8,9 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops.fused import Activation, Scales
-from engine.ops.linear import LARGEST, STORED, Format, Rows8
+from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
+from engine.ops.sparse import UNIT
 
-FORMATS: dict[Format | None, int] = {None: 0, "fp8": 1, "int8": 2}
+
+def _form(into: Into | None) -> dict[str, float]:
+    """For a kernel: 0 is as it is, 1 and 2 are fp8 and int8 with a scale a row, 3 and 4 the same with a fixed one."""
+    if into is None:
+        return {"FORMAT": 0, "LARGEST": 0.0}
+    fixed = isinstance(into, Fixed)
+    name = into.format if isinstance(into, Fixed) else into
+    return {"FORMAT": (1 if name == "fp8" else 2) + (2 if fixed else 0), "LARGEST": LARGEST[name]}
 
 
 def _warps(width: int) -> int:
@@ -18,17 +26,31 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
+def _fitted(value, factor, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
+    """value times factor, ready to be stored in 8 bits."""
+    scaled = value * factor
+    if FORMAT > 2:
+        scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+    if FORMAT % 2 == 0:
+        scaled = tl.floor(scaled + 0.5)
+    return scaled
+
+
+@triton.jit
 def _write_row(out, scales, row, width, at, mask, value, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
-    """One row as it is, or in 8 bits with the scale that brings its largest magnitude to the format's."""
+    """One row as it is, or in 8 bits: with the scale that brings its largest magnitude to the format's, or the one
+    that is there."""
     if FORMAT == 0:
         tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=mask)
     else:
-        largest = tl.maximum(tl.max(tl.where(mask, tl.abs(value), 0.0), axis=0), 1e-12)
-        scaled = value * (LARGEST / largest)
-        if FORMAT == 2:
-            scaled = tl.floor(scaled + 0.5)
+        if FORMAT > 2:
+            factor = 1.0 / tl.load(scales)
+        else:
+            largest = tl.maximum(tl.max(tl.where(mask, tl.abs(value), 0.0), axis=0), 1e-12)
+            factor = LARGEST / largest
+            tl.store(scales + row, largest / LARGEST)
+        scaled = _fitted(value, factor, FORMAT, LARGEST)
         tl.store(out + row * width + at, scaled.to(out.dtype.element_ty), mask=mask)
-        tl.store(scales + row, largest / LARGEST)
 
 
 @triton.jit
@@ -59,15 +81,8 @@ def _add_norm(
 
 
 @triton.jit
-def _gelu(
-    x, bias, out, scales, width,
-    BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
-    value = tl.load(x + row * width + at, mask=mask, other=0.0).to(tl.float32)
+def _activated(x, bias, at, mask, BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr):
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         value += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
     if GELU:
@@ -78,7 +93,38 @@ def _gelu(
         else:
             bent = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))
         value = 0.5 * value * (1.0 + bent)
-    _write_row(out, scales, row, width, at, mask, value, FORMAT, LARGEST)
+    return value
+
+
+@triton.jit
+def _gelu(
+    x, bias, out, scales, width,
+    BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A row in two parts, each a power of two wide: 8960 would else take the registers and the time of 16384."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    value = _activated(x + row * width, bias, at, mask, BIAS, GELU, APPROXIMATE)
+    if REST == 0:
+        _write_row(out, scales, row, width, at, mask, value, FORMAT, LARGEST)
+    else:
+        at_rest = BLOCK + tl.arange(0, REST)
+        mask_rest = at_rest < width
+        rest = _activated(x + row * width, bias, at_rest, mask_rest, BIAS, GELU, APPROXIMATE)
+        if FORMAT != 0:
+            if FORMAT > 2:
+                factor = 1.0 / tl.load(scales)
+            else:
+                largest = tl.maximum(tl.max(tl.abs(value), axis=0), tl.max(tl.abs(rest), axis=0))
+                largest = tl.maximum(largest, 1e-12)
+                factor = LARGEST / largest
+                tl.store(scales + row, largest / LARGEST)
+            value = _fitted(value, factor, FORMAT, LARGEST)
+            rest = _fitted(rest, factor, FORMAT, LARGEST)
+        tl.store(out + row * width + at, value.to(out.dtype.element_ty))
+        tl.store(out + row * width + at_rest, rest.to(out.dtype.element_ty), mask=mask_rest)
 
 
 @triton.jit
@@ -155,13 +201,41 @@ def _heads(
     tl.store(values + batch * value_batch + token * value_token + at, v.to(values.dtype.element_ty), mask=mask)
 
 
-def _empty(x: Tensor, into: Format | None) -> tuple[Tensor, Tensor]:
-    """Where to write rows like x's, and their scales."""
-    out = torch.empty(x.shape, dtype=x.dtype if into is None else STORED[into], device=x.device)
-    return out, torch.empty(len(x), 1, device=x.device)
+@triton.jit
+def _store_turned(
+    x, angles, out, mean, scale, x_batch, x_token, out_batch, out_token,
+    FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    size: tl.constexpr = 2 * PAIRS
+    head = tl.arange(0, HEADS)
+    at = head[:, None] * size + tl.arange(0, size)[None, :]
+    mask = (head < COUNT)[:, None]
+    pair = tl.arange(0, PAIRS)
+    cos = tl.load(angles + token * size + 2 * pair)
+    sin = tl.load(angles + token * size + 2 * pair + 1)
+    k = tl.load(x + batch * x_batch + token * x_token + at, mask=mask, other=0.0).to(tl.float32)
+    k = _rotated(k, cos, sin, HEADS, PAIRS)
+    if FP8:
+        k -= tl.load(mean + batch * COUNT * size + at, mask=mask, other=0.0)
+        k /= tl.load(scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
+        k = tl.minimum(tl.maximum(k, -448.0), 448.0)
+    tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
 
 
-def _activation(out: Tensor, scales: Tensor, into: Format | None) -> Activation:
+def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
+    """Where to write rows like x's, and their scales: those of a fixed scale are there.
+
+    In 8 bits the memory goes on to a multiple of the rows that sparse products take.
+    """
+    if into is None:
+        return torch.empty_like(x), torch.empty(0, device=x.device)
+    name = into.format if isinstance(into, Fixed) else into
+    out = torch.empty(-(-len(x) // UNIT) * UNIT, x.shape[1], dtype=STORED[name], device=x.device)[: len(x)]
+    return out, into.scale if isinstance(into, Fixed) else torch.empty(len(x), 1, device=x.device)
+
+
+def _activation(out: Tensor, scales: Tensor, into: Into | None) -> Activation:
     return out if into is None else Rows8(out, scales)
 
 
@@ -174,7 +248,7 @@ def add_norm(
     y: Tensor | None,
     bias: Tensor | None,
     gate: Tensor | None,
-    into: Format | None,
+    into: Into | None,
 ) -> tuple[Tensor, Activation]:
     rows, width = x.shape
     out, scales = _empty(x, into)
@@ -184,29 +258,32 @@ def add_norm(
         x, y, bias, gate, scale, shift, total, out, scales,
         width, rows // len(scale), 1 if gate is None else rows // len(gate), 0 if gate is None else gate.stride(0),
         scale.stride(0), shift.stride(0), eps,
-        ADD=y is not None, BIAS=bias is not None, GATE=gate is not None, FORMAT=FORMATS[into],
-        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        ADD=y is not None, BIAS=bias is not None, GATE=gate is not None, **_form(into),
+        BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return total, _activation(out, scales, into)
 
 
-def _pointwise(x: Tensor, bias: Tensor | None, into: Format | None, *, activate: bool) -> Activation:
+def _pointwise(x: Tensor, bias: Tensor | None, into: Into | None, *, activate: bool) -> Activation:
     rows, width = x.shape
     out, scales = _empty(x, into)
     assert x.is_contiguous()
+    block = triton.next_power_of_2(width)
+    rest = triton.next_power_of_2(width - block // 2)
+    block, rest = (block // 2, rest) if rest < block // 2 else (block, 0)
     _gelu[(rows,)](
         x, bias, out, scales, width, BIAS=bias is not None, GELU=activate,
-        APPROXIMATE=x.is_cuda and x.dtype != torch.float32, FORMAT=FORMATS[into],
-        LARGEST=LARGEST.get(into or "fp8", 0.0), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        APPROXIMATE=x.is_cuda and x.dtype != torch.float32, **_form(into),
+        BLOCK=block, REST=rest, num_warps=_warps(width),
     )  # fmt: skip
     return _activation(out, scales, into)
 
 
-def gelu(x: Tensor, bias: Tensor | None, into: Format | None) -> Activation:
+def gelu(x: Tensor, bias: Tensor | None, into: Into | None) -> Activation:
     return _pointwise(x, bias, into, activate=True)
 
 
-def to_rows8(x: Tensor, into: Format) -> Rows8:
+def to_rows8(x: Tensor, into: Into) -> Rows8:
     out = _pointwise(x, None, into, activate=False)
     assert isinstance(out, Rows8)
     return out
@@ -254,3 +331,15 @@ def heads(
         HEADS=triton.next_power_of_2(count), PAIRS=size // 2, num_warps=_warps(count * size),
     )  # fmt: skip
     return queries, query_scales
+
+
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+    batch, tokens, count, size = x.shape
+    for part in (x, out):
+        assert part.stride(3) == 1 and part.stride(2) == size
+    assert angles.is_contiguous() and all(part is None or part.is_contiguous() for part in (scale, mean))
+    _store_turned[(tokens, batch)](
+        x, angles, out, mean, scale, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        FP8=scale is not None, COUNT=count, HEADS=triton.next_power_of_2(count), PAIRS=size // 2,
+        num_warps=_warps(count * size),
+    )  # fmt: skip

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from engine.ops import fused
 from engine.ops.fused import Activation, Scales
-from engine.ops.linear import Format, Rows8, fp8_rows_supported, linear8, quantise
+from engine.ops.linear import Fixed, Format, Into, Rows8, fp8_rows_supported, linear8, quantise
 from engine.ops.rope import rope_angles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 # the interpreter knows no bfloat16 and rounds to float8 in another way
-FORMATS: list[Format | None] = [None, "int8", *(["fp8"] if ON_GPU else [])]
+IN_8_BITS: list[Format] = ["int8", *(["fp8"] if ON_GPU else [])]
+FIXED = torch.full((1,), 0.02, device=DEVICE)
+FORMATS: list[Into | None] = [None, *IN_8_BITS, *(Fixed(form, FIXED) for form in IN_8_BITS)]
 
 
 def kernels() -> Any:
@@ -31,6 +33,8 @@ def plain(name: str, *args: Any, **kwargs: Any) -> Any:
     """The twin on the CPU, whatever the arguments are on."""
 
     def home(x: Any) -> Any:
+        if isinstance(x, Fixed):
+            return Fixed(x.format, x.scale.cpu())
         if isinstance(x, Scales):
             return Scales(x.key_mean.cpu(), x.key.cpu(), x.value.cpu())
         return x.cpu() if isinstance(x, Tensor) else x
@@ -53,7 +57,7 @@ def same(found: Activation, expected: Activation) -> None:
 @pytest.mark.parametrize("into", FORMATS)
 @pytest.mark.parametrize("width", [96, 128])
 @pytest.mark.parametrize("added", ["nothing", "y", "bias", "gate", "both"])
-def test_add_norm(added: str, width: int, into: Format | None) -> None:
+def test_add_norm(added: str, width: int, into: Into | None) -> None:
     x, y, bias = random(12, width), random(12, width, seed=1), random(width, seed=2)
     modulation = random(3, 6, width, seed=3)
     shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 2]  # strided, as the model's are
@@ -76,16 +80,18 @@ def test_add_norm_with_one_affine_for_all_rows() -> None:
 
 
 @pytest.mark.parametrize("into", FORMATS)
+@pytest.mark.parametrize("width", [64, 70, 96, 120])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gelu(into: Format | None, with_bias: bool) -> None:
-    x, bias = 3 * random(5, 200), random(200, seed=1) if with_bias else None
+def test_gelu(into: Format | None, width: int, with_bias: bool) -> None:
+    x, bias = 3 * random(5, width), random(width, seed=1) if with_bias else None
     same(kernels().gelu(x, bias, into), plain("gelu", x, bias, into))
 
 
 @pytest.mark.parametrize("into", [f for f in FORMATS if f])
-def test_to_rows8(into: Format) -> None:
+def test_to_rows8(into: Into) -> None:
     x = random(6, 100)
     x[2] = 0
+    x[4, 7] = -50  # beyond what the fixed scale holds
     same(kernels().to_rows8(x, into), plain("to_rows8", x, into))
 
 
@@ -119,6 +125,20 @@ def test_heads_go_to_their_slot(count: int, size: int, raw: bool) -> None:
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
     assert (found[3][:, tokens : 2 * tokens] != 7).any() == raw
     assert (found[1][:, :tokens] == 7).all() and (found[1][:, 2 * tokens :] == 7).all()
+
+
+@pytest.mark.parametrize("float8", [False, *([True] if ON_GPU else [])])
+def test_turned_keys_are_stored(float8: bool) -> None:
+    keys = random(2, 6, 3, 16)
+    scales = (torch.rand(2, 3).to(DEVICE) + 0.1, random(2, 3, 16, seed=1)) if float8 else (None, None)
+    out = torch.zeros(2, 9, 3, 16, device=DEVICE).to(torch.float8_e4m3fn if float8 else torch.float32)
+    expected = out.cpu().clone()
+    angles = rope_angles(torch.arange(2, device=DEVICE), 1, 3, 16)
+    kernels().store_turned(keys, angles, out[:, :6], *scales)
+    plain("store_turned", keys, angles, expected_part := expected[:, :6], *scales)
+    assert expected_part.data_ptr() == expected.data_ptr()
+    apart = (out.cpu().float() - expected.float()).abs()
+    assert apart.max() <= (32 if float8 else 1e-5) and (apart > 1e-5).float().mean() < 0.01
 
 
 def test_scales_have_room_for_later_chunks() -> None:

@@ -1,5 +1,6 @@
 """Whole pipelines under every legal set of transforms that a CPU can run, against the model as it is written."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ import torch
 
 from engine.assemble import warm
 from engine.config import Preset
-from engine.ops.linear import Format
 from engine.pipeline import Pipeline
-from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+from engine.transforms.accelerate import Speed, accelerate, add_arguments, fastest_exact, from_arguments
+from engine.transforms.low_bit import Form, Policy, Role
+from engine.transforms.sparse_weights import prune_weights
 
 Build = Callable[..., Pipeline]
 
@@ -31,7 +33,7 @@ def frames(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("context_pass", [True, False])
 def test_every_legal_set(
-    build: Build, toy: Preset, low_bit: Format | None, float8_attention: bool, keep: float, context_pass: bool
+    build: Build, toy: Preset, low_bit: Form | None, float8_attention: bool, keep: float, context_pass: bool
 ) -> None:
     """The toy's untrained frames are noise around grey, so only their distance is looked at."""
     speed = Speed(True, low_bit, float8_attention, keep, context_pass=context_pass)
@@ -118,3 +120,65 @@ def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> No
     all_of_them = [round(s, 3) for s in preset.sigmas]
     a, b, c, d = all_of_them
     assert seen == [[a, b, c, d], [a, b, c], [a, c], [a], [a, b, c, d]]
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], Speed()),
+        (["--low-bit", "nvfp4"], Speed(fused=True, low_bit="nvfp4")),
+        (["--low-bit", "fp8-tensor", "--fixed-scales"], Speed(True, "fp8-tensor", fixed_scales=True)),
+        (["--sparse-weights"], Speed(fused=True, sparse_weights="faster")),
+        (["--sparse-weights", "up", "down"], Speed(fused=True, sparse_weights=frozenset({"up", "down"}))),
+        (["--low-bit", "fp8", "--sparse-weights", "qkv"], Speed(True, "fp8", sparse_weights=frozenset({"qkv"}))),
+    ],
+)
+def test_what_rounds_or_prunes_is_asked_for(words: list[str], expected: Speed) -> None:
+    assert from_arguments(options(*words), torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--low-bit", "int8", "--sparse-weights", "up"], "not in int8"),
+        (["--low-bit", "mxfp8", "--sparse-weights"], "not in mxfp8"),
+        (["--fixed-scales"], "fixed_scales can only be used together"),
+        (["--low-bit", "mxfp8", "--fixed-scales"], "fixed_scales need low_bit"),
+        (["--low-bit", "fp8-weights", "--fixed-scales"], "fixed_scales need low_bit"),
+        (["--plain", "--sparse-weights"], "sparse_weights can only be used together with the fused model"),
+    ],
+)
+def test_what_cannot_be_together_says_so(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_arguments(options(*words), torch.device("cpu"))
+
+
+def test_a_gpu_without_float8_is_pointed_to_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match="use int8"):
+        from_arguments(options("--low-bit", "fp8"), gpu)
+    assert from_arguments(options("--low-bit", "int8"), gpu).low_bit == "int8"
+
+
+def test_sparse_weights_are_served_and_told(build: Build, toy: Preset) -> None:
+    """The model as it is written, with the same weights pruned, is their reference."""
+    roles: frozenset[Role] = frozenset({"qkv", "up"})
+    pruned = build(toy)
+    prune_weights(pruned.served.wan, Policy(sparse=roles))
+    pipeline = build(toy, speed=Speed(fused=True, sparse_weights=roles))
+    assert pipeline.served.policy.sparse == roles
+    assert (frames(pipeline) - frames(pruned)).abs().mean() < 0.01
+    assert (frames(pipeline) - frames(build(toy))).abs().mean() > 0.01
+
+
+def test_a_device_that_speeds_up_nothing_prunes_nothing(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True, sparse_weights="faster"))
+    assert pipeline.served.policy.sparse == frozenset()
+    assert torch.equal(frames(pipeline, 2), frames(build(toy, speed=Speed(fused=True)), 2))

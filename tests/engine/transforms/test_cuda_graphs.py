@@ -1,6 +1,7 @@
 """Recorded forwards and decoding against the same ones launched kernel by kernel: on a GPU alone."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engine.stream.fused_cache import FusedCache
 from engine.stream.kv_cache import CacheConfig, KVCache
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Policy
+from engine.transforms.low_bit import ROLES, Form, Policy
 
 pytestmark = pytest.mark.gpu
 DIT = DiTConfig(dim=384, ffn_dim=1024, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
@@ -71,6 +72,11 @@ def test_fused_kernels_give_the_models_flow() -> None:
     [
         ("fp8", {}, 0.08),
         ("int8", {}, 0.05),
+        ("fp8-tensor", {}, 0.08),
+        ("mxfp8", {}, 0.08),
+        ("nvfp4", {}, 0.25),
+        ("fp8-weights", {}, 0.06),
+        ("int8-weights", {}, 0.04),
         (None, {"float8": True}, 0.08),
         (None, {"keep": 0.5}, 0.5),
         ("fp8", {"float8": True, "keep": 0.5}, 0.5),
@@ -81,6 +87,20 @@ def test_transforms_alone_and_together(form: str | None, options: dict[str, obje
     found = roll(FusedWan(wan(), Policy(form)), caches(**options))  # type: ignore[arg-type]
     worst = max(error(f, e) for f, e in zip(found, expected, strict=True))
     assert 1e-4 < worst < limit
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(Policy(form) for form in get_args(Form)),
+        Policy(sparse=frozenset(ROLES)),
+        Policy("fp8", sparse=frozenset(ROLES)),
+    ],
+)
+def test_every_form_can_be_recorded(policy: Policy) -> None:
+    model = FusedWan(wan(), policy)
+    expected, found = roll(model, caches()), roll(GraphedWan(model), caches())
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"float8": True}, {"keep": 0.5}, {"float8": True, "keep": 0.5}])

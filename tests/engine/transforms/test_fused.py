@@ -11,7 +11,7 @@ from engine.models.sizes import DiTConfig
 from engine.stream.fused_cache import FusedCache
 from engine.stream.kv_cache import CacheConfig, KVCache
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Policy
+from engine.transforms.low_bit import Form, Policy
 
 DIT = DiTConfig(dim=192, ffn_dim=320, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
 CONFIG = CacheConfig(chunk=3, window=12, sink=3, rows=8, columns=12)
@@ -75,8 +75,19 @@ def test_changed_modulation_arrives_by_refresh() -> None:
     assert error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("form", "limit"), [("fp8", 0.06), ("int8", 0.03)])
-def test_projections_in_8_bits(form: str, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("form", "limit"),
+    [
+        ("fp8", 0.06),
+        ("fp8-tensor", 0.06),
+        ("int8", 0.03),
+        ("mxfp8", 0.06),
+        ("nvfp4", 0.2),
+        ("fp8-weights", 0.04),
+        ("int8-weights", 0.02),
+    ],
+)
+def test_projections_in_fewer_bits(form: Form, limit: float) -> None:
     expected = roll(wan(), exact_cache())
     found = roll(FusedWan(wan(), Policy(form)), FusedCache(CONFIG, DIT))
     errors = [error(f, e) for f, e in zip(found, expected, strict=True)]
