@@ -160,6 +160,12 @@ def test_what_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         until(lambda: not any(alive(pid) for pid in left))  # noqa: B023
     # semaphores of multiprocessing are other people's: nothing here makes any
     assert not {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.mp-")}
+    # a folder of clips stays until the next server starts, which sees that nobody has it any more
+    assert len(list(tmp_path.glob("livereel-*"))) <= 1
+    with gateway(log=tmp_path / "log", run=STUB, env=environment(tmp_path)) as (process, _):
+        assert len(list(tmp_path.glob("livereel-*"))) == 1
+        process.terminate()
+        process.wait(20)
     assert not list(tmp_path.glob("livereel-*"))
 
 
