@@ -36,6 +36,7 @@ WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request that may bring a picture; base64 takes four bytes for three."""
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of every form that is damaged
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
 """Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
 UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
