@@ -19,7 +19,7 @@ from engine import wire
 from server import admission
 from server.backends.base import Backend, Lost
 from server.clip import Clip, Failure, Status, Take, UnexpectedError
-from server.errors import ApiError, busy, not_found
+from server.errors import ApiError, busy, not_found, shutting_down
 from server.keys import Key
 from server.media.files import ClipFile, Growth, webp
 from server.metrics import Metrics
@@ -115,24 +115,28 @@ class Clips:
 
     # what clients ask for
 
-    def create(self, clip: Clip, picture: bytes = b"", *, key: Key | None = None) -> None:
+    async def create(self, clip: Clip, picture: bytes = b"", *, key: Key | None = None) -> None:
         """Take a clip up: it is made when those before it are. Raises `ApiError` when it cannot be kept or made."""
         self._store.check_room()
         if len(self._clips) >= MAX_CLIPS:
             raise ApiError(507, "storage_full", f"The server keeps at most {MAX_CLIPS} clips: delete some.")
         owner, priority = (key.owner, key.priority) if key else (None, 1)
-        refusal = self._admission.request(clip.id, clip.model, time.monotonic(), owner=owner, priority=priority)
-        if refusal is not None:
-            raise busy(refusal.retry_after)
         clip.owner = owner
         try:
             if picture:
-                self._store.save(clip.id, START, picture)
+                await asyncio.to_thread(self._store.save, clip.id, START, picture)
             self._store.save_record(clip.id, clip)
         except OSError as error:
-            self._admission.release(clip.id)
             self._store.remove(clip.id)
             raise no_room(error) from None
+        refused = None if self._open else shutting_down()
+        if refused is None and (
+            refusal := self._admission.request(clip.id, clip.model, time.monotonic(), owner=owner, priority=priority)
+        ):
+            refused = busy(refusal.retry_after)
+        if refused is not None:
+            self._store.remove(clip.id)
+            raise refused
         self._clips[clip.id] = clip
         if key is not None:
             self._keys[clip.id] = key.serial
@@ -299,8 +303,8 @@ class Clips:
                 case wire.Fault():
                     logger.error("clip %s failed in the engine: %s: %s", clip.id, message.code, message.message)
                     raise _FailedError(Failure(message.code, message.message, False))
-                case wire.Ended(reason="closed"):
-                    raise _FailedError(Failure("engine_closed", "The engine closed the clip unasked.", True))
+                case wire.Ended():
+                    raise _FailedError(Failure("engine_closed", "The engine ended the clip too early.", True))
                 case Lost():
                     raise _LostError
 

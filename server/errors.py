@@ -50,6 +50,11 @@ def not_found(kind: str) -> ApiError:
     return ApiError(404, f"{kind}_not_found", message)
 
 
+def shutting_down() -> ApiError:
+    message = "The server is shutting down: try another one."
+    return ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+
+
 def busy(retry_after: int) -> ApiError:
     message = f"Every place is taken and the queue is full: try again in {retry_after} s."
     return ApiError(429, "queue_full", message, headers={"Retry-After": str(retry_after)})

@@ -392,10 +392,15 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def abort(scope: Scope) -> None:
-    """Break a response off, so that its client does not take it for complete. Ends only by being cancelled."""
+def drop(scope: Scope) -> None:
+    """Drop the connection, so that its client does not take a response for complete."""
     if extension := scope.get("extensions", {}).get(ABORT):
         extension["call"]()
+
+
+async def abort(scope: Scope) -> None:
+    """Drop the connection, and wait until that is known. Ends only by being cancelled."""
+    drop(scope)
     await asyncio.Event().wait()  # until the client is known to be gone
 
 

@@ -173,8 +173,11 @@ class ImageReference(Request):
     image_url: StrictStr = Field(description="A data URL.")
 
 
+SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,3})?$"
+
+
 def check_seconds(seconds: str) -> str:
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", seconds) or not 0 < float(seconds) <= MAX_CLIP_SECONDS:
+    if not re.fullmatch(SECONDS, seconds) or not 0 < float(seconds) <= MAX_CLIP_SECONDS:
         raise ValueError
     return seconds
 
@@ -185,7 +188,7 @@ class CreateVideo(Request):
     prompt: Prompt
     model: StrictStr | None = Field(None, description="Name of a model; the server's default when absent.")
     seconds: Annotated[StrictStr, AfterValidator(check_seconds)] = Field(
-        "4", description=f"Its length: {REQUIREMENTS['seconds']}."
+        "4", description=f"Its length: {REQUIREMENTS['seconds']}.", json_schema_extra={"pattern": SECONDS}
     )
     size: StrictStr | None = Field(None, description=f"{REQUIREMENTS['size']}. The model's when absent.")
     input_reference: StrictStr | ImageReference | None = Field(

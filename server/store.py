@@ -104,7 +104,7 @@ class Store:
     def measure(self) -> None:
         """Bring `used_bytes` up to date. Runs in any thread."""
         used = 0
-        with os.scandir(self._at) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._at) as entries:  # without it, writing will fail
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     used += entry.stat(follow_symlinks=False).st_size

@@ -25,7 +25,15 @@ from server import admission, pacing
 from server.backends.base import Backend, EngineEvent, Lost
 from server.clips import Clips
 from server.config import Config
-from server.errors import ApiError, busy, engine_unavailable, stream_ended, stream_not_found, too_many_viewers
+from server.errors import (
+    ApiError,
+    busy,
+    engine_unavailable,
+    shutting_down,
+    stream_ended,
+    stream_not_found,
+    too_many_viewers,
+)
 from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
@@ -258,8 +266,7 @@ class Streams:
     def check_open(self) -> None:
         """Raises `ApiError` unless something new can be begun, now or when the engine is up."""
         if self._draining:
-            message = "The server is shutting down: try another one."
-            raise ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})
+            raise shutting_down()
         if self._failure:
             message = f"No stream can start: {self._failure}."
             raise ApiError(503, "engine_failed", message, headers={"Retry-After": "60"})

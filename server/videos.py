@@ -16,7 +16,7 @@ from server.auth import principal_of
 from server.clip import Change, Clip, Status, remix
 from server.clips import Clips
 from server.errors import ApiError, not_found
-from server.http import Lasting, Route, abort, claim_of, read_fields, read_picture, streams_of
+from server.http import Lasting, Route, abort, claim_of, drop, read_fields, read_picture, streams_of
 from server.media.files import Growth
 
 READ_BYTES = 256 * 1024
@@ -77,7 +77,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
         created_at=time.time(),
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture, key=principal_of(request).key)
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 
 
@@ -158,7 +158,7 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
         remixed_from=source.id,
         picture=bool(picture),
     )
-    streams.clips.create(clip, picture, key=principal_of(request).key)
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 
 
@@ -207,6 +207,9 @@ class Growing(Lasting):
             if not growth.whole:
                 await abort(scope)
             await send({"type": "http.response.body", "body": b""})
+        except asyncio.CancelledError:
+            drop(scope)  # its key was taken away, or the server ends
+            raise
         finally:
             os.close(descriptor)
 

@@ -1,5 +1,6 @@
 """The page in a real browser, against the gateway with a pretended engine."""
 
+import base64
 import io
 import re
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -360,3 +362,42 @@ def test_fragments_play_through_media_source(page: Any, browser: Any) -> None:
     assert ranges == 1
     assert width == 256
     player.close()
+
+
+FILM = """async (url) => {
+    const video = document.createElement("video");
+    const found = {};
+    await new Promise((loaded, failed) => {
+        video.onloadedmetadata = loaded;
+        video.onerror = () => failed(video.error.message);
+        video.src = url;
+    });
+    found.duration = video.duration;
+    found.size = [video.videoWidth, video.videoHeight];
+    found.places = [];
+    for (const place of [1.5, 0.2]) {
+        video.currentTime = place;
+        await new Promise((sought) => video.onseeked = sought);
+        found.places.push(video.currentTime);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("kind", ["clip", "mp4", "webm"])
+def test_a_film_plays_and_can_be_sought_in(browser: Any, gateway: tuple[subprocess.Popen[str], int], kind: str) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{gateway[1]}/v1", timeout=20) as http:
+        if kind == "clip":
+            film = f"/videos/{http.post('/videos', json={'prompt': 'a', 'seconds': '2'}).json()['id']}/content"
+        else:
+            stream = http.post("/streams", json={"prompt": "a", "duration_s": 2}).json()["id"]
+            film = (
+                f"/recordings/{http.post(f'/streams/{stream}/recordings', json={'format': kind}).json()['id']}/content"
+            )
+        http.get(film)  # as long as it is being made
+        response = http.get(film)
+    data = f"data:{response.headers['content-type']};base64,{base64.b64encode(response.content).decode()}"
+    page = browser.new_page()
+    found = page.evaluate(FILM, data)
+    page.close()
+    assert found == {"duration": pytest.approx(2, abs=0.01), "size": [256, 256], "places": [1.5, 0.2]}

@@ -433,8 +433,19 @@ async def test_a_key_that_goes_takes_its_unfinished_clips_along(run_gateway: Any
         call = gateway.http.request
         whole = (await call("POST", "/v1/videos", headers=lost, json={"prompt": "a", "seconds": "0.5"})).json()["id"]
         half = (await call("POST", "/v1/videos", headers=lost, json={"prompt": "a", "seconds": "600"})).json()["id"]
-        await gateway.until(lambda: gateway.streams.clips.get(half).recorded > 0)
+        await gateway.until(lambda: gateway.streams.clips.get(half).recorded > 16)
+
+        async def read(key: dict[str, str]) -> None:
+            async with gateway.http.stream("GET", f"/v1/videos/{half}/content", headers=key) as response:
+                async for _ in response.aiter_bytes():
+                    pass
+
+        reading = [asyncio.create_task(read(key)) for key in (lost, root)]
+        await asyncio.sleep(0.3)
         path.write_text(kept)
+        for each in reading:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await each
 
         async def revoked() -> bool:
             found = (await call("GET", f"/v1/videos/{half}", headers=root)).json()
