@@ -204,6 +204,13 @@ def test_it_outlives_a_want_of_descriptors(tmp_path: Path) -> None:
     assert log.count("out of file descriptors") == 1
 
 
+def test_it_takes_the_descriptors_that_it_may_have(tmp_path: Path) -> None:
+    prelude = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048))  # noqa: E731
+    with gateway(log=tmp_path / "log", preexec_fn=prelude) as (process, _):
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+    assert re.search(r"Max open files +2048 +2048 ", limits), limits
+
+
 def quickly(address: str) -> int:
     try:
         return httpx.get(address + "/livez", timeout=2).status_code
