@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,9 @@ from server.streams import Streams
 
 SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
+SELDOM_SECONDS = 60.0
+WANTED_FILES = 16_384
+"""Every connection is one, every viewer over WebRTC one for each address of this machine."""
 SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")
 
 
@@ -34,6 +38,31 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return SECRETS.sub(r"\1[redacted]", super().format(record))
+
+
+class Seldom(logging.Filter):
+    """Of connections that cannot be taken for want of descriptors asyncio writes hundreds of lines a second."""
+
+    _again_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "asyncio" or "out of system resource" not in record.getMessage():
+            return True
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = "out of file descriptors: raise the limit (ulimit -n); connections wait", ()
+        now = time.monotonic()
+        if now < self._again_at:
+            return False
+        self._again_at = now + SELDOM_SECONDS
+        return True
+
+
+def raise_limit() -> None:
+    """As many file descriptors as the system lets us have; many give processes 1024 until they ask."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Server(uvicorn.Server):
@@ -152,8 +181,10 @@ def main() -> int:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
     log = logging.StreamHandler(sys.stderr)
+    log.addFilter(Seldom())
     log.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
+    raise_limit()
     return asyncio.run(serve(config))
 
 

@@ -332,7 +332,7 @@ class Gate:
     def __init__(
         self, app: ASGIApp, *, access: Access, streams: Streams, refuse: EndSocket, cut_off: EndSocket
     ) -> None:
-        """`refuse` ends a socket that is not accepted yet, `cut_off` any."""
+        """`refuse` ends a socket that is not accepted yet, `cut_off` any, and a response that has begun."""
         self._app = app
         self._access = access
         self._streams = streams
@@ -390,12 +390,9 @@ class Gate:
             if not lease.expired():
                 raise
             revoked = unauthenticated("The API key was taken away.")
-            if socket:
-                await self._cut_off(scope, receive, send, revoked)
-            elif started:
-                await send({"type": "http.response.body", "body": b""})
-            else:
+            if not socket and not started:
                 raise revoked from None
+            await self._cut_off(scope, receive, send, revoked)
 
 
 MAX_HEADERS = 100

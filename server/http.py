@@ -1,6 +1,7 @@
 """The HTTP side: thin functions between requests and `Streams`, and the envelope around every one of them."""
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -18,14 +19,14 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError
+from server.errors import ApiError, exhausted
 from server.media.matte import Matte
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
@@ -37,6 +38,7 @@ WEB, OVERLAY = CLIENTS / "web", CLIENTS / "overlay"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request that may bring a picture; base64 takes four bytes for three."""
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of every form that is damaged
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
 """Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
 UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
@@ -48,6 +50,9 @@ ABORT = "livereel.abort"
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 """What a form may have for one, as JSON writes it."""
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN)
+"""What the system says when it has no more descriptors, memory, room or processes."""
 
 FIELD = re.compile(r"(\w{1,32})((?:\[\w{0,32}\]){1,4})")
 """The name of what is nested in a form."""
@@ -508,11 +513,17 @@ class Envelope:
             await self._app(scope, receive, send_with_headers)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_headers)
-        except Exception:
-            logger.exception("request %s failed", request_id)
+        except ClientDisconnect:
+            return  # in the middle of its request: there is nobody to answer, and nothing to write down
+        except Exception as error:
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                failure = exhausted()
+                logger.error("request %s failed: %s", request_id, error.strerror)
+            else:
+                logger.exception("request %s failed", request_id)
             if started:
                 raise
-            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
             await error_response(failure)(scope, receive, send_with_headers)
 
     def _log(self, scope: Scope, status: int, request_id: str) -> None:

@@ -115,8 +115,11 @@ async def refuse_handshake(scope: Scope, receive: Receive, send: Send, error: Ap
 
 
 async def cut_off(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
-    """End a socket in the middle of whatever it does."""
-    await hang_up(WebSocket(scope, receive, send), UNAUTHENTICATED, error.code)
+    """End a socket in the middle of whatever it does; or a response, which is not to look complete."""
+    if scope["type"] == "websocket":
+        await hang_up(WebSocket(scope, receive, send), UNAUTHENTICATED, error.code)
+    elif abort := scope.get("extensions", {}).get(ABORT):
+        abort["call"]()
 
 
 async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:

@@ -85,6 +85,9 @@ class Stacked:
 Picture = Frame | Stacked
 
 
+Image.preinit()  # loads what writes JPEGs now, and not when there may be no file descriptor for it
+
+
 class Encoder:
     """Turns frames into packets in a thread, so that the event loop never waits for a JPEG."""
 

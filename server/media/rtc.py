@@ -32,7 +32,7 @@ from aiortc.sdp import SessionDescription, candidate_from_sdp
 from av.packet import Packet
 
 from server.admission import Rate
-from server.errors import ApiError, exhausted
+from server.errors import ApiError
 from server.media.codecs import Codec, Coded
 from server.media.viewer import Viewer
 
@@ -141,8 +141,8 @@ class Peer:
         except TimeoutError:
             message = "The server could not gather its addresses in time: try again."
             raise ApiError(503, "gathering_timeout", message, headers={"Retry-After": "5"}) from None
-        except OSError:  # no descriptor to be had
-            raise exhausted() from None
+        except OSError:  # want of descriptors is no fault of the offer
+            raise
         except Exception as error:  # its parser and its checks raise nearly anything
             if "send parameters" in str(error):
                 message = "The offer has no codec that the server sends: offer VP8 or H.264 with packetization-mode=1."

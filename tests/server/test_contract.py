@@ -7,12 +7,15 @@ import re
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import websockets
 from PIL import Image
 
+from server import keys
 from server.backends.fake import FakeBackend
 from server.media import packets
 
@@ -344,6 +347,48 @@ async def test_a_stream_goes_on_without_its_viewer_until_it_is_idle(run_gateway:
         assert (await gateway.get(stream))["state"] == "live"
         await gateway.until(lambda: stream_of(gateway, stream).session.state == "ended")
         assert (await gateway.get(stream))["ended_reason"] == "idle"
+
+
+async def test_a_place_in_the_queue_that_nobody_asks_about_is_free_for_the_next(run_gateway: Any) -> None:
+    backend = FakeBackend(width=64, height=48, chunk_seconds=0.7)  # one plays at a time
+    async with run_gateway(backend, idle_timeout_s=0.6, queue_limit=2) as gateway:
+        playing, waiting, abandoned = [await gateway.open() for _ in range(3)]
+        full = await gateway.http.post("/v1/streams", json={"prompt": "a"})
+        assert full.json()["error"]["code"] == "queue_full"
+        given = stream_of(gateway, abandoned).session
+        async with gateway.connect(playing, "?format=events"):
+
+            async def given_up() -> bool:
+                # whoever asks, waits on
+                assert (await gateway.get(waiting))["queue_position"] == 1
+                return given.ended_reason == "idle"
+
+            await gateway.until(given_up)
+            assert (await gateway.open())["queue_position"] == 2
+
+
+async def test_a_clock_that_is_set_changes_nothing(
+    run_gateway: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys.toml"
+    key = keys.add_key(path, "studio", "studio", ["control"], 4, 20)
+    now = time.time
+    async with run_gateway(keys=path, idle_timeout_s=30) as gateway:
+        gateway.http.headers["authorization"] = f"Bearer {key}"
+        stream = await gateway.open()
+        async with gateway.connect(stream) as socket:
+            for years in (10, -10):
+                monkeypatch.setattr(time, "time", lambda years=years: now() + years * 365 * 86400)
+                frames = 0
+                async with asyncio.timeout(5):
+                    while frames < 12:
+                        frames += isinstance(await socket.recv(), bytes)
+                # neither the token nor the stream has got older, and the limit on requests is where it was
+                async with gateway.connect(stream, "&format=events") as other:
+                    assert "stream.started" in await other.recv()
+        answer = await gateway.http.get(f"/v1/streams/{stream['id']}")
+        assert answer.json()["stalls"] == 0
+        assert int(answer.headers["x-ratelimit-remaining-requests"]) >= 17
 
 
 async def test_a_watched_stream_is_not_idle(run_gateway: Any) -> None:
