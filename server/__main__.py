@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import gc
+import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +30,34 @@ KEEP_ALIVE_SECONDS = 20
 request just as it is closed gets a reset for an answer."""
 SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
+SELDOM_SECONDS = 60.0
+WANTED_FILES = 16_384
+"""Every connection is one, every viewer over WebRTC one for each address of this machine."""
+
+
+class Seldom(logging.Filter):
+    """Of connections that cannot be taken for want of descriptors asyncio writes hundreds of lines a second."""
+
+    _again_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "asyncio" or "out of system resource" not in record.getMessage():
+            return True
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = "out of file descriptors: raise the limit (ulimit -n); connections wait", ()
+        now = time.monotonic()
+        if now < self._again_at:
+            return False
+        self._again_at = now + SELDOM_SECONDS
+        return True
+
+
+def raise_limit() -> None:
+    """As many file descriptors as the system lets us have; many give processes 1024 until they ask."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Server(uvicorn.Server):
@@ -160,7 +190,8 @@ def main() -> int:
     if sys.argv[1:2] == ["keys"]:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
-    logs.set_up(config.log)
+    logs.set_up(config.log).addFilter(Seldom())
+    raise_limit()
     try:
         tracing = from_environment(os.environ)
     except ValueError as error:

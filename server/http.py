@@ -1,6 +1,7 @@
 """The HTTP side: thin functions between requests and `Streams`, and the envelope around every one of them."""
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -18,15 +19,16 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError, request_id
+from server.errors import ApiError, exhausted, request_id
 from server.logs import redact
+from server.media.matte import Matte
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
 from server.tracing import Tracing
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("livereel.http")
 
-WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
+WEB, OVERLAY = CLIENTS / "web", CLIENTS / "overlay"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request that may bring a picture; base64 takes four bytes for three."""
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of every form that is damaged
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
 """Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
 UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
@@ -51,6 +55,9 @@ ABORT = "livereel.abort"
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 """What a form may have for one, as JSON writes it."""
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN)
+"""What the system says when it has no more descriptors, memory, room or processes."""
 
 FIELD = re.compile(r"(\w{1,32})((?:\[\w{0,32}\]){1,4})")
 """The name of what is nested in a form."""
@@ -80,6 +87,14 @@ def streams_of(connection: HTTPConnection) -> Streams:
     streams = connection.app.state.streams
     assert isinstance(streams, Streams)
     return streams
+
+
+def wants_alpha(connection: HTTPConnection) -> bool:
+    """Whether a viewer takes every frame above its matte. Raises `ApiError` for anything else in `?alpha=`."""
+    wanted = connection.query_params.get("alpha", "none")
+    if wanted not in ("none", "stacked"):
+        raise ApiError(400, "invalid_value", "`alpha` must be none or stacked.", param="alpha")
+    return wanted == "stacked"
 
 
 # streams
@@ -218,6 +233,22 @@ async def delete_stream(request: Request, id: str) -> Response:
     return Response(status_code=204)
 
 
+async def set_matte(request: Request, id: str, body: schemas.MatteObject) -> dict[str, Any]:
+    """Say what is transparent for who watches with `alpha=stacked`, from the picture on screen on."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    streams.set_matte(stream, Matte(**body.model_dump()))
+    return stream_object(request, stream)
+
+
+async def remove_matte(request: Request, id: str) -> dict[str, Any]:
+    """Nothing is transparent any more."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    streams.set_matte(stream, None)
+    return stream_object(request, stream)
+
+
 async def create_token(request: Request, id: str, body: schemas.CreateToken) -> dict[str, Any]:
     """A token that lets a browser or a guest watch or control this one stream for a while, without the key."""
     principal = principal_of(request)
@@ -327,6 +358,11 @@ async def docs(request: Request) -> Response:
     return FileResponse(WEB / "docs.html")
 
 
+async def overlay(request: Request, id: str) -> Response:
+    """A page that is nothing but the stream, with its transparency."""
+    return FileResponse(OVERLAY / "index.html")
+
+
 ROUTES = [
     Route(
         "POST",
@@ -346,6 +382,8 @@ ROUTES = [
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
     Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
+    Route("PUT", "/v1/streams/{id}/matte", set_matte, schemas.StreamObject, 200, (400, 404, 409, 413, 415)),
+    Route("DELETE", "/v1/streams/{id}/matte", remove_matte, schemas.StreamObject, 200, (404, 409)),
     Route(
         "POST", "/v1/streams/{id}/tokens", create_token, schemas.TokenObject, 201, (400, 401, 403, 404, 413, 415, 429)
     ),
@@ -356,6 +394,7 @@ ROUTES = [
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
     Route("GET", "/metrics", metrics, options={"response_class": Response, "responses": {"default": ERROR}}),
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
+    Route("GET", "/overlay/{id}", overlay, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]
 
@@ -489,16 +528,22 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            return  # in the middle of its request: there is nobody to answer, and nothing to write down
         except Exception as error:
             if scope["type"] == "websocket":
                 raise
             if isinstance(error, ApiError):
                 await error_response(error)(scope, receive, send_with_headers)
                 return
-            logger.exception("request %s failed", id)
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                failure = exhausted()
+                logger.error("request %s failed: %s", id, error.strerror)
+            else:
+                logger.exception("request %s failed", id)
             if started:
                 raise
-            failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
             await error_response(failure)(scope, receive, send_with_headers)
 
     def _note(self, scope: Scope, status: int, begun: float, span: "Span | None") -> None:
@@ -602,7 +647,7 @@ def security_headers(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
     host = headers.get("host", "")
     sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else ""
     policy = (
-        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src blob:; "
         f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     # What the server says now is not what it says in a second; the page's own files are revalidated.

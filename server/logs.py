@@ -63,8 +63,9 @@ class JsonFormatter(logging.Formatter):
 FORMATTERS: dict[str, type[TextFormatter] | type[JsonFormatter]] = {"text": TextFormatter, "json": JsonFormatter}
 
 
-def set_up(style: Literal["text", "json"]) -> None:
-    """Log everything from INFO upwards to standard error."""
+def set_up(style: Literal["text", "json"]) -> logging.Handler:
+    """Log everything from INFO upwards to standard error; returns what writes it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FORMATTERS[style]())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    return handler

@@ -78,6 +78,21 @@ class Metrics:
             buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
             registry=registry,
         )
+        self.quality_changes = Counter(
+            "livereel_quality_changes",
+            "Times that a stream got fewer denoising steps a chunk (down), or more (up).",
+            ["direction"],
+            registry=registry,
+        )
+        self.quality_level = Gauge(
+            "livereel_quality_level",
+            "Denoising steps that chunks of live streams lack of the model's own, in all.",
+            registry=registry,
+        )
+        self.outputs = Gauge("livereel_outputs", "Outputs by state.", ["state"], registry=registry)
+        self.unwatched_pauses = Counter(
+            "livereel_unwatched_pauses", "Streams paused because nobody watched them.", registry=registry
+        )
         self.stalls = Counter("livereel_stalls", "Times that a due frame was not there.", registry=registry)
         self.stalled_seconds = Counter("livereel_stalled_seconds", "Time without a due frame.", registry=registry)
         self.frames_shown = Counter("livereel_frames_shown", "Frames that were due and shown.", registry=registry)
@@ -134,6 +149,8 @@ class Metrics:
         self.tasks = Gauge("livereel_tasks", "Tasks on the event loop.", registry=registry)
         self.threads = Gauge("livereel_threads", "Threads of the gateway.", registry=registry)
         ProcessCollector(registry=registry)  # process_resident_memory_bytes, process_open_fds and the like
+        for direction in ("down", "up"):
+            self.quality_changes.labels(direction)
         # Named before they happen, so that a rate sees the first.
         for reason in ("slow_viewer", "slow_encoder", "slow_recorder", "unexpected_chunk"):
             self.frames_dropped.labels(reason)

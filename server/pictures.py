@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server import decoder
 from server.decoder import KEPT_FRAMES, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_PIXELS, Refusal
-from server.errors import ApiError, exhausted
+from server.errors import ApiError
 
 MAX_BYTES = 8 << 20
 DECODE_SECONDS = 30.0
@@ -60,21 +60,18 @@ async def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
     size = width * height * 3
     # Of our environment, secrets included, it needs only where the system's libraries are.
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(Path(decoder.__file__)),
-            *map(str, (width, height, fps)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            start_new_session=True,
-        )
-    except OSError:  # no descriptor or no process to be had
-        raise exhausted() from None
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        str(Path(decoder.__file__)),
+        *map(str, (width, height, fps)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=environment,
+        cwd="/",
+        start_new_session=True,
+    )
     try:
         async with asyncio.timeout(DECODE_SECONDS):
             rgb, _ = await asyncio.gather(receive(process, KEPT_FRAMES * size), send(process, data))

@@ -24,6 +24,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 RECORD = ".json"
 LOCK = "lock"
+TEMPORARY = "livereel-data-"
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 
 
@@ -38,6 +39,19 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"data {folder} belongs to another user: name a folder of the server's own")
     if status.st_mode & 0o077:
         raise ValueError(f"data {folder} is open to other users: chmod 700 {folder}")
+
+
+def remove_abandoned() -> None:
+    """Remove temporary folders of servers that were killed: nobody holds their locks any more."""
+    for folder in Path(tempfile.gettempdir()).glob(TEMPORARY + "*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == folder.stat().st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 class Store:
@@ -59,7 +73,8 @@ class Store:
         if self._lock >= 0:
             return
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="livereel-data-"))  # mode 0700
+            remove_abandoned()
+            self._folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))  # mode 0700
         self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:
