@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-schema test-browser test-gpu bench-gpu bench-serve bench-fanout evaluate clean
+.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -41,6 +41,10 @@ test-schema: setup
 test-browser: setup
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/e2e
+
+test-players: setup
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m players -s tests/players
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests

@@ -26,6 +26,8 @@ class Chunk:
     frame: int
     frames: Tensor
     discontinuity: bool
+    steps: int | None = None
+    """Denoising steps that it was made with, where those are not the preset's."""
 
 
 class NotFiniteError(RuntimeError):
@@ -123,6 +125,11 @@ class Pipeline:
         state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
         return state.chunk
 
+    def set_steps(self, state: StreamState, steps: int) -> None:
+        """Denoise with so many steps from the next chunk on, at least 1; the preset's own number or more is its own."""
+        count = len(self.preset.steps)
+        state.steps = max(1, steps) if steps < count else None
+
     def changed(self) -> None:
         """The transformer's weights changed: take over what is held apart from them. Streams need `refresh`, too."""
         if isinstance(self.dit, FusedWan | GraphedWan):
@@ -152,7 +159,7 @@ class Pipeline:
             arrived = torch.cuda.Event() if self.device.type == "cuda" else None
             if arrived is not None:
                 arrived.record()
-        chunk = Chunk(state.chunk, state.frame, frames, fresh)
+        chunk = Chunk(state.chunk, state.frame, frames, fresh, state.steps)
         state.uncommitted = latents
         state.chunk += 1
         state.frame += len(frames)

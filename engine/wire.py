@@ -39,6 +39,7 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_chunk_frames: int
     """Pixel frames in the first chunk of a stream, and in the first after a cut."""
     steps: int
+    """Denoising steps of a chunk; a stream that is late can be given fewer, see `SetSteps`."""
     chunk_seconds: float
     """Time to generate one chunk, measured while warming up; admission divides playback time by it."""
     parameters: int
@@ -87,6 +88,16 @@ class Credit(Message, frozen=True):
     limit: int
     due_in: float
     """Seconds until the first frame that is not generated yet must be shown; negative when it is late."""
+
+
+class SetSteps(Message, frozen=True):
+    """Denoise with so many steps from the next chunk on: `ModelInfo.steps`, or fewer to be faster at less quality.
+
+    `Frames` tells what a chunk was made with. An unknown stream is no error.
+    """
+
+    stream: str
+    steps: int
 
 
 class Close(Message, frozen=True):
@@ -166,6 +177,8 @@ class Frames(Message, frozen=True):
     slot: int = 0
     generation: int = 0
     """What the slot is stamped with; see `Ring`."""
+    steps: int | None = None
+    """Denoising steps, where `SetSteps` asked for another number than the model's; None is the model's."""
 
     @property
     def size(self) -> int:
@@ -214,7 +227,7 @@ class Heartbeat(Message, frozen=True):
     resident_bytes: int
 
 
-ToEngine = Open | Steer | Credit | Close | SetLoras | Layout | Release | Shutdown
+ToEngine = Open | Steer | Credit | SetSteps | Close | SetLoras | Layout | Release | Shutdown
 ToGateway = Ready | Started | Frames | Steered | Ended | Loras | Fault | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode

@@ -239,6 +239,9 @@ class Worker:
                         stream = self.streams[name]
                         due = time.monotonic() + due_in
                         stream.claim = replace(stream.claim, limit=max(limit, stream.claim.limit), due=due)
+                case wire.SetSteps(stream=name, steps=steps):
+                    if name in self.streams:
+                        self.pipeline.set_steps(self.streams[name].state, steps)
                 case wire.Close(stream=name):
                     if name in self.streams:
                         self._end(name, "closed")
@@ -381,6 +384,7 @@ class Worker:
             discontinuity=chunk.discontinuity and chunk.index > 0,
             slot=slot,
             generation=generation,
+            steps=chunk.steps,
         )
         stream.applied = None
         self.link.send(message)

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, recordings, videos, whep
+from server import http, mjpeg, outputs, recordings, videos, whep
 from server.auth import OWNED_PATH, Access, Gate, public
 from server.backends.base import Backend
 from server.config import Config
@@ -27,12 +27,15 @@ logger = logging.getLogger("livereel.app")
 DESCRIPTION = """Real-time text-to-video: a prompt becomes live video, and changes while it plays.
 
 Open a stream with `POST /v1/streams` and connect to its `ws_url`. Text messages are JSON events, each with `type`,
-`seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `stall`, `engine.restarted`,
-`draining`, `error`, `ended`. Binary messages are one frame each: a 16-byte header in network order (u8 version = 1,
+`seq` and `ts`: `stream.started`, `queue.position`, `state`, `chunk`, `prompt.applied`, `quality.changed`,
+`output.state`, `stall`, `engine.restarted`, `draining`, `error`, `ended`. `state` says as `reason` why a stream is
+paused: `asked` or `unwatched`. Binary messages are one frame each: a 16-byte header in network order (u8 version = 1,
 u8 format: 1 JPEG, 2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in 1/90000 s),
-then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as
-`video/mp4; codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first)
-or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`.
+then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as `video/mp4;
+codecs="avc1.42c01f"`; flags: 1 the scene starts afresh, 2 keyframe, 4 the init segment, which comes first) or `events`
+(no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` for an `<img>`. With `?alpha=stacked` each
+of them has every frame above its matte, in a picture of twice the height (see `PUT /v1/streams/{id}/matte`);
+`/overlay/{id}` is a page for OBS that shows it.
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot, or should not have it, gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`; `ws_url`
@@ -45,7 +48,7 @@ carries one already.
 again, and gets what the first one made."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *videos.ROUTES, *recordings.ROUTES]
+ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *outputs.ROUTES, *videos.ROUTES, *recordings.ROUTES]
 
 
 def create_app(config: Config, backend: Backend) -> FastAPI:
@@ -53,9 +56,10 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     metrics = Metrics()
     streams = Streams(config, backend, metrics)
     sessions = whep.Sessions(config, streams)
+    pushed = outputs.Outputs(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
     ledger = Idempotency()
-    access.holders += [streams.keep_keys, sessions.keep_keys, ledger.keep_keys]
+    access.holders += [streams.keep_keys, sessions.keep_keys, pushed.keep_keys, ledger.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,6 +69,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             yield
         finally:
             watcher.cancel()
+            await pushed.stop()
             await streams.stop()
             await sessions.stop()
 
@@ -89,6 +94,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     app.state.streams = streams
     app.state.metrics = metrics
     app.state.sessions = sessions
+    app.state.outputs = pushed
     app.state.config = config
     app.state.routes = ROUTES
     app.state.access = access
@@ -107,6 +113,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
             **{**options, **route.options},
         )
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
+    app.mount("/assets/overlay", StaticFiles(directory=http.OVERLAY))
     app.mount("/assets", StaticFiles(directory=http.WEB))
     return app
 

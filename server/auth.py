@@ -33,13 +33,14 @@ from server.keys import IMPLIED, Key, Keys
 from server.streams import Streams
 
 PUBLIC = {"/livez", "/readyz", "/", "/docs"}
-"""For GET, and so is what lies under /assets/. Probes carry no key, and the page must load before it can ask for one:
-its files are the same in every Livereel. What it shows comes from routes that are not public."""
+"""For GET, and so is what lies under /assets/ and /overlay/. Probes carry no key, and a page must load before it can
+ask for one: its files are the same in every Livereel. What it shows comes from routes that are not public."""
 
 RULES: tuple[tuple[str, str, key_files.Scope], ...] = (
     ("GET", r"/metrics", "metrics"),
     ("PUT", r"/v1/loras", "admin"),
     (r"\w+", r"/v1/streams/[^/]+/whep(/.*)?", "view"),
+    (r"\w+", r"/v1/streams/[^/]+/outputs(/.*)?", "control"),
 )
 """Method, path and scope of what does not follow from the method: reading needs `view`, everything else `control`."""
 
@@ -291,7 +292,7 @@ def needed(method: str, path: str) -> key_files.Scope:
 
 def public(method: str, path: str) -> bool:
     """Whether anybody may have this."""
-    return method in ("GET", "HEAD") and (path in PUBLIC or path.startswith("/assets/"))
+    return method in ("GET", "HEAD") and (path in PUBLIC or path.startswith(("/assets/", "/overlay/")))
 
 
 def unauthenticated(message: str) -> ApiError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from server.keys import read_keys
+from server.media.destination import ENTRY
 from server.store import check_folder
 
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
@@ -32,6 +33,8 @@ class Config:
     """Folder of LoRA files that clients may have applied."""
     idle_timeout_s: float = 60.0
     """A stream that nobody has watched for this long ends; 0 lets it run on."""
+    unwatched_pause_s: float = 15.0
+    """A stream that nobody has watched for this long is paused until somebody does; 0 lets it generate on."""
     queue_limit: int = 8
     """Streams that may wait for a place in the engine."""
     engine_timeout_s: float = 20.0
@@ -57,6 +60,8 @@ class Config:
     """How long a finished clip or recording is kept."""
     keys: Path | None = None
     """File of API keys (see `server.keys`); without one only this machine is served."""
+    outputs: tuple[str, ...] = ()
+    """Hosts that streams may be pushed to, `HOST` for the schemes' own ports or `HOST:PORT`; none turns that off."""
     origins: tuple[str, ...] = ()
     """Web pages elsewhere that may use the API, such as `https://studio.example`."""
 
@@ -67,13 +72,13 @@ class Config:
             raise ValueError(f"engine-threads {self.engine_threads} is below 1")
         if self.loras is not None and not self.loras.is_dir():
             raise ValueError(f"loras {self.loras} is not a folder")
-        if not 0 <= self.idle_timeout_s < float("inf"):
-            raise ValueError(f"idle-timeout {self.idle_timeout_s} is not a number of seconds from 0 upwards")
+        for name in ("idle-timeout", "unwatched-pause", "drain-timeout"):
+            seconds = getattr(self, name.replace("-", "_") + "_s")
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"{name} {seconds} is not a number of seconds from 0 upwards")
         for name in ("engine-timeout", "engine-start-timeout"):
             if not 0 < (seconds := getattr(self, name.replace("-", "_") + "_s")) < float("inf"):
                 raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
-        if not 0 <= self.drain_timeout_s < float("inf"):
-            raise ValueError(f"drain-timeout {self.drain_timeout_s} is not a number of seconds from 0 upwards")
         if self.queue_limit < 0:
             raise ValueError(f"queue-limit {self.queue_limit} is below 0")
         if not 50 <= self.bitrate_kbps <= 100_000:
@@ -95,6 +100,11 @@ class Config:
         for origin in self.origins:
             if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", origin):
                 raise ValueError(f"origins {origin} is not a scheme and a host in lower case: https://studio.example")
+        for host in self.outputs:
+            if not ENTRY.fullmatch(host):
+                raise ValueError(
+                    f"outputs {host} is not a host in lower case, with :PORT if need be: live.example:1936"
+                )
         if self.keys is not None:
             if not read_keys(self.keys):
                 raise ValueError(f"keys {self.keys} holds no key: python -m server keys add NAME --keys {self.keys}")
@@ -151,6 +161,13 @@ class Config:
             help="end a stream that nobody has watched for this many seconds; 0 never does (%(default)s)",
         )
         add(
+            "--unwatched-pause",
+            type=float,
+            metavar="S",
+            default=default("unwatched-pause", cls.unwatched_pause_s),
+            help="pause a stream that nobody has watched for this many seconds; 0 never does (%(default)s)",
+        )
+        add(
             "--queue-limit",
             type=int,
             metavar="N",
@@ -197,6 +214,13 @@ class Config:
             default=default("ice-servers", ""),
             help="STUN and TURN servers for WebRTC, with commas between; LIVEREEL_TURN_SECRET holds the latter's "
             "shared secret (none)",
+        )
+        add(
+            "--outputs",
+            metavar="HOSTS",
+            default=default("outputs", ""),
+            help="hosts that streams may be pushed to by RTMP and WHIP, with commas between: "
+            "live.example,10.0.0.5:1936 (none)",
         )
         add(
             "--data",
@@ -247,11 +271,13 @@ class Config:
                 loras=options.loras,
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,
+                unwatched_pause_s=options.unwatched_pause,
                 queue_limit=options.queue_limit,
                 bitrate_kbps=options.bitrate,
                 public_address=options.public_address,
                 ice_servers=tuple(url for each in options.ice_servers.split(",") if (url := each.strip())),
                 turn_secret=environment.get("LIVEREEL_TURN_SECRET", ""),
+                outputs=tuple(host for each in options.outputs.split(",") if (host := each.strip())),
                 data=options.data,
                 data_limit_gb=options.data_limit,
                 keep_hours=options.keep,

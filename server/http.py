@@ -27,12 +27,14 @@ from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
 from server.errors import ApiError, exhausted
+from server.media.matte import Matte
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
 
 logger = logging.getLogger("livereel.http")
 
-WEB = Path(__file__).resolve().parent.parent / "clients" / "web"
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
+WEB, OVERLAY = CLIENTS / "web", CLIENTS / "overlay"
 MAX_BODY_BYTES = 64 * 1024
 MAX_UPLOAD_BYTES = pictures.MAX_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request that may bring a picture; base64 takes four bytes for three."""
@@ -80,6 +82,14 @@ def streams_of(connection: HTTPConnection) -> Streams:
     streams = connection.app.state.streams
     assert isinstance(streams, Streams)
     return streams
+
+
+def wants_alpha(connection: HTTPConnection) -> bool:
+    """Whether a viewer takes every frame above its matte. Raises `ApiError` for anything else in `?alpha=`."""
+    wanted = connection.query_params.get("alpha", "none")
+    if wanted not in ("none", "stacked"):
+        raise ApiError(400, "invalid_value", "`alpha` must be none or stacked.", param="alpha")
+    return wanted == "stacked"
 
 
 # streams
@@ -218,6 +228,22 @@ async def delete_stream(request: Request, id: str) -> Response:
     return Response(status_code=204)
 
 
+async def set_matte(request: Request, id: str, body: schemas.MatteObject) -> dict[str, Any]:
+    """Say what is transparent for who watches with `alpha=stacked`, from the picture on screen on."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    streams.set_matte(stream, Matte(**body.model_dump()))
+    return stream_object(request, stream)
+
+
+async def remove_matte(request: Request, id: str) -> dict[str, Any]:
+    """Nothing is transparent any more."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    streams.set_matte(stream, None)
+    return stream_object(request, stream)
+
+
 async def create_token(request: Request, id: str, body: schemas.CreateToken) -> dict[str, Any]:
     """A token that lets a browser or a guest watch or control this one stream for a while, without the key."""
     principal = principal_of(request)
@@ -327,6 +353,11 @@ async def docs(request: Request) -> Response:
     return FileResponse(WEB / "docs.html")
 
 
+async def overlay(request: Request, id: str) -> Response:
+    """A page that is nothing but the stream, with its transparency."""
+    return FileResponse(OVERLAY / "index.html")
+
+
 ROUTES = [
     Route(
         "POST",
@@ -346,6 +377,8 @@ ROUTES = [
     Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
     Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
+    Route("PUT", "/v1/streams/{id}/matte", set_matte, schemas.StreamObject, 200, (400, 404, 409, 413, 415)),
+    Route("DELETE", "/v1/streams/{id}/matte", remove_matte, schemas.StreamObject, 200, (404, 409)),
     Route(
         "POST", "/v1/streams/{id}/tokens", create_token, schemas.TokenObject, 201, (400, 401, 403, 404, 413, 415, 429)
     ),
@@ -356,6 +389,7 @@ ROUTES = [
     Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
     Route("GET", "/metrics", metrics, options={"response_class": Response, "responses": {"default": ERROR}}),
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
+    Route("GET", "/overlay/{id}", overlay, options={"include_in_schema": False}),
     Route("GET", "/", page, options={"include_in_schema": False}),
 ]
 
@@ -588,7 +622,7 @@ def security_headers(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
     host = headers.get("host", "")
     sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else ""
     policy = (
-        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src blob:; "
         f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     # What the server says now is not what it says in a second; the page's own files are revalidated.

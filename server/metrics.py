@@ -52,6 +52,21 @@ class Metrics:
             buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128),
             registry=registry,
         )
+        self.quality_changes = Counter(
+            "livereel_quality_changes",
+            "Times that a stream got fewer denoising steps a chunk (down), or more (up).",
+            ["direction"],
+            registry=registry,
+        )
+        self.quality_level = Gauge(
+            "livereel_quality_level",
+            "Denoising steps that chunks of live streams lack of the model's own, in all.",
+            registry=registry,
+        )
+        self.outputs = Gauge("livereel_outputs", "Outputs by state.", ["state"], registry=registry)
+        self.unwatched_pauses = Counter(
+            "livereel_unwatched_pauses", "Streams paused because nobody watched them.", registry=registry
+        )
         self.stalls = Counter("livereel_stalls", "Times that a due frame was not there.", registry=registry)
         self.stalled_seconds = Counter("livereel_stalled_seconds", "Time without a due frame.", registry=registry)
         self.frames_shown = Counter("livereel_frames_shown", "Frames that were due and shown.", registry=registry)
@@ -74,6 +89,8 @@ class Metrics:
         self.recordings = Gauge("livereel_recordings", "Recordings that run.", registry=registry)
         self.stored_bytes = Gauge("livereel_stored_bytes", "Clips and recordings, on disk.", registry=registry)
         self.engine_restarts = Counter("livereel_engine_restarts", "Engine processes replaced.", registry=registry)
+        for direction in ("down", "up"):
+            self.quality_changes.labels(direction)
         for reason in ("slow_viewer", "slow_encoder", "slow_recorder"):
             self.frames_dropped.labels(reason)
         self.count_streams({})

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import stream_ended
-from server.http import Lasting, Route, abort, streams_of
+from server.http import Lasting, Route, abort, streams_of, wants_alpha
 from server.media.packets import HEADER
 from server.media.viewer import Viewer
 from server.streams import Stream, Streams
@@ -58,9 +58,9 @@ async def watch(request: Request, id: str) -> Response:
     stream = streams.get(id)
     if stream.session.state.over:
         raise stream_ended(stream.session.ended_reason)
-    viewer = Viewer("mjpeg", events=False)
+    viewer = Viewer("mjpeg", events=False, alpha=wants_alpha(request))
     await streams.attach(stream, viewer)
     return Pictures(streams, stream, viewer)
 
 
-ROUTES = [Route("GET", "/v1/streams/{id}/mjpeg", watch, None, 200, (404, 409, 503), {"response_class": Pictures})]
+ROUTES = [Route("GET", "/v1/streams/{id}/mjpeg", watch, None, 200, (400, 404, 409, 503), {"response_class": Pictures})]

@@ -76,6 +76,19 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """How a chunk came: what `Quality` decides on. Times are in seconds."""
+
+    played: float
+    """How long the chunk plays."""
+    taken: float | None
+    """From when the engine could begin it, the one before it being there, to now: also what it spent on others. None
+    when that says nothing about speed: of a stream's first chunk, and after a pause."""
+    slack: float | None
+    """How long before its first frame is due; negative when late, None before the clock runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Chunk:
     index: int
     first_frame: int
@@ -110,6 +123,9 @@ class Playback:
         self._generation: deque[float] = deque(maxlen=RECENT_CHUNKS)
         self._granted = 0
         self._due_moved = True
+        self._could_begin: deque[float] = deque()
+        """When each granted chunk that is not there yet was granted, the next one first."""
+        self._arrived_at: float | None = None
 
     # what has arrived, and what is wanted
 
@@ -133,8 +149,15 @@ class Playback:
         ongoing = now - self._stalled_since if self._stalled_since is not None else 0.0
         return self._stalled_seconds + ongoing
 
-    def arrive(self, frames: int, gen_seconds: float, now: float) -> None:
+    def arrive(self, frames: int, gen_seconds: float, now: float) -> Arrival:
         """The next chunk is there, with this many frames, which took this long to generate."""
+        taken = None
+        if self._could_begin:
+            granted_at = self._could_begin.popleft()
+            if self._arrived_at is not None:
+                taken = now - max(granted_at, self._arrived_at)
+        self._arrived_at = now
+        slack = None if self._anchor is None else self._due(self.received) - now
         self._generation.append(gen_seconds)
         if self.received == 0:
             self._first_ready_at = now
@@ -142,6 +165,7 @@ class Playback:
         self._next_chunk += 1
         self.received += frames
         self._due_moved = True
+        return Arrival(frames * self._period, taken, slack)
 
     def finish(self) -> None:
         """No further frame will arrive: play what is there and end."""
@@ -150,6 +174,7 @@ class Playback:
     def pause(self, now: float) -> StallEnded | None:
         """Hold the current frame from now on. A stall ends here: a paused picture is not a stalled one."""
         self.paused = True
+        self._arrived_at = None
         return self._settle_stall(now)
 
     def resume(self, now: float) -> None:
@@ -203,6 +228,7 @@ class Playback:
         limit = max(limit, self._granted)
         if limit == self._granted and not self._due_moved:
             return None
+        self._could_begin.extend([now] * (limit - max(self._granted, self._next_chunk)))
         self._granted, self._due_moved = limit, False
         if self._anchor is not None:
             return Grant(limit, self._due(self.received) - now)
@@ -213,6 +239,8 @@ class Playback:
     def forget_grant(self) -> None:
         """A new engine process has taken over, which was never told anything."""
         self._granted, self._due_moved = 0, True
+        self._could_begin.clear()
+        self._arrived_at = None
 
     # the clock itself
 
@@ -244,3 +272,77 @@ class Playback:
         self._stalled_since = None
         self._stalled_seconds += seconds
         return StallEnded(seconds)
+
+
+DOWN_SPEED, DOWN_CHUNKS = 1.05, 3
+"""Below this speed (playback time over time taken) on average of so many chunks, a stream that runs dry gets worse."""
+UP_SPEED, UP_CHUNKS = 1.3, 10
+"""Above this speed on average of so many chunks it gets better."""
+DRY_CHUNKS = 0.5
+"""A stream runs dry whose newest chunk came less than this part of itself before it was due. Where others' chunks come
+between its own it may hardly be faster than real time, and be in no need."""
+MAX_UP_CHUNKS = 160
+"""Who got better and at once worse again waits twice as long before the next try, up to this many chunks."""
+
+
+class Quality:
+    """How many denoising steps a stream's chunks get: one fewer at a time when generation cannot keep up with playback,
+    down to half the model's, and one more when there is time to spare.
+
+    Feed it every chunk that arrives. What a change brings is judged by chunks that were made after it.
+    """
+
+    def __init__(self, steps: int) -> None:
+        """`steps` is the model's own number."""
+        self.steps = steps
+        """What the engine is to be told."""
+        self.applied = steps
+        """What the newest chunk was made with."""
+        self._best, self._worst = steps, -(-steps // 2)
+        self._recent: deque[Arrival] = deque(maxlen=UP_CHUNKS)
+        self._since = 0
+        """Chunks since the last change."""
+        self._rising = False
+        """The last change was for the better."""
+        self._patience = UP_CHUNKS
+
+    @property
+    def level(self) -> int:
+        """0 is the best."""
+        return self._best - self.applied
+
+    @property
+    def levels(self) -> int:
+        return self._best - self._worst + 1
+
+    def arrive(self, arrival: Arrival, steps: int) -> bool:
+        """A chunk is there, made with so many steps; true when `steps` has changed, for the next one that is begun."""
+        self.applied = steps
+        if steps != self.steps:
+            return False  # begun before the change
+        self._since += 1
+        if arrival.taken is None:
+            return False
+        self._recent.append(arrival)
+        dry = arrival.slack is not None and arrival.slack < DRY_CHUNKS * arrival.played
+        if dry and self.steps > self._worst and self._speed(DOWN_CHUNKS) < DOWN_SPEED:
+            if self._rising and self._since <= 2 * UP_CHUNKS:
+                self._patience = min(2 * self._patience, MAX_UP_CHUNKS)
+            self._change(-1)
+            return True
+        if self.steps < self._best and self._since >= self._patience and self._speed(UP_CHUNKS) > UP_SPEED:
+            self._change(1)
+            return True
+        return False
+
+    def _speed(self, chunks: int) -> float:
+        """Of the newest chunks; one at which nothing changes when there are fewer."""
+        if len(self._recent) < chunks:
+            return (DOWN_SPEED + UP_SPEED) / 2
+        newest = list(self._recent)[-chunks:]
+        return sum(each.played for each in newest) / max(1e-9, sum(each.taken or 0.0 for each in newest))
+
+    def _change(self, by: int) -> None:
+        self.steps += by
+        self._rising, self._since = by > 0, 0
+        self._recent.clear()

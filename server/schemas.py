@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from engine.wire import LORA_NAME
 from server import idempotency
 from server.errors import ApiError
+from server.media.destination import WANTED as OUTPUT_URL
 from server.pictures import WANTED
 
 MAX_PROMPT_BYTES = 4096
@@ -43,6 +44,12 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "mode": "chroma or luma",
+    "color": "a colour such as #00b140",
+    "tolerance": "a number from 0 to 1",
+    "softness": "a number from 0 to 1",
+    "url": OUTPUT_URL,
+    "token": "1 to 1024 ASCII characters without spaces",
     "seconds": f'a string of a number of seconds above 0 and at most {MAX_CLIP_SECONDS}, such as "4"',
     "size": "the size that the model draws, as WIDTHxHEIGHT: see /v1/models",
     "input_reference": f"{WANTED}: a file in a form, in JSON a data URL or an object with one as `image_url`",
@@ -296,6 +303,35 @@ class ChangeLoras(Request):
     ]
 
 
+class MatteObject(Request):
+    """What is transparent: what is near one colour, or what is dark."""
+
+    mode: Literal["chroma", "luma"] = Field(
+        "chroma", description="`chroma` keys the colour, whatever its brightness; `luma` takes dark for transparent."
+    )
+    color: Annotated[StrictStr, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = Field(
+        "#00b140", description="For `chroma`: the background's."
+    )
+    tolerance: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.1, description="How far from it (in Cb or Cr), or how bright, as a part of 1, is still transparent."
+    )
+    softness: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.1, description="How much further the edge goes from transparent to opaque."
+    )
+
+
+class CreateOutput(Request):
+    """Where to push a stream."""
+
+    url: Annotated[StrictStr, Field(min_length=1, max_length=1024)] = Field(
+        description=f"{OUTPUT_URL[0].upper()}{OUTPUT_URL[1:]}. With the stream's key, which is shown to nobody again.",
+        examples=["rtmps://live.example:443/app/KEY"],
+    )
+    token: Annotated[StrictStr, Field(pattern=r"^[!-~]{1,1024}$")] | None = Field(
+        None, description="For WHIP: sent as `Authorization: Bearer`, and shown to nobody again."
+    )
+
+
 class CreateToken(Request):
     """What a token for a stream shall allow, and for how long."""
 
@@ -325,6 +361,14 @@ class StreamFailure(BaseModel):
     message: str
 
 
+class StreamQuality(BaseModel):
+    """How well chunks are made: a stream that would run dry gets fewer denoising steps before it stalls."""
+
+    level: int = Field(description="0 is the best; each level above is a step less.")
+    levels: int = Field(description="How many there are.")
+    steps: int = Field(description="Denoising steps of the newest chunk.")
+
+
 class StreamObject(BaseModel):
     """One stream. Width, height and fps are null until the engine is up for the first time."""
 
@@ -338,6 +382,11 @@ class StreamObject(BaseModel):
     height: int | None
     fps: int | None
     duration_s: float | None
+    pause_reason: Literal["asked", "unwatched"] | None = Field(
+        description="Why the stream is paused: a client asked, or nobody has watched for a while; then the next viewer "
+        "makes it go on."
+    )
+    matte: MatteObject | None = Field(description="What is transparent with `alpha=stacked`; null is nothing.")
     ws_url: str = Field(
         description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
         "server has keys, it carries a token to view the stream for ten minutes."
@@ -351,6 +400,7 @@ class StreamObject(BaseModel):
     chunk_index: int = Field(description="The chunk on screen.")
     real_time_factor: float | None = Field(description="Generation time over playback time of the recent chunks.")
     time_to_first_frame_s: float | None = Field(description="From the request to the first frame ready to be sent.")
+    quality: StreamQuality | None = Field(description="Null until the engine is up for the first time.")
     stalls: int = Field(description="Times that a due frame was not there.")
     stalled_s: float
     buffer_s: float = Field(description="Playback time of the frames generated and not shown yet.")
@@ -368,6 +418,37 @@ class TokenObject(BaseModel):
     scope: Literal["view", "control"]
     expires_at: float = Field(description="Unix time.")
     ws_url: str = Field(description="The stream's WebSocket with this token.")
+
+
+class OutputError(BaseModel):
+    code: str = Field(
+        description="not_resolved, address_not_public, not_connected, certificate_refused, not_accepted, "
+        "invalid_answer, stalled, connection_lost, too_many_viewers or internal_error."
+    )
+    message: str
+
+
+class OutputObject(BaseModel):
+    """One place that a stream is pushed to."""
+
+    id: str
+    object: Literal["output"] = "output"
+    stream_id: str
+    url: str = Field(description="Scheme and host; what follows is not shown.")
+    kind: Literal["rtmp", "whip"]
+    state: Literal["waiting", "connecting", "live", "ended", "failed"] = Field(
+        description="`waiting` for the stream's first picture, or to try again; `failed` after eight attempts in a row."
+    )
+    attempts: int
+    created_at: float = Field(description="Unix time.")
+    live_since: float | None = Field(description="Unix time.")
+    retry_at: float | None = Field(description="Unix time.")
+    error: OutputError | None = Field(description="Why the last attempt came to nothing.")
+
+
+class OutputList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[OutputObject]
 
 
 class StreamChanged(StreamObject):

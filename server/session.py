@@ -7,12 +7,14 @@ in order; `ts` is unix time in seconds. Transitions that the table does not list
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from server.admission import Place
 
 Event = dict[str, Any]
 """A JSON object with at least `type`, `seq` and `ts`."""
+
+PauseReason = Literal["asked", "unwatched"]
 
 RECENT_CHUNKS = 8
 """Chunks that the real-time factor averages over."""
@@ -57,6 +59,8 @@ class Session:
     state: State = State.QUEUED
     seq: int = 0
     """Sequence number of the newest event; 0 before the first."""
+    pause_reason: PauseReason | None = None
+    """Why playback holds, or will hold from the first frame on."""
     queue: Place | None = None
     frames_generated: int = 0
     time_to_first_frame_s: float | None = None
@@ -110,12 +114,18 @@ class Session:
             events += self._enter(State.PAUSED if paused else State.LIVE, ts)
         return events
 
-    def pause(self, paused: bool, ts: float) -> list[Event]:
-        """Playback holds or goes on; before the first frame the wish is only noted by the clock."""
-        target = State.PAUSED if paused else State.LIVE
+    def pause(self, reason: PauseReason | None, ts: float) -> list[Event]:
+        """Playback holds, or goes on with None; before the first frame the wish is only noted by the clock."""
+        self.pause_reason = reason
+        target = State.PAUSED if reason else State.LIVE
         if self.state is target or self.state in (State.QUEUED, State.STARTING):
             return []
         return self._enter(target, ts)
+
+    def quality(self, *, steps: int, level: int, better: bool, chunk: int, pts: int, ts: float) -> list[Event]:
+        """From this chunk on it is made with so many steps."""
+        reason = "time_to_spare" if better else "running_dry"
+        return [self.event("quality.changed", ts, level=level, steps=steps, reason=reason, chunk_index=chunk, pts=pts)]
 
     # the end
 
@@ -135,4 +145,6 @@ class Session:
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"a stream cannot go from {self.state} to {state}")
         self.state = state
-        return [self.event("state", ts, state=state)]
+        if state is not State.PAUSED:
+            return [self.event("state", ts, state=state)]
+        return [self.event("state", ts, state=state, reason=self.pause_reason)]

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,8 @@ from server.errors import (
 from server.keys import Key
 from server.media.broadcast import Broadcast
 from server.media.codecs import Codec
-from server.media.packets import DISCONTINUITY, Encoder, Format, Frame
+from server.media.matte import Matte
+from server.media.packets import DISCONTINUITY, Encoder, Format, Frame, Picture
 from server.media.tape import FilmFormat, Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -80,6 +81,8 @@ class Stream:
     """When it was asked for, on the monotonic clock."""
     unwatched_since: float
     playback: pacing.Playback | None = None
+    quality: pacing.Quality | None = None
+    """None as long as `playback` is."""
     max_frames: int | None = None
     opened: bool = False
     """The current engine process knows the stream."""
@@ -90,11 +93,15 @@ class Stream:
     clock: int = 0
     """When it was shown, in 1/90000 s of the playback clock: media time and the time spent in stalls and pauses."""
     hold: bool = False
-    """Paused before there was a clock to pause."""
+    """A client wants it paused."""
+    rests: bool = False
+    """Paused because nobody watches."""
     buffer: deque[Frame] = field(default_factory=deque)
     viewers: set[Viewer] = field(default_factory=set)
-    broadcasts: dict[Codec, Broadcast] = field(default_factory=dict)
-    """What the viewers of each codec are served from."""
+    matte: Matte | None = None
+    """What is transparent for viewers who take mattes; None is nothing."""
+    broadcasts: dict[tuple[Codec, bool], Broadcast] = field(default_factory=dict)
+    """What the viewers of each codec are served from, those who take mattes apart."""
     tapes: set[Tape] = field(default_factory=set)
     """Of the recordings that run."""
     steers: dict[int, _Steer] = field(default_factory=dict)
@@ -103,6 +110,8 @@ class Stream:
     marks: dict[int, tuple[int, _Steer]] = field(default_factory=dict)
     """Index of the first frame under a new prompt -> its chunk and the steer, to be announced with that frame."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    kept: int = 0
+    """Outputs and recordings, which need it whether it is watched or not."""
     player: asyncio.Task[None] | None = None
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
@@ -111,19 +120,23 @@ class Stream:
     key: int | None = None
     """Serial of the API key that it was opened with."""
 
+    def picture_for(self, frame: Frame, alpha: bool) -> Picture:
+        """What viewers get of a frame, or those who take mattes."""
+        return frame.above(self.matte) if alpha else frame
+
     @property
     def watching(self) -> int:
         """Viewers that get frames. Who only listens to events has yet to connect for them, or has elsewhere."""
         return sum(viewer.format != "events" for viewer in self.viewers)
 
     @property
-    def wanted(self) -> bool:
-        """Somebody watches or listens, or it is recorded."""
-        return bool(self.viewers or self.tapes)
+    def needed(self) -> bool:
+        """Somebody takes its frames: viewers, recordings, outputs, also while they try to connect again."""
+        return bool(self.watching or self.tapes or self.kept)
 
     def snapshot(self) -> dict[str, Any]:
         """The stream object of the API, but for `ws_url`, which depends on who asks."""
-        session, playback = self.session, self.playback
+        session, playback, quality = self.session, self.playback, self.quality
         return {
             "id": session.id,
             "object": "stream",
@@ -135,6 +148,8 @@ class Stream:
             "height": session.height,
             "fps": session.fps,
             "duration_s": session.duration_s,
+            "pause_reason": session.pause_reason,
+            "matte": asdict(self.matte) if self.matte else None,
             "created_at": session.created_at,
             "queue_position": session.queue.position if session.queue else None,
             "queue_wait_s": session.queue.wait if session.queue else None,
@@ -143,6 +158,9 @@ class Stream:
             "chunk_index": playback.chunk_on_screen if playback else 0,
             "real_time_factor": session.real_time_factor,
             "time_to_first_frame_s": session.time_to_first_frame_s,
+            "quality": {"level": quality.level, "levels": quality.levels, "steps": quality.applied}
+            if quality
+            else None,
             "stalls": playback.stalls if playback else 0,
             "stalled_s": playback.stalled_seconds(time.monotonic()) if playback else 0.0,
             "buffer_s": playback.buffered_seconds if playback else 0.0,
@@ -358,7 +376,9 @@ class Streams:
         if prompt is not None:
             chunk = await self._steer(stream, prompt, transition or "recache")
         if paused is not None and not stream.session.state.over:
-            self._pause(stream, paused)
+            # Whoever asks a stream to go on wants it to do so for a while, watched or not.
+            stream.unwatched_since = time.monotonic()
+            self._pause(stream, hold=paused, rests=False)
         return chunk
 
     async def loras(self, strengths: dict[str, float] | None = None) -> wire.Loras:
@@ -391,7 +411,9 @@ class Streams:
         if len(stream.viewers) >= MAX_VIEWERS:
             raise too_many_viewers()
         last, format = stream.last, viewer.picture
-        packet = await self._encoder.packet(last, format) if last is not None and format is not None else None
+        packet = None
+        if last is not None and format is not None:
+            packet = await self._encoder.packet(stream.picture_for(last, viewer.alpha), format)
         # From here on nothing is awaited, so that the viewer misses no event and gets none twice.
         session = stream.session
         fields = {"type": "stream.started", "seq": session.seq, "ts": time.time(), "stream_id": session.id}
@@ -405,7 +427,7 @@ class Streams:
             stream.viewers.add(viewer)
             self._metrics.viewers.inc(viewer.format != "events")
             self._tune_in(stream, viewer)
-            stream.wake.set()
+            self._wake(stream)
 
     def detach(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer is gone. Safe to call again."""
@@ -414,13 +436,13 @@ class Streams:
         stream.viewers.remove(viewer)
         self._metrics.viewers.dec(viewer.format != "events")
         stream.unwatched_since = time.monotonic()
-        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+        if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.leave(viewer)
-            self._close_unused(stream, viewer.codec)
+            self._close_unused(stream, (viewer.codec, viewer.alpha))
 
-    def _close_unused(self, stream: Stream, codec: Codec) -> None:
-        if not len(stream.broadcasts[codec]):
-            stream.broadcasts.pop(codec).close()
+    def _close_unused(self, stream: Stream, which: tuple[Codec, bool]) -> None:
+        if not len(stream.broadcasts[which]):
+            stream.broadcasts.pop(which).close()
 
     def record(self, stream: Stream, format: FilmFormat) -> Recording:
         """Record the stream from now on, or from its first frame. Raises `ApiError`."""
@@ -433,41 +455,70 @@ class Streams:
         stream.tapes.add(tape)
         tape.on_end = partial(self._unload, stream, tape)
         self._load(stream, tape)
-        stream.wake.set()
+        self._wake(stream)
         return recording
 
     def _load(self, stream: Stream, tape: Tape) -> None:
         """Have the tape get what is encoded anyway; `_show` comes back to it with the first frame."""
-        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264")) is not None:
+        if tape.format == "mp4" and (broadcast := self._broadcast(stream, "h264", alpha=False)) is not None:
             broadcast.record(tape)
 
     def _unload(self, stream: Stream, tape: Tape) -> None:
         """The recording is over, or the stream. Safe to call again."""
         stream.tapes.discard(tape)
         stream.unwatched_since = time.monotonic()
-        if (broadcast := stream.broadcasts.get("h264")) is not None:
+        if (broadcast := stream.broadcasts.get(("h264", False))) is not None:
             broadcast.stop_recording(tape)
-            self._close_unused(stream, "h264")
+            self._close_unused(stream, ("h264", False))
 
     def request_key(self, stream: Stream, viewer: Viewer) -> None:
         """The viewer can show nothing before the next keyframe."""
-        if viewer.codec and (broadcast := stream.broadcasts.get(viewer.codec)):
+        if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.request_key()
+
+    def set_matte(self, stream: Stream, matte: Matte | None) -> None:
+        """Say what is transparent from now on, of the picture on screen as well."""
+        if stream.session.state.over:
+            raise stream_ended(stream.session.ended_reason)
+        stream.matte = matte
+        for (_, alpha), broadcast in stream.broadcasts.items():
+            if alpha and stream.last is not None and stream.playback is not None and stream.playback.paused:
+                broadcast.show(stream.picture_for(stream.last, alpha), stream.clock)
 
     def _tune_in(self, stream: Stream, viewer: Viewer) -> None:
         """Serve the viewer from its codec's encoder; `_show` comes back to it with the first frame."""
-        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec)) is not None:
+        if viewer.codec and (broadcast := self._broadcast(stream, viewer.codec, alpha=viewer.alpha)) is not None:
             broadcast.join(viewer)
 
-    def _broadcast(self, stream: Stream, codec: Codec) -> Broadcast | None:
+    def _broadcast(self, stream: Stream, codec: Codec, *, alpha: bool) -> Broadcast | None:
         """The stream's encoder of this codec, from the first frame on."""
         last, fps = stream.last, stream.session.fps
         if last is None or fps is None:
             return None
-        if codec not in stream.broadcasts:
-            kbps = self._config.bitrate_kbps
-            stream.broadcasts[codec] = Broadcast(codec, fps, kbps, last, stream.clock, self._metrics)
-        return stream.broadcasts[codec]
+        if (which := (codec, alpha)) not in stream.broadcasts:
+            kbps, picture = self._config.bitrate_kbps, stream.picture_for(last, alpha)
+            stream.broadcasts[which] = Broadcast(codec, fps, kbps, picture, stream.clock, self._metrics)
+        return stream.broadcasts[which]
+
+    def keep(self, stream: Stream, by: int = 1) -> None:
+        """Something needs the stream, watched or not; -1 takes that back."""
+        stream.kept += by
+        stream.unwatched_since = time.monotonic()
+        self._wake(stream)
+
+    def _wake(self, stream: Stream) -> None:
+        """Somebody has come, who may be the first: a stream that rests goes on, one that waits for a viewer begins."""
+        if stream.rests and stream.needed:
+            self._pause(stream, hold=stream.hold, rests=False)
+        stream.wake.set()
+
+    def forgotten(self, stream: Stream) -> bool:
+        """Whether the stream's record is gone."""
+        return stream.session.id not in self._streams
+
+    def tell(self, stream: Stream, type: str, **fields: Any) -> None:
+        """An event for all who listen to the stream."""
+        self._publish(stream, [stream.session.event(type, time.time(), **fields)])
 
     def viewer_too_slow(self) -> None:
         """Count a viewer that had to be disconnected."""
@@ -602,7 +653,7 @@ class Streams:
             pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
             rgb = view[k * size : (k + 1) * size]
             stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
-        playback.arrive(count, chunk.gen_seconds, now)
+        arrival = playback.arrive(count, chunk.gen_seconds, now)
         stream.picture = b""
         self._encode_ahead(stream)
         if chunk.applied is not None:
@@ -619,10 +670,27 @@ class Streams:
             ts=ts,
         )
         self._publish(stream, events)
+        self._judge(stream, chunk, arrival)
         if stream.max_frames is not None and playback.received >= stream.max_frames:
             self._complete(stream)
         self._grant(stream)
         stream.wake.set()
+
+    def _judge(self, stream: Stream, chunk: wire.Frames, arrival: pacing.Arrival) -> None:
+        """Say when a chunk is made with another number of steps than the one before, and ask for another if need be."""
+        session, quality = stream.session, stream.quality
+        assert quality is not None
+        steps = self._models[session.model].steps if chunk.steps is None else chunk.steps
+        before = quality.applied
+        if quality.arrive(arrival, steps) and stream.opened:
+            self._backend.send(wire.SetSteps(session.id, quality.steps))
+        if steps != before:
+            self._metrics.quality_changes.labels("up" if steps > before else "down").inc()
+            level, better = quality.level, steps > before
+            events = session.quality(
+                steps=steps, level=level, better=better, chunk=chunk.chunk, pts=chunk.pts, ts=time.time()
+            )
+            self._publish(stream, events)
 
     def _on_steered(self, stream: Stream, steered: wire.Steered) -> None:
         if steer := stream.steers.get(steered.event):
@@ -657,6 +725,7 @@ class Streams:
             stream.playback = pacing.Playback(
                 fps=info.fps, chunk_frames=info.chunk_frames, first_chunk_frames=info.first_chunk_frames
             )
+            stream.quality = pacing.Quality(info.steps)
             if stream.hold:
                 stream.playback.pause(time.monotonic())
         return (session.width, session.height, session.fps) == (info.width, info.height, info.fps)
@@ -697,6 +766,8 @@ class Streams:
                 picture=stream.picture,
             )
         )
+        if stream.quality is not None and stream.quality.steps != self._models[session.model].steps:
+            self._backend.send(wire.SetSteps(session.id, stream.quality.steps))  # of an engine process that died
         playback.forget_grant()
         self._grant(stream)
         self._expect_end(stream)
@@ -731,9 +802,11 @@ class Streams:
             _resolve(steer, chunk)
             stream.marks[first_frame] = (chunk, steer)
 
-    def _pause(self, stream: Stream, paused: bool) -> None:
+    def _pause(self, stream: Stream, *, hold: bool, rests: bool) -> None:
+        """Hold playback while a client wants it held or it rests; let it go on otherwise."""
         session, playback, now = stream.session, stream.playback, time.monotonic()
-        stream.hold = paused
+        stream.hold, stream.rests = hold, rests
+        paused = hold or rests
         if playback is not None and playback.paused != paused:
             if paused:
                 if ended := playback.pause(now):
@@ -742,7 +815,7 @@ class Streams:
                 playback.resume(now)
                 self._grant(stream)
             stream.wake.set()
-        self._publish(stream, session.pause(paused, time.time()))
+        self._publish(stream, session.pause("asked" if hold else "unwatched" if rests else None, time.time()))
         self._expect_end(stream)
 
     def _complete(self, stream: Stream) -> None:
@@ -767,7 +840,7 @@ class Streams:
         for viewer in list(stream.viewers):
             viewer.finish(_close_code(session))
             self.detach(stream, viewer)
-        if stream.tapes and (broadcast := stream.broadcasts.pop("h264", None)) is not None:
+        if stream.tapes and (broadcast := stream.broadcasts.pop(("h264", False), None)) is not None:
             broadcast.finish()  # what is shown is encoded yet, and then its recordings end
         for tape in list(stream.tapes):
             if tape.format == "webm" or stream.last is None:
@@ -797,11 +870,7 @@ class Streams:
             while not stream.session.state.over:
                 stream.wake.clear()
                 playback = stream.playback
-                action = (
-                    playback.tick(time.monotonic(), watched=stream.watching > 0 or bool(stream.tapes))
-                    if playback
-                    else pacing.Wait(None)
-                )
+                action = playback.tick(time.monotonic(), watched=stream.needed) if playback else pacing.Wait(None)
                 match action:
                     case pacing.Show():
                         await self._show(stream, action)
@@ -831,21 +900,21 @@ class Streams:
                 self._tune_in(stream, viewer)
             for tape in stream.tapes:
                 self._load(stream, tape)
-        for broadcast in stream.broadcasts.values():
-            broadcast.show(frame, stream.clock)
+        for (_, alpha), broadcast in stream.broadcasts.items():
+            broadcast.show(stream.picture_for(frame, alpha), stream.clock)
         for tape in list(stream.tapes):
             if tape.format == "webm":
                 tape.take(frame)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
-        packets = {format: await self._encoder.packet(frame, format) for format in _formats(stream)}
+        packets = {which: await packet for which, packet in self._packets(stream, frame).items()}
         if stream.session.state.over:
             return
         if mark := stream.marks.pop(frame.index, None):
             self._announce(stream, frame, *mark)
         for viewer in audience:
             format = viewer.picture
-            if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format])):
+            if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format, viewer.alpha])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
         self._metrics.frames_shown.inc()
         self._metrics.frame_late_seconds.observe(action.late)
@@ -871,10 +940,17 @@ class Streams:
         if not stream.buffer:
             return
         frame, session = stream.buffer[0], stream.session
-        packets = [self._encoder.packet(frame, format) for format in _formats(stream)]
+        packets = list(self._packets(stream, frame).values())
         if session.time_to_first_frame_s is None:
             packets = packets or [self._encoder.packet(frame, "mjpeg")]
             packets[0].add_done_callback(lambda _: self._first_frame_ready(stream))
+
+    def _packets(self, stream: Stream, frame: Frame) -> dict[tuple[Format, bool], asyncio.Future[bytes]]:
+        """The frame in every format that somebody watches, without and with its matte."""
+        wanted = {(format, viewer.alpha) for viewer in stream.viewers if (format := viewer.picture)}
+        return {
+            (format, alpha): self._encoder.packet(stream.picture_for(frame, alpha), format) for format, alpha in wanted
+        }
 
     def _first_frame_ready(self, stream: Stream) -> None:
         if stream.session.time_to_first_frame_s is None:
@@ -906,10 +982,9 @@ class Streams:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            now, ts, idle = time.monotonic(), time.time(), self._config.idle_timeout_s
+            now, ts = time.monotonic(), time.time()
             for stream in list(self._streams.values()):
-                if not stream.session.state.over and not stream.wanted and 0 < idle < now - stream.unwatched_since:
-                    self._end(stream, "idle")
+                self._look_after(stream, now)
             ended = [stream for stream in self._streams.values() if stream.session.state.over]
             for stream in ended[: max(0, len(ended) - MAX_RECORDS)]:
                 del self._streams[stream.session.id]
@@ -921,8 +996,25 @@ class Streams:
             self.recorder.keep_house(ts)
             await asyncio.to_thread(self._store.measure)
 
+    def _look_after(self, stream: Stream, now: float) -> None:
+        """Rest or end a stream that nobody watches or needs."""
+        config, session, unwatched = self._config, stream.session, now - stream.unwatched_since
+        if session.state.over or stream.needed:
+            return
+        if not stream.viewers and 0 < config.idle_timeout_s < unwatched:
+            self._end(stream, "idle")
+        elif (
+            0 < config.unwatched_pause_s < unwatched
+            and session.state is State.LIVE
+            and not (stream.playback and stream.playback.complete)
+        ):
+            self._metrics.unwatched_pauses.inc()
+            self._pause(stream, hold=False, rests=True)
+
     def count(self) -> None:
         """Bring the gauges up to date."""
+        live = [stream for stream in self._streams.values() if not stream.session.state.over and stream.quality]
+        self._metrics.quality_level.set(sum(stream.quality.level for stream in live if stream.quality))
         self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
@@ -931,10 +1023,6 @@ class Streams:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _formats(stream: Stream) -> set[Format]:
-    return {format for viewer in stream.viewers if (format := viewer.picture)}
 
 
 def _close_code(session: Session) -> int:

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server.auth import FORBIDDEN, UNAUTHENTICATED
 from server.errors import ApiError
-from server.http import ABORT, streams_of, ws_url
+from server.http import ABORT, streams_of, wants_alpha, ws_url
 from server.media.viewer import Viewer, Watching
 from server.streams import Streams
 
@@ -39,7 +39,7 @@ async def serve(websocket: WebSocket, streams: Streams) -> None:
         stream = streams.get(websocket.path_params["id"])
         if name not in FORMATS:
             raise ApiError(400, "invalid_value", f"`format` must be one of {', '.join(FORMATS)}.", param="format")
-        viewer = Viewer(FORMATS[name])
+        viewer = Viewer(FORMATS[name], alpha=wants_alpha(websocket))
         await streams.attach(stream, viewer, ws_url(websocket, stream.session.id))
     except ApiError as error:
         await refuse(websocket, error)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from server.auth import principal_of
 from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
-from server.http import Route, streams_of
+from server.http import Route, streams_of, wants_alpha
 from server.media.rtc import Peer, ice_servers, invalid_sdp
 from server.session import State
 from server.streams import MAX_VIEWERS, Stream, Streams
@@ -44,10 +44,13 @@ class Sessions:
         self._keys: dict[tuple[str, str], int] = {}
         """Serials of the API keys that sessions were opened under."""
 
-    async def open(self, stream: Stream, offer: str, *, local: bool, key: int | None = None) -> tuple[str, str]:
+    async def open(
+        self, stream: Stream, offer: str, *, local: bool, alpha: bool = False, key: int | None = None
+    ) -> tuple[str, str]:
         """Answer a viewer's offer: the new session's id, and the SDP.
 
-        `local` says that it is on this machine; `key` is the serial of the API key that lets it watch.
+        `local` says that it is on this machine, `alpha` that it takes mattes; `key` is the serial of the API key that
+        lets it watch.
         """
         id = stream.session.id
         connecting = [session for session, peer in self._peers.items() if not peer.connected.is_set()]
@@ -70,6 +73,7 @@ class Sessions:
             self._keys.pop((id, session), None)
             await peer.close()
             raise
+        peer.viewer.alpha = alpha
         self._tasks[id, session] = asyncio.create_task(self._serve(stream, session, peer), name=f"whep {id}")
         return session, peer.answer
 
@@ -144,7 +148,8 @@ async def offer(request: Request, id: str) -> Response:
     text = await read_sdp(request)
     local = request.client is not None and is_loopback(request.client.host)
     key = principal_of(request).key
-    opened = sessions_of(request).open(stream, text, local=local, key=key.serial if key else None)
+    alpha = wants_alpha(request)
+    opened = sessions_of(request).open(stream, text, local=local, alpha=alpha, key=key.serial if key else None)
     session, answer = await opened
     response = Response(answer, 201, media_type=SDP)
     response.headers["Location"] = f"/v1/streams/{id}/whep/{session}"

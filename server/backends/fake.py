@@ -27,6 +27,8 @@ class _Stream:
     fresh: bool = True
     """The scene starts with the next chunk."""
     started: bool = False
+    steps: int | None = None
+    """As `wire.SetSteps` asked, where that is not its own number."""
     busy: bool = False
     """Chunk `chunk` is being generated: a steer comes too late for it."""
 
@@ -41,6 +43,8 @@ class FakeBackend:
     chunk_frames: int = 12
     first_chunk_frames: int = 9
     chunk_seconds: float = 0.25
+    steps: int = 2
+    """Denoising steps that it claims to make; with fewer it is faster."""
     model: str = "mini"
     ready_after: float = 0.0
     restart_after: float = 0.05
@@ -84,6 +88,9 @@ class FakeBackend:
                     stream.due_at = asyncio.get_running_loop().time() + message.due_in
             case wire.Steer():
                 self._steer(message)
+            case wire.SetSteps():
+                if stream := self._streams.get(message.stream):
+                    stream.steps = message.steps if message.steps < self.steps else None
             case wire.Close():
                 self._streams.pop(message.stream, None)
                 self._emit(wire.Ended(message.stream, "closed"))
@@ -151,7 +158,10 @@ class FakeBackend:
             stream.steer, stream.prompt, applied = None, steer.prompt, steer.event
             stream.fresh |= steer.transition == "cut"
         stream.busy = True
-        await asyncio.sleep(self.chunk_seconds + self.extra_seconds)
+        steps = stream.steps
+        # A context pass costs as much as a step.
+        seconds = (self.chunk_seconds + self.extra_seconds) * (1 + (steps or self.steps)) / (1 + self.steps)
+        await asyncio.sleep(seconds)
         stream.busy = False
         if self._streams.get(name) is not stream:
             return  # closed meanwhile
@@ -167,9 +177,10 @@ class FakeBackend:
                 frames=frames,
                 width=self.width,
                 height=self.height,
-                gen_seconds=self.chunk_seconds + self.extra_seconds,
+                gen_seconds=seconds,
                 applied=applied,
                 discontinuity=stream.fresh and stream.frame > 0,
+                steps=steps,
             ),
             pixels,
         )
@@ -219,7 +230,7 @@ class FakeBackend:
             fps=self.fps,
             chunk_frames=self.chunk_frames,
             first_chunk_frames=self.first_chunk_frames,
-            steps=2,
+            steps=self.steps,
             chunk_seconds=self.chunk_seconds,
             parameters=0,
             description="A moving test picture; no model behind it.",

@@ -15,7 +15,7 @@ from functools import partial
 from engine.wire import CLOCK_RATE
 from server.media import fmp4
 from server.media.codecs import Codec, Coded, VideoEncoder
-from server.media.packets import Frame, fmp4_packet
+from server.media.packets import Frame, Picture, fmp4_packet
 from server.media.tape import Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -37,7 +37,7 @@ MAX_PENDING_RECORDED = 64
 class Broadcast:
     """The encoder of one stream and codec, and its viewers. `last` is the frame on screen, shown at `clock`."""
 
-    def __init__(self, codec: Codec, fps: int, kbps: int, last: Frame, clock: int, metrics: Metrics) -> None:
+    def __init__(self, codec: Codec, fps: int, kbps: int, last: Picture, clock: int, metrics: Metrics) -> None:
         self._codec: Codec = codec
         self._fps = fps
         self._metrics = metrics
@@ -45,7 +45,7 @@ class Broadcast:
         self._tapes: set[Tape] = set()
         self._last, self._clock, self._media = last, clock - 1, -1
         self._shown_at = time.monotonic()
-        self._pending: deque[tuple[Frame, int]] = deque()
+        self._pending: deque[tuple[Picture, int]] = deque()
         self._wake = asyncio.Event()
         self._ending = False
         self._key_wanted = True
@@ -82,7 +82,7 @@ class Broadcast:
         self._key_wanted = True
         self._wake.set()
 
-    def show(self, frame: Frame, clock: int) -> None:
+    def show(self, frame: Picture, clock: int) -> None:
         """The frame is due, at `clock` on the playback clock in 1/90000 s. Returns at once."""
         if len(self._pending) >= (MAX_PENDING_RECORDED if self._tapes else MAX_PENDING):
             self._pending.popleft()
@@ -115,7 +115,7 @@ class Broadcast:
                 # The picture on screen, sent again, is later than itself.
                 self._last, self._clock, self._shown_at = frame, max(clock, self._clock + 1), time.monotonic()
                 self._media = max(frame.pts, self._media + 1)
-                work = partial(self._encoder.encode, frame.rgb, self._clock, key=key)
+                work = partial(self._encode, frame, self._clock, key)
                 coded = await loop.run_in_executor(self._executor, work)
                 self._metrics.encode_seconds.labels(self._codec).observe(time.monotonic() - self._shown_at)
                 if coded is not None:
@@ -130,7 +130,11 @@ class Broadcast:
             for tape in list(self._tapes):
                 tape.finish("failed")
 
-    async def _next(self) -> tuple[Frame, int] | None:
+    def _encode(self, frame: Picture, clock: int, key: bool) -> Coded | None:
+        """In the encoder's thread, which may have to make the picture first."""
+        return self._encoder.encode(frame.rgb, clock, key=key)
+
+    async def _next(self) -> tuple[Picture, int] | None:
         """The next frame that is due, or the one on screen once more when there has been none for a while; None when
         none is to come."""
         while not self._pending:
@@ -149,11 +153,11 @@ class Broadcast:
                     await self._wake.wait()
         return self._pending.popleft()
 
-    def _deliver(self, frame: Frame, coded: Coded, *, repeated: bool) -> None:
+    def _deliver(self, frame: Picture, coded: Coded, *, repeated: bool) -> None:
         if coded.key:
             self._key_at = time.monotonic()
         for tape in list(self._tapes):
-            if not repeated:
+            if not repeated and isinstance(frame, Frame):
                 tape.take(frame, coded)
             if tape.wants_key:
                 self.request_key()
@@ -171,7 +175,7 @@ class Broadcast:
             if viewer.awaits_key:
                 self.request_key()
 
-    def _fragment(self, frame: Frame, coded: Coded) -> bytes:
+    def _fragment(self, frame: Picture, coded: Coded) -> bytes:
         units = fmp4.nal_units(bytes(coded.packet))
         if coded.key:
             parameters = {unit[0] & 31: unit for unit in units}

@@ -8,6 +8,7 @@ MP4.
 import asyncio
 import io
 import struct
+import threading
 import time
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Literal
 
 from PIL import Image
 
+from server.media.matte import Matte, stack
 from server.metrics import Metrics
 
 Format = Literal["mjpeg", "rgb24"]
@@ -50,6 +52,37 @@ class Frame:
     rgb: memoryview
     """height x width x 3 bytes, a slice of the chunk that it came in."""
     packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
+    stacked: "Stacked | None" = None
+
+    def above(self, matte: Matte | None) -> "Stacked":
+        """The frame above its matte, the same for all who ask."""
+        if self.stacked is None or self.stacked.matte is not matte:
+            self.stacked = Stacked(self, matte)
+        return self.stacked
+
+
+class Stacked:
+    """A frame above its matte, which is made when it is first encoded."""
+
+    def __init__(self, frame: Frame, matte: Matte | None) -> None:
+        self.index, self.pts, self.flags, self.width = frame.index, frame.pts, frame.flags, frame.width
+        self.height = 2 * frame.height
+        self.matte = matte
+        self.packets: dict[Format, asyncio.Future[bytes]] = {}
+        self._frame_rgb = frame.rgb
+        self._lock = threading.Lock()
+        self._rgb: memoryview | None = None
+
+    @property
+    def rgb(self) -> memoryview:
+        """As `Frame.rgb`. Not for the event loop: the first to ask does the work."""
+        with self._lock:
+            if self._rgb is None:
+                self._rgb = stack(self._frame_rgb, self.width, self.height // 2, self.matte)
+            return self._rgb
+
+
+Picture = Frame | Stacked
 
 
 Image.preinit()  # loads what writes JPEGs now, and not when there may be no file descriptor for it
@@ -62,7 +95,7 @@ class Encoder:
         self._executor = executor
         self._metrics = metrics
 
-    def packet(self, frame: Frame, format: Format) -> asyncio.Future[bytes]:
+    def packet(self, frame: Picture, format: Format) -> asyncio.Future[bytes]:
         """The frame's packet, encoded on the first call and shared by every later one."""
         if (packet := frame.packets.get(format)) is None:
             loop = asyncio.get_running_loop()
@@ -70,14 +103,14 @@ class Encoder:
         # Whoever stops waiting must not cancel it for the others.
         return asyncio.shield(packet)
 
-    def _encode(self, frame: Frame, format: Format) -> bytes:
+    def _encode(self, frame: Picture, format: Format) -> bytes:
         start = time.monotonic()
         packet = encode(frame, format)
         self._metrics.encode_seconds.labels(format).observe(time.monotonic() - start)
         return packet
 
 
-def encode(frame: Frame, format: Format) -> bytes:
+def encode(frame: Picture, format: Format) -> bytes:
     """Header and payload. Runs in any thread."""
     number = NUMBERS[format]
     header = HEADER.pack(VERSION, number, frame.width, frame.height, frame.flags, frame.pts)
@@ -89,7 +122,7 @@ def encode(frame: Frame, format: Format) -> bytes:
     return header + out.getbuffer()
 
 
-def fmp4_packet(frame: Frame, pts: int, body: bytes, *, key: bool = False, head: bool = False) -> bytes:
+def fmp4_packet(frame: Picture, pts: int, body: bytes, *, key: bool = False, head: bool = False) -> bytes:
     """Header and body of a piece of fragmented MP4; `pts` is in 1/90000 s."""
     flags = HEAD if head else frame.flags | KEY * key
     return HEADER.pack(VERSION, FMP4, frame.width, frame.height, flags, pts) + body

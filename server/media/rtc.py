@@ -19,7 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aiortc import RTCCertificate, RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
+from aiortc import (
+    RTCCertificate,
+    RTCConfiguration,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCRtpSender,
+    RTCSessionDescription,
+)
 from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from aiortc.sdp import SessionDescription, candidate_from_sdp
 from av.packet import Packet
@@ -235,19 +242,93 @@ class Peer:
 
     def _wanted(self, line: str) -> bool:
         """Whether to try this candidate. Who is left out can still reach us, where we can be reached."""
-        match = re.fullmatch(
-            r"a=candidate:\S{1,64} 1 udp \d{1,10} (\S{1,64}) (\d{1,5}) typ (host|srflx|relay)( .*)?", line, re.I
-        )
-        if match is None or not 1024 <= int(match[2]) <= 65535:
-            return False
+        self._candidates += (fit := usable(line))
+        return fit and self._candidates <= MAX_CANDIDATES
+
+
+class Publisher:
+    """One connection to a server that takes a stream: we make the offer. `close` it in any case."""
+
+    def __init__(self, servers: Sequence[IceServer], *, local: bool) -> None:
+        ours = [RTCIceServer(each.url, each.username, each.credential) for each in servers]
+        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ours))
+        self._connection._RTCPeerConnection__certificates = [Certificate.generateCertificate()]  # type: ignore[attr-defined]
+        self._track = EncodedTrack()
+        transceiver = self._connection.addTransceiver(self._track, "sendonly")
+        known = RTCRtpSender.getCapabilities("video").codecs
+        # What we have encoded already must be what is agreed upon; H.264 first, as for RTMP.
+        order = ["video/h264", "video/vp8", "video/rtx"]
+        codecs = [codec for codec in known if codec.mimeType.lower() in order]
+        transceiver.setCodecPreferences(sorted(codecs, key=lambda codec: order.index(codec.mimeType.lower())))
+        self._sender = transceiver.sender
+        self._local = local
+        self.viewer = Viewer("h264", events=False)
+        """What is to be sent; its format is the codec that was agreed upon."""
+        self.connected = asyncio.Event()
+        self.over = self._track.exhausted
+        """The line is lost or closed, or the stream has ended."""
+        self._connection.on("connectionstatechange", self._on_state)
+        if local:
+            ice = self._sender.transport.transport.iceGatherer._connection
+            ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
+
+    async def offer(self) -> str:
+        """Our SDP, with every address that we have."""
+        await self._connection.setLocalDescription(await self._connection.createOffer())
+        return self._connection.localDescription.sdp
+
+    async def accept(self, answer: str) -> None:
+        """Take the server's answer: sets `viewer`. Raises `ValueError` when it is none that can be used."""
+        lines = answer.splitlines()
+        if len(lines) > MAX_LINES:
+            raise ValueError(f"it has more than {MAX_LINES} lines")
+        candidates = [line for line in lines if line.startswith("a=candidate:") and usable(line, local=self._local)]
+        kept = [line for line in lines if not line.startswith("a=candidate:") or line in candidates[:MAX_CANDIDATES]]
         try:
-            address = ipaddress.ip_address(match[1])
-        except ValueError:
-            return False  # an mDNS name, say: it would be asked for on our network
-        if address.is_link_local or address.is_multicast or address.is_unspecified or address.is_loopback:
-            return False
-        self._candidates += 1
-        return self._candidates <= MAX_CANDIDATES
+            answer = "\r\n".join(kept) + "\r\n"
+            await self._connection.setRemoteDescription(RTCSessionDescription(answer, "answer"))
+            video = next(media for media in SessionDescription.parse(answer).media if media.kind == "video")
+            codec = MIME_CODECS[video.rtp.codecs[0].mimeType.lower()]
+        except Exception as error:  # its parser and its checks raise nearly anything
+            raise ValueError("WebRTC cannot be set up from it") from error
+        self.viewer = Viewer(codec, events=False)
+        self._track.viewer.set_result(self.viewer)
+
+    def on_keyframe_request(self, request: Callable[[], None]) -> None:
+        """Have `request` called whenever the server reports that it can show nothing (PLI, FIR)."""
+        self._sender._send_keyframe = request  # type: ignore[method-assign]
+
+    async def close(self) -> None:
+        """Hang up. Safe to call again."""
+        self.over.set()
+        self._track.viewer.cancel()
+        await self._connection.close()
+
+    def _on_state(self) -> None:
+        match self._connection.connectionState:
+            case "connected":
+                self.connected.set()
+            case "failed" | "closed":
+                self.over.set()
+
+
+def usable(candidate: str, *, local: bool = False) -> bool:
+    """Whether a line of SDP is a candidate to try: an address of UDP that could be the other side's.
+
+    `local` says that it is known to be on this machine.
+    """
+    match = re.fullmatch(
+        r"a=candidate:\S{1,64} 1 udp \d{1,10} (\S{1,64}) (\d{1,5}) typ (host|srflx|relay)( .*)?", candidate, re.I
+    )
+    if match is None or not 1024 <= int(match[2]) <= 65535:
+        return False
+    try:
+        address = ipaddress.ip_address(match[1])
+    except ValueError:
+        return False  # an mDNS name, say: it would be asked for on our network
+    if address.is_loopback:
+        return local
+    return not (address.is_link_local or address.is_multicast or address.is_unspecified)
 
 
 def with_public_address(sdp: str, address: str) -> str:

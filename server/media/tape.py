@@ -52,11 +52,11 @@ class WebmFile:
         stream.codec_context.thread_count = 1
         self._stream = stream
 
-    def add(self, frame: Frame) -> None:
-        """The next frame. Raises OSError or FFmpegError."""
-        self._first = frame.pts if self._first < 0 else self._first
-        shown = picture(frame.rgb, frame.width, frame.height)
-        shown.pts, shown.time_base = frame.pts - self._first, TIME_BASE
+    def add(self, rgb: memoryview, pts: int) -> None:
+        """The next frame, height x width x 3 bytes, shown at `pts` in 1/90000 s. Raises OSError or FFmpegError."""
+        self._first = pts if self._first < 0 else self._first
+        shown = picture(rgb, self._stream.width, self._stream.height)
+        shown.pts, shown.time_base = pts - self._first, TIME_BASE
         self._container.mux(self._stream.encode(shown))
         self.size = self._path.stat().st_size
 
@@ -89,7 +89,9 @@ class Tape:
         self._full = full
         self._fps = fps
         self._next_index = -1
-        self._queue: deque[tuple[Frame, Coded | None]] = deque()
+        self._size = 0, 0
+        self._queue: deque[tuple[int, memoryview | Coded]] = deque()
+        """Presentation time, and what the film takes of the frame; no pixels are kept for the sake of a packet."""
         self._queued_bytes = 0
         self._reason: Reason | None = None
         self._wake = asyncio.Event()
@@ -106,11 +108,12 @@ class Tape:
             return
         if not self.frames:
             self.began_at, self._next_index = frame.pts, frame.index
+            self._size = frame.width, frame.height
         self.lost += frame.index - self._next_index
         self._next_index = frame.index + 1
         self.frames += 1
         self.ended_at = frame.pts + CLOCK_RATE // self._fps
-        self._queue.append((frame, coded))
+        self._queue.append((frame.pts, coded or frame.rgb))
         self._queued_bytes += coded.packet.size if coded else len(frame.rgb)
         if self._queued_bytes > MAX_QUEUE_BYTES:
             self.finish("too_slow")
@@ -141,7 +144,7 @@ class Tape:
                     continue
                 batch, self._queue, self._queued_bytes = self._queue, deque(), 0
                 if film is None:
-                    film = await loop.run_in_executor(self._executor, self._begin, batch[0][0])
+                    film = await loop.run_in_executor(self._executor, self._begin)
                 await loop.run_in_executor(self._executor, _write, film, batch)
                 self.growth.grow(film.size)
             if film is not None:
@@ -158,14 +161,16 @@ class Tape:
         assert self._reason is not None
         return self._reason
 
-    def _begin(self, first: Frame) -> Mp4File | WebmFile:
+    def _begin(self) -> Mp4File | WebmFile:
         made = Mp4File if self.format == "mp4" else WebmFile
-        return made(self.growth.path, first.width, first.height, self._fps)
+        return made(self.growth.path, *self._size, self._fps)
 
 
-def _write(film: Mp4File | WebmFile, batch: Iterable[tuple[Frame, Coded | None]]) -> None:
-    for frame, coded in batch:
-        if isinstance(film, WebmFile):
-            film.add(frame)
-        elif coded is not None:
-            film.add(bytes(coded.packet), frame.pts, key=coded.key)
+def _write(film: Mp4File | WebmFile, batch: Iterable[tuple[int, memoryview | Coded]]) -> None:
+    for pts, taken in batch:
+        if isinstance(taken, Coded):
+            assert isinstance(film, Mp4File)
+            film.add(bytes(taken.packet), pts, key=taken.key)
+        else:
+            assert isinstance(film, WebmFile)
+            film.add(taken, pts)

@@ -36,8 +36,10 @@ class _Kind(Enum):
 class Viewer:
     """One consumer of a stream: text items are events, others are frames, in the order they happened."""
 
-    def __init__(self, format: Watching, *, events: bool = True) -> None:
+    def __init__(self, format: Watching, *, events: bool = True, alpha: bool = False) -> None:
         self.format = format
+        self.alpha = alpha
+        """It takes every frame above its matte (see `server.media.matte`)."""
         self.picture = PICTURES.get(format)
         self.codec = CODECS.get(format)
         self.dropped = 0

@@ -94,3 +94,32 @@ def test_a_change_is_drawn(mini: Pipeline) -> None:
     (prompt, _), _, (then, asked) = SCENES
     seen = drawn(mini, prompt, then)
     assert {name: seen[name] for name in asked} == asked
+
+
+def test_it_draws_with_one_step_what_it_is_asked_for(mini: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that would run dry: the network runs less often, and the picture is still the one that was asked for."""
+    calls = 0
+    forward = type(mini.dit).forward
+
+    def counting(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(mini.dit), "forward", counting)
+    state = mini.open("a red metal cube spinning on grass at sunset, orbiting camera", seed=5)
+    chunks, made = [], []
+    for index in range(5):
+        if index == 2:
+            mini.set_steps(state, 1)
+        before = calls
+        chunk = mini.next_chunk(state)
+        mini.commit(state)
+        chunks.append(chunk.frames)
+        made.append((chunk.steps, calls - before))
+    # Denoising, and the context pass.
+    assert made == [(None, 3), (None, 3), (1, 2), (1, 2), (1, 2)]
+    probe = Shipped(torch.device("cpu")).probe("probe-b")
+    read = probe.read(torch.cat(chunks[-2:]).permute(0, 3, 1, 2)[None])[0].tolist()
+    drawn = {name: values[read[world.COLUMN[name]]] for name, values in world.ATTRIBUTES.items()}
+    assert (drawn["shape"], drawn["colour"], drawn["ground"], drawn["sky"]) == ("cube", "red", "grass", "sunset")

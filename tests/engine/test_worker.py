@@ -425,3 +425,16 @@ def test_want_of_memory_leaves_the_model_clean(
     found = answer(gateway, 3, None)
     assert isinstance(found, wire.Loras) and found.applied == {}
     assert torch.equal(weight, clean)
+
+
+def test_fewer_steps_from_the_next_chunk_on(gateway: Gateway) -> None:
+    opened(gateway, limit=1)
+    assert frames(gateway)[0].steps is None
+    gateway.send(wire.SetSteps("ghost", 1))
+    gateway.send(wire.SetSteps("s", 1))
+    gateway.send(wire.Credit("s", 2, 0.5))
+    assert frames(gateway)[0].steps == 1
+    # As many as the model has, or more, are the model's own.
+    gateway.send(wire.SetSteps("s", 9))
+    gateway.send(wire.Credit("s", 3, 0.5))
+    assert frames(gateway)[0].steps is None

@@ -78,7 +78,7 @@ async def test_nothing_but_the_public_paths_is_open(keyed: Keyed, path: str) -> 
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/overlay/st_x", "/assets/overlay/overlay.js"])
 async def test_public_paths(keyed: Keyed, path: str) -> None:
     assert (await keyed.call(None, "GET", path)).status_code == 200
     assert (await keyed.call(None, "POST", path)).status_code == 401
@@ -120,6 +120,10 @@ async def test_scopes(keyed: Keyed) -> None:
     assert code(await keyed.call("probe", "GET", "/v1/streams")) == (403, "scope_missing")
     assert code(await keyed.call("studio", "PUT", "/v1/loras", json={"loras": {}})) == (403, "scope_missing")
     assert (await keyed.call("studio", "PATCH", path, json={"prompt": "a blue ball"})).status_code == 200
+    for method, body in (("POST", {"url": "rtmp://127.0.0.1/a/k"}), ("GET", None)):
+        assert code(await keyed.call("guest", method, f"{path}/outputs", json=body)) == (403, "scope_missing")
+        assert code(await keyed.call("other", method, f"{path}/outputs", json=body)) == (404, "stream_not_found")
+    assert (await keyed.call("studio", "GET", f"{path}/outputs")).json()["data"] == []
 
 
 async def test_streams_of_others_do_not_exist(keyed: Keyed) -> None:
@@ -449,6 +453,8 @@ def test_scopes_that_requests_need() -> None:
     assert needed("POST", "/v1/streams") == needed("PATCH", "/v1/streams/x") == "control"
     assert needed("POST", "/v1/streams/x/whep") == needed("DELETE", "/v1/streams/x/whep/y") == "view"
     assert needed("PUT", "/v1/loras") == "admin"
+    # Where a stream is pushed to is nothing for who may only watch it.
+    assert needed("GET", "/v1/streams/x/outputs") == needed("GET", "/v1/streams/x/outputs/y") == "control"
 
 
 def test_secrets_are_not_logged() -> None:

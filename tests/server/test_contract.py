@@ -397,6 +397,68 @@ async def test_a_watched_stream_is_not_idle(run_gateway: Any) -> None:
         assert not seen.of("ended")
 
 
+async def test_an_unwatched_stream_rests_until_somebody_comes(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.streams.HOUSEKEEPING_SECONDS", 0.02)
+    async with run_gateway(unwatched_pause_s=0.3) as gateway:
+        stream = await gateway.open()
+        before = await gateway.watch(stream, until=lambda seen: len(seen.frames) > 2)
+        # Who takes no frames does not watch.
+        listening = asyncio.create_task(
+            gateway.watch(stream, "?format=events", until=lambda seen: "live" in states(seen))
+        )
+        session = stream_of(gateway, stream).session
+        await gateway.until(lambda: session.state == "paused")
+        record = await gateway.get(stream)
+        assert (record["pause_reason"], record["viewers"]) == ("unwatched", 0)
+        generated = session.frames_generated
+        await asyncio.sleep(0.3)
+        assert session.frames_generated <= generated + 12  # what was under way, and nothing more
+        assert "livereel_unwatched_pauses_total 1.0" in (await gateway.http.get("/metrics")).text
+        after = await gateway.watch(stream, until=lambda seen: len(seen.frames) > 20)
+        # The picture that was left is there at once, and the next one follows it.
+        assert after.pts[0] >= before.pts[-1]
+        assert after.pts == [after.pts[0] + 5625 * k for k in range(len(after.pts))]
+        heard = await listening
+        assert [(e["state"], e.get("reason")) for e in heard.of("state")][-2:] == [
+            ("paused", "unwatched"),
+            ("live", None),
+        ]
+        assert not heard.of("stall")
+
+
+def states(seen: Any) -> list[str]:
+    return [event["state"] for event in seen.of("state")]
+
+
+async def test_what_a_client_asked_for_outlasts_a_rest(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.streams.HOUSEKEEPING_SECONDS", 0.02)
+    async with run_gateway(unwatched_pause_s=0.4) as gateway:
+        stream = await gateway.open()
+        session = stream_of(gateway, stream).session
+        await gateway.watch(stream, until=lambda seen: len(seen.frames) > 2)
+        await gateway.until(lambda: session.state == "paused")
+        # It goes on unwatched when that is asked for, for as long as it would have.
+        assert (await gateway.patch(stream, paused=False)).json()["state"] == "live"
+        await asyncio.sleep(0.2)
+        assert session.state == "live"
+        await gateway.until(lambda: session.state == "paused")
+        assert (await gateway.patch(stream, paused=True)).json()["pause_reason"] == "asked"
+        seen = await gateway.watch(stream, until=lambda seen: len(seen.frames) > 0)
+        assert seen.events[0]["stream"]["state"] == "paused" and session.state == "paused"
+        assert (await gateway.patch(stream, paused=False)).json()["pause_reason"] is None
+
+
+async def test_a_stream_rests_only_where_that_is_wanted(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.streams.HOUSEKEEPING_SECONDS", 0.02)
+    async with run_gateway(unwatched_pause_s=0) as gateway:
+        stream = await gateway.open()
+        await gateway.watch(stream, until=lambda seen: len(seen.frames) > 2)
+        await asyncio.sleep(0.5)
+        assert (await gateway.get(stream))["state"] == "live"
+
+
 async def test_records_are_forgotten(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.streams.MAX_RECORDS", 2)
     monkeypatch.setattr("server.streams.HOUSEKEEPING_SECONDS", 0.02)
@@ -466,6 +528,12 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("delete", "/v1/streams/{id}/whep/{session}"),
             ("get", "/v1/streams/{id}/mjpeg"),
             ("post", "/v1/streams/{id}/tokens"),
+            ("put", "/v1/streams/{id}/matte"),
+            ("delete", "/v1/streams/{id}/matte"),
+            ("post", "/v1/streams/{id}/outputs"),
+            ("get", "/v1/streams/{id}/outputs"),
+            ("get", "/v1/streams/{id}/outputs/{output}"),
+            ("delete", "/v1/streams/{id}/outputs/{output}"),
             ("post", "/v1/streams/{id}/recordings"),
             ("get", "/v1/streams/{id}/recordings"),
             ("get", "/v1/recordings"),

@@ -2,7 +2,19 @@
 
 import pytest
 
-from server.pacing import FIRST_FRAME_SECONDS, Action, Finished, Playback, Show, StallBegan, StallEnded, Wait
+from server.pacing import (
+    FIRST_FRAME_SECONDS,
+    MAX_UP_CHUNKS,
+    Action,
+    Arrival,
+    Finished,
+    Playback,
+    Quality,
+    Show,
+    StallBegan,
+    StallEnded,
+    Wait,
+)
 
 PERIOD = 1 / 16
 
@@ -251,3 +263,106 @@ def test_what_stalls_and_pauses_took_is_known() -> None:
     # A caller who is late moves the clock too, once and by as much.
     assert run(clock, now + 6.0)[0] == Show(6, pytest.approx(1.0 - PERIOD))
     assert clock.held_seconds == pytest.approx(now + 6.0 - 6 * PERIOD)
+
+
+# quality
+
+
+def feed(quality: Quality, chunks: int, speed: float, slack: float = 1.0) -> list[int]:
+    """Chunks that play 1 s each, at this speed, all made as asked; returns at which of them `steps` changed."""
+    return [index for index in range(chunks) if quality.arrive(Arrival(1.0, 1.0 / speed, slack), quality.steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "speed", "slack", "chunks", "expected"),
+    [
+        (2, 1.0, 0.4, 2, 2),  # three chunks must say so
+        (2, 1.0, 0.4, 3, 1),
+        (2, 1.04, 0.4, 3, 1),
+        (2, 1.06, 0.4, 30, 2),  # fast enough
+        (2, 0.9, 0.6, 30, 2),  # nothing is lost yet
+        (2, 0.5, -3.0, 30, 1),  # one step is the least
+        (4, 0.5, -3.0, 3, 3),  # one level at a time
+        (4, 0.5, -3.0, 6, 2),
+        (4, 0.5, -3.0, 30, 2),  # half the steps are the least
+        (3, 0.5, -3.0, 30, 2),
+        (1, 0.5, -3.0, 30, 1),
+    ],
+)
+def test_quality_goes_down_when_a_stream_runs_dry(
+    steps: int, speed: float, slack: float, chunks: int, expected: int
+) -> None:
+    quality = Quality(steps)
+    feed(quality, chunks, speed, slack)
+    assert quality.steps == expected
+
+
+@pytest.mark.parametrize(("speed", "chunks", "expected"), [(1.35, 9, 1), (1.35, 10, 2), (1.25, 100, 1), (9.0, 100, 2)])
+def test_quality_comes_back_when_there_is_time_to_spare(speed: float, chunks: int, expected: int) -> None:
+    quality = Quality(2)
+    feed(quality, 3, 0.9, 0.1)
+    feed(quality, chunks, speed)
+    assert quality.steps == expected
+
+
+def test_chunks_from_before_a_change_say_nothing_about_it() -> None:
+    quality = Quality(4)
+    feed(quality, 3, 0.9, 0.1)
+    assert (quality.steps, quality.applied, quality.level) == (3, 4, 0)
+    for _ in range(5):  # begun before
+        assert not quality.arrive(Arrival(1.0, 2.0, -1.0), 4)
+    assert (quality.steps, quality.level) == (3, 0)
+    assert feed(quality, 3, 0.9, 0.1) == [2]
+    assert (quality.steps, quality.level, quality.levels) == (2, 1, 3)
+
+
+def test_what_says_nothing_about_speed_counts_for_nothing() -> None:
+    quality = Quality(2)
+    for _ in range(20):
+        assert not quality.arrive(Arrival(1.0, None, -1.0), 2)
+        assert not quality.arrive(Arrival(1.0, None, None), 2)
+    assert not quality.arrive(Arrival(1.0, 2.0, None), 2)
+
+
+def test_who_cannot_keep_the_better_quality_tries_less_and_less_often() -> None:
+    quality, waits = Quality(2), []
+    for _ in range(7):
+        assert feed(quality, 3, 0.9, 0.1) == [2]
+        wait = 1
+        while not feed(quality, 1, 2.0):
+            wait += 1
+        waits.append(wait)
+    assert waits == [10, 20, 40, 80, 160, 160, 160]
+    assert waits[-1] == MAX_UP_CHUNKS
+
+
+def test_what_a_chunk_took_and_how_long_before_its_time_it_came() -> None:
+    clock = playback()
+    assert (grant := clock.grant(0.0)) and grant.limit == 2
+    # The first one says nothing about speed, and there is no clock yet.
+    assert clock.arrive(9, 0.25, 0.25) == Arrival(9 * PERIOD, None, None)
+    assert clock.tick(0.25, watched=True) == Show(0, 0.0)
+    # The second could begin when the first was there.
+    assert clock.arrive(12, 0.25, 0.5) == Arrival(12 * PERIOD, 0.25, 9 * PERIOD - 0.25)
+    # The third only when it was granted.
+    clock.shown = 9
+    assert (grant := clock.grant(0.8125)) and grant.limit == 3
+    arrival = clock.arrive(12, 0.25, 1.0625)
+    assert (arrival.taken, arrival.slack) == (0.25, 0.25 + 21 * PERIOD - 1.0625)
+
+
+def test_a_pause_and_a_new_engine_are_no_slow_chunks() -> None:
+    clock = playback()
+    clock.grant(0.0)
+    clock.arrive(9, 0.25, 0.25)
+    clock.pause(0.3)
+    assert clock.arrive(12, 0.25, 60.0).taken is None
+    clock.resume(61.0)
+    clock.shown = 9
+    clock.grant(61.0)
+    assert clock.arrive(12, 0.25, 61.25).taken == 0.25
+    clock.shown = 21
+    clock.grant(62.0)
+    clock.forget_grant()
+    clock.grant(70.0)
+    assert clock.arrive(12, 0.25, 70.25).taken is None

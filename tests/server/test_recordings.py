@@ -306,3 +306,20 @@ async def test_a_tape_that_cannot_keep_up_ends_without_a_gap(tmp_path: Path, mon
         taken.take(Frame(index, 5625 * index, 64, 48, 0, memoryview(bytes(64 * 48 * 3))))
     assert await taken.run() == "too_slow"
     assert len(frames(path.read_bytes())) == taken.frames == 6
+
+
+async def test_a_stream_that_is_recorded_does_not_rest(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.streams.HOUSEKEEPING_SECONDS", 0.02)
+    async with run_gateway(unwatched_pause_s=0.3) as gateway:
+        stream = await gateway.open()
+        await gateway.watch(stream, until=lambda seen: len(seen.frames) > 2)
+        session = gateway.streams.get(stream["id"]).session
+        await gateway.until(lambda: session.state == "paused")
+        # It wakes for a recording, and rests again after it.
+        made = await gateway.http.post(f"/v1/streams/{stream['id']}/recordings", json={"format": "mp4"})
+        assert made.status_code == 201 and session.state == "live"
+        await asyncio.sleep(0.8)
+        assert session.state == "live"
+        stopped = (await gateway.http.post(f"/v1/recordings/{made.json()['id']}/stop")).json()
+        assert stopped["frames"] > 5
+        await gateway.until(lambda: session.state == "paused")

@@ -27,8 +27,8 @@ def test_a_whole_life() -> None:
     events = made.wait(Place(2, 5.0), 100.0)
     events += made.admit(100.5)
     events += chunk(made)
-    events += made.pause(True, 102.0)
-    events += made.pause(False, 103.0)
+    events += made.pause("asked", 102.0)
+    events += made.pause(None, 103.0)
     events += made.end("finished", 104.0)
     assert types(events) == ["queue.position", "state", "chunk", "state", "state", "state", "state", "ended"]
     states = [event["state"] for event in events if event["type"] == "state"]
@@ -75,9 +75,9 @@ def test_a_place_is_told_once() -> None:
 
 def test_paused_before_the_first_chunk() -> None:
     made = session()
-    assert made.pause(True, 0.0) == []
+    assert made.pause("asked", 0.0) == []
     made.admit(0.0)
-    assert made.pause(True, 0.0) == []
+    assert made.pause("asked", 0.0) == []
     events = chunk(made, paused=True)
     assert events[-1]["state"] == "paused"
 
@@ -86,10 +86,10 @@ def test_pausing_twice_is_no_news() -> None:
     made = session()
     made.admit(0.0)
     chunk(made)
-    assert len(made.pause(True, 0.0)) == 1
-    assert made.pause(True, 0.0) == []
-    assert len(made.pause(False, 0.0)) == 1
-    assert made.pause(False, 0.0) == []
+    assert len(made.pause("asked", 0.0)) == 1
+    assert made.pause("asked", 0.0) == []
+    assert len(made.pause(None, 0.0)) == 1
+    assert made.pause(None, 0.0) == []
 
 
 def test_the_real_time_factor_is_that_of_the_recent_chunks() -> None:
@@ -101,3 +101,16 @@ def test_the_real_time_factor_is_that_of_the_recent_chunks() -> None:
         chunk(made, index, gen_seconds=0.375)
     assert made.real_time_factor == pytest.approx(0.5)
     assert made.frames_generated == 108
+
+
+def test_a_pause_says_why() -> None:
+    made = session()
+    made.admit(0.0)
+    chunk(made)
+    [event] = made.pause("unwatched", 1.0)
+    assert (event["state"], event["reason"], made.pause_reason) == ("paused", "unwatched", "unwatched")
+    # A client asks for what it has already: the stream stays as it is, for another reason.
+    assert made.pause("asked", 2.0) == []
+    assert made.pause_reason == "asked"
+    [event] = made.pause(None, 3.0)
+    assert event["state"] == "live" and "reason" not in event and made.pause_reason is None
