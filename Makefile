@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout evaluate clean
+.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -59,6 +59,16 @@ bench-serve: setup
 
 bench-fanout: setup
 	$(BIN)/python -m server.bench.fanout $(ARGS)
+
+bench-latency: setup
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m server.bench.latency $(ARGS)
+
+churn: setup
+	$(BIN)/python -m server.bench.churn $(ARGS)
+
+soak: setup
+	$(BIN)/python -m server.bench.soak $(ARGS)
 
 evaluate: setup
 	$(BIN)/python -m engine.recipes.evaluate --served $(ARGS)

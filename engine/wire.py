@@ -225,6 +225,9 @@ class Heartbeat(Message, frozen=True):
     """Seconds since the step loop last moved: a large value with work to do means that the loop hangs."""
     streams: int
     resident_bytes: int
+    slots_used: int = 0
+    slots: int = 0
+    """Of the ring; both are 0 before `Layout`."""
 
 
 ToEngine = Open | Steer | Credit | SetSteps | Close | SetLoras | Layout | Release | Shutdown

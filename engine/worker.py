@@ -87,6 +87,7 @@ class Wire(threading.Thread):
         self.inbox: queue.SimpleQueue[wire.ToEngine | LorasRead] = queue.SimpleQueue()
         self.last_step = time.monotonic()
         self.streams = 0
+        self.slots_used, self.slots = 0, 0
         self._address, self._parent = address, parent
         self._context = zmq.Context()
         self._inner = self._context.socket(zmq.PAIR)
@@ -131,7 +132,8 @@ class Wire(threading.Thread):
             if time.monotonic() >= beat:
                 beat = time.monotonic() + HEARTBEAT_SECONDS
                 age = time.monotonic() - self.last_step
-                socket.send(wire.encode(wire.Heartbeat(age, self.streams, resident_bytes())))
+                beat_now = wire.Heartbeat(age, self.streams, resident_bytes(), self.slots_used, self.slots)
+                socket.send(wire.encode(beat_now))
                 if self._parent is not None and os.getppid() != self._parent:
                     os._exit(1)  # nobody is left to serve, and the step loop may hang
         out.close()
@@ -159,6 +161,16 @@ class Slots:
     def free(self) -> bool:
         """Whether a chunk can be put now."""
         return bool(self._free)
+
+    @property
+    def used(self) -> int:
+        """How many hold a chunk that the gateway has not released."""
+        return len(self._taken)
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return len(self._taken) + len(self._free)
 
     def lay_out(self, layout: wire.Layout) -> None:
         """Map the memory, which the gateway has given this shape."""
@@ -216,6 +228,7 @@ class Worker:
                     self._steps.append(time.monotonic() - began)
                 self.link.moved()
                 self.link.streams = len(self.streams)
+                self.link.slots_used, self.link.slots = self.slots.used, self.slots.total
         finally:
             self._reader.shutdown(wait=False, cancel_futures=True)
             self.slots.close()

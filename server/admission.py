@@ -148,6 +148,11 @@ class Admission:
             for position, stream in enumerate(self._order(), start=1)
         }
 
+    @property
+    def load(self) -> float:
+        """Share of the engine that the live streams need."""
+        return sum(self._costs.get(live.model, 0.0) for live in self._live.values())
+
     def _order(self) -> list[str]:
         """Those who wait, in the order in which places would go to them now."""
         lines: dict[str | None, list[tuple[int, int, str]]] = {}
@@ -186,8 +191,7 @@ class Admission:
             return False
         if not self._live:
             return True
-        load = sum(self._costs.get(live.model, 0.0) for live in self._live.values())
-        return load + self._costs[model] <= SHARE + 1e-9
+        return self.load + self._costs[model] <= SHARE + 1e-9
 
     def _fits_next(self, model: str) -> bool:
         # Only with an empty queue (a limit of 0) may a newcomer go straight in; otherwise the head goes first.

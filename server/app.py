@@ -20,6 +20,7 @@ from server.idempotency import Idempotency
 from server.keys import Keys
 from server.metrics import Metrics
 from server.streams import Streams
+from server.tracing import Tracing
 from server.websocket import cut_off, refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
@@ -51,11 +52,12 @@ again, and gets what the first one made."""
 ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *outputs.ROUTES, *videos.ROUTES, *recordings.ROUTES]
 
 
-def create_app(config: Config, backend: Backend) -> FastAPI:
-    """Put the gateway together. The backend starts and stops with the application's lifespan."""
+def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> FastAPI:
+    """Put the gateway together. The backend and the traces start and stop with the application's lifespan."""
+    tracing = tracing or Tracing()
     metrics = Metrics()
-    streams = Streams(config, backend, metrics)
-    sessions = whep.Sessions(config, streams)
+    streams = Streams(config, backend, metrics, tracing)
+    sessions = whep.Sessions(config, streams, metrics)
     pushed = outputs.Outputs(config, streams, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
     ledger = Idempotency()
@@ -64,14 +66,19 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await streams.start()
-        watcher = asyncio.create_task(watch_keys(access), name="keys")
+        watchers = [
+            asyncio.create_task(watch_keys(access), name="keys"),
+            asyncio.create_task(watch_lag(metrics), name="event loop lag"),
+        ]
         try:
             yield
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             await pushed.stop()
             await streams.stop()
             await sessions.stop()
+            await asyncio.to_thread(tracing.close)
 
     app = Api(
         title="Livereel",
@@ -79,7 +86,7 @@ def create_app(config: Config, backend: Backend) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
-            Middleware(http.Envelope, access=access),
+            Middleware(http.Envelope, access=access, tracing=tracing),
             Middleware(Gate, access=access, streams=streams, refuse=refuse_handshake, cut_off=cut_off),
             Middleware(http.Bodies, access=access),
         ],
@@ -135,6 +142,19 @@ class Api(FastAPI):
                 for method, operation in methods.items():
                     operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
         return super().openapi()
+
+
+LAG_SECONDS = 0.05
+"""How often the event loop is asked how late it is."""
+
+
+async def watch_lag(metrics: Metrics) -> None:
+    """Measure how late the event loop runs what is due."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
 
 
 KEYS_SECONDS = 0.5

@@ -60,6 +60,8 @@ class Config:
     """How long a finished clip or recording is kept."""
     keys: Path | None = None
     """File of API keys (see `server.keys`); without one only this machine is served."""
+    log: Literal["text", "json"] = "text"
+    """How lines of the log are written: for people, or a JSON object each."""
     outputs: tuple[str, ...] = ()
     """Hosts that streams may be pushed to, `HOST` for the schemes' own ports or `HOST:PORT`; none turns that off."""
     origins: tuple[str, ...] = ()
@@ -256,6 +258,12 @@ class Config:
             default=default("origins", ""),
             help="web pages elsewhere that may use the API, with commas between: https://studio.example (none)",
         )
+        add(
+            "--log",
+            choices=("text", "json"),
+            default=default("log", cls.log),
+            help="how lines of the log are written: for people, or a JSON object each (%(default)s)",
+        )
         ours, theirs = list(arguments), []
         if "--" in ours:
             at = ours.index("--")
@@ -282,6 +290,7 @@ class Config:
                 data_limit_gb=options.data_limit,
                 keep_hours=options.keep,
                 keys=options.keys,
+                log=options.log,
                 origins=tuple(url for each in options.origins.split(",") if (url := each.strip())),
                 engine_timeout_s=options.engine_timeout,
                 engine_start_timeout_s=options.engine_start_timeout,

@@ -1,13 +1,17 @@
 """Everything that can go wrong under /v1, as one exception and one JSON object."""
 
+import contextvars
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+"""Of the request that is being served; empty outside of any."""
+
 
 class ApiError(HTTPException):
-    """A failure that the client is told about: `{"error": {"message", "type", "param", "code"}}`.
+    """A failure that the client is told about: `{"error": {"message", "type", "param", "code"}, "request_id"}`.
 
     `param` names the field at fault, if one is; `code` is stable and meant for programs, `message` for people.
     """
@@ -38,7 +42,8 @@ class ApiError(HTTPException):
             type = "server_error"
         else:
             type = "invalid_request_error"
-        return {"error": {"message": self.detail, "type": type, "param": self.param, "code": self.code}}
+        error = {"message": self.detail, "type": type, "param": self.param, "code": self.code}
+        return {"error": error, "request_id": request_id.get()}
 
 
 def stream_not_found() -> ApiError:

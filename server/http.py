@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -26,10 +26,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError, exhausted
+from server.errors import ApiError, exhausted, request_id
+from server.logs import redact
 from server.media.matte import Matte
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
+from server.tracing import Tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger("livereel.http")
 
@@ -484,55 +489,75 @@ def routes_at(scope: Scope) -> Sequence[Route]:
 class Envelope:
     """Outermost layer: request ids, security headers, the log of requests, and an error object when all else failed."""
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, tracing: Tracing) -> None:
         self._app = app
         self._access = access
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
-            request_id = f"req_{secrets.token_hex(12)}"
-        started = False
+        id = headers.get("x-request-id", "")
+        # Not even as somebody's id is a key or a token ever logged.
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", id) or id != redact(id):
+            id = f"req_{secrets.token_hex(12)}"
+        request_id.set(id)
+        path = scope["raw_path"].decode("ascii", "replace")[:200]
+        with self._tracing.request(scope.get("method", "GET"), path, headers) as span:
+            await self._serve(scope, receive, send, headers, span)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: "Span | None") -> None:
+        id, started, begun = request_id.get(), False, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
+            if message["type"] == "websocket.accept":
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)["x-request-id"] = id
+                self._note(scope, 101, begun, span)
+            elif message["type"] == "http.response.start":
                 started = True
                 response_headers = MutableHeaders(scope=message)
-                response_headers["x-request-id"] = request_id
+                response_headers["x-request-id"] = id
                 for name, value in (*security_headers(scope, headers), *self._access.cors(headers)):
                     response_headers.setdefault(name, value)
-                self._log(scope, message["status"], request_id)
+                self._note(scope, message["status"], begun, span)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except ApiError as error:
-            await error_response(error)(scope, receive, send_with_headers)
         except ClientDisconnect:
             return  # in the middle of its request: there is nobody to answer, and nothing to write down
         except Exception as error:
-            failure = ApiError(500, "internal_error", f"The server failed; its log has request {request_id}.")
+            if scope["type"] == "websocket":
+                raise
+            if isinstance(error, ApiError):
+                await error_response(error)(scope, receive, send_with_headers)
+                return
+            failure = ApiError(500, "internal_error", f"The server failed; its log has request {id}.")
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 failure = exhausted()
-                logger.error("request %s failed: %s", request_id, error.strerror)
+                logger.error("request %s failed: %s", id, error.strerror)
             else:
-                logger.exception("request %s failed", request_id)
+                logger.exception("request %s failed", id)
             if started:
                 raise
             await error_response(failure)(scope, receive, send_with_headers)
 
-    def _log(self, scope: Scope, status: int, request_id: str) -> None:
+    def _note(self, scope: Scope, status: int, begun: float, span: "Span | None") -> None:
         """Who did what, where there is anybody to tell apart. Never the query, which may hold a token."""
+        if span is not None:
+            span.set_attribute("http.response.status_code", status)
         principal = scope.get("state", {}).get("principal")
         if self._access.keys is not None and (principal or status >= 400):
             path = scope["raw_path"].decode("ascii", "replace")[:200]
             who = principal.name if principal else "-"
-            logger.info("%s %s %s %d %s", who, scope["method"], path, status, request_id)
+            method = scope.get("method", "GET")
+            seconds = round(time.monotonic() - begun, 4)
+            extra = {"principal": who, "method": method, "path": path, "status": status, "seconds": seconds}
+            logger.info("%s %s %s %d", who, method, path, status, extra=extra)
 
 
 class Bodies:

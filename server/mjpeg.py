@@ -31,6 +31,7 @@ class Pictures(Lasting):
             await super().__call__(scope, receive, send)
         finally:
             self._streams.detach(self._stream, self._viewer)
+            self._viewer.forget()
 
     async def send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

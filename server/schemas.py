@@ -354,6 +354,7 @@ class ErrorDetail(BaseModel):
 
 class ErrorBody(BaseModel):
     error: ErrorDetail
+    request_id: str = Field(description="Of the request, as in `x-request-id`: the server's log has it.")
 
 
 class StreamFailure(BaseModel):

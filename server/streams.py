@@ -6,10 +6,13 @@ owns one more, which looks after idle streams and old records.
 
 import asyncio
 import contextlib
+import contextvars
+import dataclasses
 import itertools
 import logging
 import math
 import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Container, Coroutine
@@ -45,12 +48,15 @@ from server.metrics import Metrics
 from server.recorder import Recorder, Recording
 from server.session import Event, Session, State
 from server.store import Store
+from server.tracing import Chunks, Tracing
 
 logger = logging.getLogger("livereel.streams")
 
 RECORD_SECONDS = 600.0
 """How long a stream can still be asked about after its end."""
 MAX_RECORDS = 256
+MAX_LAST_FRAMES = 16
+"""Streams that are over and still show their last frame: the newest."""
 MAX_VIEWERS = 256
 """Per stream."""
 STEER_SECONDS = 15.0
@@ -80,6 +86,12 @@ class Stream:
     created: float
     """When it was asked for, on the monotonic clock."""
     unwatched_since: float
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """Of the request that opened it: what is logged and traced of the stream belongs to that."""
+    admitted_at: float = 0.0
+    started_at: float = 0.0
+    first_chunk_at: float = 0.0
+    """When it had got so far, on the monotonic clock."""
     playback: pacing.Playback | None = None
     quality: pacing.Quality | None = None
     """None as long as `playback` is."""
@@ -113,6 +125,8 @@ class Stream:
     kept: int = 0
     """Outputs and recordings, which need it whether it is watched or not."""
     player: asyncio.Task[None] | None = None
+    chunks: Chunks = field(kw_only=True)
+    """For who traces them."""
     picture: bytes = b""
     """What the stream starts from, until its first chunk is there."""
     owner: str | None = None
@@ -173,8 +187,9 @@ class Stream:
 class Streams:
     """All streams of one gateway. Start it once, stop it once."""
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics, tracing: Tracing) -> None:
         self._config = config
+        self._tracing = tracing
         self._backend = backend
         self._metrics = metrics
         self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
@@ -322,17 +337,19 @@ class Streams:
             duration_s=duration_s,
             created_at=time.time(),
         )
-        stream = Stream(session, created=now, unwatched_since=now, picture=picture)
+        chunks = Chunks(self._tracing, session.id)
+        stream = Stream(session, created=now, unwatched_since=now, chunks=chunks, picture=picture)
         owner, limit, priority = None, None, 1
         if key is not None:
             owner, limit, priority = key.owner, key.streams, key.priority
             stream.owner, stream.key = owner, key.serial
         if refusal := self._admission.request(session.id, model, now, owner=owner, limit=limit, priority=priority):
-            self._metrics.refused.inc()
             if isinstance(refusal, admission.OverLimit):
+                self._metrics.refused.labels("stream_limit").inc()
                 message = f"This key may have {refusal.limit} streams at once: end one first."
                 headers = {"Retry-After": str(refusal.retry_after)}
                 raise ApiError(429, "stream_limit", message, headers=headers)
+            self._metrics.refused.labels("queue_full").inc()
             raise busy(refusal.retry_after)
         self._streams[session.id] = stream
         if info := self._models.get(model):
@@ -425,7 +442,7 @@ class Streams:
             viewer.finish(_close_code(session))
         else:
             stream.viewers.add(viewer)
-            self._metrics.viewers.inc(viewer.format != "events")
+            self._metrics.viewers.labels(viewer.format).inc()
             self._tune_in(stream, viewer)
             self._wake(stream)
 
@@ -434,7 +451,7 @@ class Streams:
         if viewer not in stream.viewers:
             return
         stream.viewers.remove(viewer)
-        self._metrics.viewers.dec(viewer.format != "events")
+        self._metrics.viewers.labels(viewer.format).dec()
         stream.unwatched_since = time.monotonic()
         if viewer.codec and (broadcast := stream.broadcasts.get((viewer.codec, viewer.alpha))):
             broadcast.leave(viewer)
@@ -533,7 +550,10 @@ class Streams:
             case Lost():
                 self._on_lost(event)
             case wire.Heartbeat():
-                pass
+                self._metrics.engine_resident_bytes.set(event.resident_bytes)
+                self._metrics.engine_step_age_seconds.set(event.step_age)
+                self._metrics.ring_slots.labels("used").set(event.slots_used)
+                self._metrics.ring_slots.labels("free").set(event.slots - event.slots_used)
             case wire.Loras():
                 if event.event in self._lora_changes:
                     self._lora_changes.remove(event.event)
@@ -550,15 +570,21 @@ class Streams:
                     self.clips.on_message(event.stream, event, pixels)
                 if stream is None or stream.session.state.over or not stream.opened:
                     return  # sent before the engine heard that the stream is over
-                match event:
-                    case wire.Frames():
-                        self._on_frames(stream, event, pixels)
-                    case wire.Steered():
-                        self._on_steered(stream, event)
-                    case wire.Ended():
-                        self._on_ended(stream, event)
-                    case wire.Fault():
-                        self._on_fault(stream, event)
+                # In a copy: the context itself may be the one that runs, and cannot be entered twice.
+                stream.context.copy().run(self._on_stream, stream, event, pixels)
+
+    def _on_stream(self, stream: Stream, event: EngineEvent, pixels: bytes) -> None:
+        match event:
+            case wire.Started():
+                stream.started_at = time.monotonic()
+            case wire.Frames():
+                self._on_frames(stream, event, pixels)
+            case wire.Steered():
+                self._on_steered(stream, event)
+            case wire.Ended():
+                self._on_ended(stream, event)
+            case wire.Fault():
+                self._on_fault(stream, event)
 
     def _set_loras(self, event: int, strengths: dict[str, float] | None) -> None:
         if strengths is not None:
@@ -641,6 +667,7 @@ class Streams:
         assert session.fps is not None
         if chunk.chunk != playback.next_chunk or (chunk.width, chunk.height) != (session.width, session.height):
             logger.warning("dropped chunk %d of stream %s: not the one expected", chunk.chunk, session.id)
+            self._metrics.frames_dropped.labels("unexpected_chunk").inc(chunk.frames)
             return
         now, ts = time.monotonic(), time.time()
         first, count = playback.received, chunk.frames
@@ -648,12 +675,18 @@ class Streams:
             count = min(count, stream.max_frames - first)
         size = chunk.width * chunk.height * 3
         view = memoryview(pixels)
+        frames = []
         for k in range(count):
             flags = DISCONTINUITY if chunk.discontinuity and k == 0 else 0
             pts = chunk.pts + k * wire.CLOCK_RATE // session.fps
             rgb = view[k * size : (k + 1) * size]
-            stream.buffer.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+            frames.append(Frame(first + k, pts, chunk.width, chunk.height, flags, rgb))
+        stream.buffer += frames
+        stream.chunks.arrived(chunk.chunk, frames, (now - chunk.gen_seconds, now))
+        stream.first_chunk_at = stream.first_chunk_at or now
         arrival = playback.arrive(count, chunk.gen_seconds, now)
+        if arrival.slack is not None and not playback.paused:
+            self._metrics.slack_seconds.observe(arrival.slack)
         stream.picture = b""
         self._encode_ahead(stream)
         if chunk.applied is not None:
@@ -733,9 +766,12 @@ class Streams:
     def _admit(self) -> None:
         for id in self._admission.admit():
             stream = self._streams[id]
-            stream.unwatched_since = max(stream.unwatched_since, time.monotonic())
+            stream.admitted_at = time.monotonic()
+            period = stream.created, stream.admitted_at
+            stream.context.copy().run(self._tracing.span, "admit", period, {"livereel.stream": id})
+            stream.unwatched_since = max(stream.unwatched_since, stream.admitted_at)
             self._publish(stream, stream.session.admit(time.time()))
-            stream.player = self._spawn(self._play(stream), f"player {id}")
+            stream.player = self._spawn(self._play(stream), f"player {id}", stream.context)
             self._open(stream)
         self._tell_places()
 
@@ -849,7 +885,11 @@ class Streams:
             _reject(steer, stream_ended(session.ended_reason))
         stream.steers.clear()
         stream.marks.clear()
+        stream.context.copy().run(stream.chunks.over)
         stream.picture = b""
+        if last := stream.last:
+            # Who comes now is shown where it ended. The record stays for minutes: the rest of the chunk must not.
+            stream.last = dataclasses.replace(last, rgb=memoryview(bytes(last.rgb)))
         stream.buffer.clear()
         if stream.player is not None and stream.player is not asyncio.current_task():
             stream.player.cancel()
@@ -891,7 +931,7 @@ class Streams:
                 self._fail(stream, "internal_error", "The server failed to play the stream.")
 
     async def _show(self, stream: Stream, action: pacing.Show) -> None:
-        frame, playback = stream.buffer.popleft(), stream.playback
+        begun, frame, playback = time.monotonic(), stream.buffer.popleft(), stream.playback
         assert playback is not None
         first, stream.last = stream.last is None, frame
         stream.clock = frame.pts + round(playback.held_seconds * wire.CLOCK_RATE)
@@ -916,7 +956,9 @@ class Streams:
             format = viewer.picture
             if format and viewer in stream.viewers and (dropped := viewer.frame(packets[format, viewer.alpha])):
                 self._metrics.frames_dropped.labels("slow_viewer").inc(dropped)
+        stream.chunks.sent(frame, (begun, time.monotonic()))
         self._metrics.frames_shown.inc()
+        self._metrics.played_seconds.inc(1 / playback.fps)
         self._metrics.frame_late_seconds.observe(action.late)
         if frame.index == 0:
             self._expect_end(stream)
@@ -954,8 +996,13 @@ class Streams:
 
     def _first_frame_ready(self, stream: Stream) -> None:
         if stream.session.time_to_first_frame_s is None:
-            seconds = stream.session.time_to_first_frame_s = time.monotonic() - stream.created
-            self._metrics.first_frame_seconds.observe(seconds)
+            now = time.monotonic()
+            stream.session.time_to_first_frame_s = now - stream.created
+            self._metrics.first_frame_seconds.observe(now - stream.created)
+            times = stream.created, stream.admitted_at, stream.started_at, stream.first_chunk_at, now
+            phases = zip(("queue", "start", "generate", "encode"), itertools.pairwise(times), strict=True)
+            for phase, (start, end) in phases:
+                self._metrics.first_frame_phase_seconds.labels(phase).observe(end - start)
 
     def _stall_ended(self, stream: Stream, seconds: float) -> None:
         self._metrics.stalled_seconds.inc(seconds)
@@ -991,6 +1038,8 @@ class Streams:
             for stream in ended[-MAX_RECORDS:]:
                 if ts - (stream.session.ended_at or ts) > RECORD_SECONDS:
                     del self._streams[stream.session.id]
+            for stream in ended[:-MAX_LAST_FRAMES]:
+                stream.last = None
             self._tell_places()
             self.clips.expire(ts)
             self.recorder.keep_house(ts)
@@ -1013,13 +1062,17 @@ class Streams:
 
     def count(self) -> None:
         """Bring the gauges up to date."""
+        self._metrics.engine_ready.set(self.readiness()[0])
+        self._metrics.engine_load.set(self._admission.load)
+        self._metrics.tasks.set(len(asyncio.all_tasks()))
+        self._metrics.threads.set(threading.active_count())
         live = [stream for stream in self._streams.values() if not stream.session.state.over and stream.quality]
         self._metrics.quality_level.set(sum(stream.quality.level for stream in live if stream.quality))
         self._metrics.stored_bytes.set(self._store.used_bytes)
         self._metrics.count_streams(Counter(stream.session.state for stream in self._streams.values()))
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str, context: contextvars.Context) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

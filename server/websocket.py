@@ -48,6 +48,7 @@ async def serve(websocket: WebSocket, streams: Streams) -> None:
         code, reason = await talk(websocket, viewer)
     finally:
         streams.detach(stream, viewer)
+        viewer.forget()
     if code == TRY_LATER:
         streams.viewer_too_slow()
     await hang_up(websocket, code, reason)

@@ -17,6 +17,7 @@ from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
 from server.http import Route, streams_of, wants_alpha
 from server.media.rtc import Peer, ice_servers, invalid_sdp
+from server.metrics import Metrics
 from server.session import State
 from server.streams import MAX_VIEWERS, Stream, Streams
 
@@ -36,8 +37,9 @@ MAX_CONNECTING_PER_KEY = 32
 class Sessions:
     """The WHEP sessions of one gateway."""
 
-    def __init__(self, config: Config, streams: Streams) -> None:
+    def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
         self._config = config
+        self._metrics = metrics
         self._streams = streams
         self._peers: dict[tuple[str, str], Peer] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -104,16 +106,20 @@ class Sessions:
 
     async def _serve(self, stream: Stream, session: str, peer: Peer) -> None:
         key = stream.session.id, session
+        asked_at = time.monotonic()
         peer.on_keyframe_request(lambda: self._streams.request_key(stream, peer.viewer))
         try:
             await either(peer.connected, peer.over, CONNECT_SECONDS)
             if peer.connected.is_set() and not peer.over.is_set():
+                seconds = time.monotonic() - asked_at
+                self._metrics.first_frame_phase_seconds.labels("connect").observe(seconds)
                 await self._streams.attach(stream, peer.viewer)
                 await peer.over.wait()
         except ApiError as error:
             logger.info("a viewer was not taken: %s", error.detail)
         finally:
             self._streams.detach(stream, peer.viewer)
+            peer.viewer.forget()
             del self._peers[key], self._tasks[key]
             self._keys.pop(key, None)
             try:

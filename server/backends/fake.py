@@ -7,12 +7,34 @@ gateway and its clients can be built and tested without torch.
 import asyncio
 import contextlib
 import hashlib
+import time
 from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
 
 from engine import wire
 from server.backends.base import Deliver, Health, Lost
+
+STAMP_FIELDS = (16, 32, 8, 8)
+"""Bits of a stamp: frame, milliseconds since 1970, prompt, checksum. The first two are counted modulo their size."""
+STAMP_BITS = sum(STAMP_FIELDS)
+STAMP_ROWS = 2
+
+
+def stamp(draw: ImageDraw.ImageDraw, width: int, frame: int, milliseconds: int, prompt: int) -> None:
+    """Write a stamp on the top of a picture, as black and white squares that survive every codec.
+
+    The bits of all fields, the highest first, in two rows. The checksum is the sum of the other fields' bytes.
+    """
+    values = [value % (1 << bits) for value, bits in zip((frame, milliseconds, prompt), STAMP_FIELDS, strict=False)]
+    data = b"".join(value.to_bytes(bits // 8) for value, bits in zip(values, STAMP_FIELDS, strict=False))
+    bits = int.from_bytes(data + bytes([sum(data) % 256]))
+    columns = STAMP_BITS // STAMP_ROWS
+    side = width // columns
+    for k in range(STAMP_BITS):
+        x, y = k % columns * side, k // columns * side
+        shade = 255 if bits >> (STAMP_BITS - 1 - k) & 1 else 0
+        draw.rectangle((x, y, x + side - 1, y + side - 1), (shade, shade, shade))
 
 
 @dataclass(slots=True)
@@ -52,6 +74,8 @@ class FakeBackend:
     """How many crashes it recovers from."""
     extra_seconds: float = 0.0
     """Set to slow it down beyond what it claims."""
+    stamped: bool = False
+    """Write on every picture when it was made, for `server.bench.latency`; see `stamp`."""
     refuse_steers: bool = False
     loras: tuple[str, ...] = ()
     """LoRAs that it claims to have; they change nothing."""
@@ -220,6 +244,8 @@ class FakeBackend:
         x = (frame % 48) * (self.width + 2 * radius) // 48 - radius
         y = self.height * 2 // 3 - radius - abs(12 - frame % 24) * self.height // 40
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), ball)
+        if self.stamped:
+            stamp(draw, self.width, frame, round(time.time() * 1000), digest[0])
         return image.tobytes()
 
     def _info(self) -> wire.ModelInfo:

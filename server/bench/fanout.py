@@ -13,27 +13,23 @@ import argparse
 import asyncio
 import base64
 import datetime
-import multiprocessing
 import os
-import re
 import socket
 import time
-import urllib.request
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 import websockets
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessionDescription
 from aiortc.codecs.vpx import vp8_depayload
 from PIL import Image
 
-from server.__main__ import listen, uvicorn_config
 from server.backends.fake import FakeBackend
-from server.config import Config
+from server.bench.gateway import Gateway, running
 
 TRANSPORTS = {"h264": "H264", "vp8": "VP8", "fmp4": "", "mjpeg": ""}
 """WebRTC with one of two codecs, or the WebSocket with one of two formats."""
@@ -95,31 +91,18 @@ class Grain(FakeBackend):
         return self._grain.crop((left, top, left + self.width, top + self.height)).tobytes()
 
 
-def serve(port: "multiprocessing.Queue[int]", width: int, height: int, fps: int) -> None:
-    """The gateway's process."""
-    config = Config(idle_timeout_s=0)
-    listener = listen(config.host, 0)
-    settings, _ = uvicorn_config(config, Grain(width=width, height=height, fps=fps, chunk_seconds=0.1))
-    port.put(listener.getsockname()[1])
-    asyncio.run(uvicorn.Server(settings).serve(sockets=[listener]))
-
-
 def processor_seconds(pid: int) -> float:
     """Of all its threads, in user and system mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def played_and_encoded(base: str, transport: str) -> tuple[int, int]:
+def played_and_encoded(gateway: Gateway, transport: str) -> tuple[int, int]:
     """Frames that the gateway has played, and how often it has encoded one this way, for all viewers together."""
     codec = "h264" if transport == "fmp4" else transport
-    text = urllib.request.urlopen(base + "/metrics", timeout=10).read().decode()
-
-    def total(name: str) -> int:
-        found = re.search(rf"(?m)^livereel_{re.escape(name)} (\S+)", text)
-        return int(float(found[1])) if found else 0
-
-    return total("frames_shown_total"), total(f'encode_seconds_count{{codec="{codec}"}}')
+    figures = gateway.figures()
+    encoded = figures.get(f'livereel_encode_seconds_count{{codec="{codec}"}}', 0)
+    return int(figures["livereel_frames_shown_total"]), int(encoded)
 
 
 async def watch_rtc(base: str, stream: dict[str, Any], codec: str, packets: Packets) -> RTCPeerConnection:
@@ -133,7 +116,9 @@ async def watch_rtc(base: str, stream: dict[str, Any], codec: str, packets: Pack
     async with httpx.AsyncClient(base_url=base, timeout=30) as http:
         headers = {"content-type": "application/sdp"}
         response = await http.post(stream["whep_url"], content=peer.localDescription.sdp, headers=headers)
-    response.raise_for_status()
+    if not response.is_success:
+        await peer.close()
+        response.raise_for_status()
     # aiortc's own receiver costs many times what the gateway's sender does: it would be all that is measured.
     video.receiver.transport._handle_rtp_data = packets.take  # type: ignore[method-assign]
     await peer.setRemoteDescription(RTCSessionDescription(response.text, "answer"))
@@ -161,8 +146,9 @@ def never_reading(base: str, stream: dict[str, Any]) -> socket.socket:
     return client
 
 
-async def measure(base: str, pid: int, transport: str, viewers: int, seconds: float, *, deaf: bool) -> dict[str, Any]:
+async def measure(gateway: Gateway, transport: str, viewers: int, seconds: float, *, deaf: bool) -> dict[str, Any]:
     """Have this many watch a new stream, and say what they got and what it took."""
+    base, pid = gateway.base, gateway.pid
     async with httpx.AsyncClient(base_url=base, timeout=30) as http:
         stream = (await http.post("/v1/streams", json={"prompt": "a ball", "seed": 1})).raise_for_status().json()
         while (await http.get(f"/v1/streams/{stream['id']}")).json()["state"] != "live":
@@ -179,13 +165,13 @@ async def measure(base: str, pid: int, transport: str, viewers: int, seconds: fl
             await asyncio.sleep(PACE_SECONDS)
         client = never_reading(base, stream) if deaf else None
         await asyncio.sleep(3)
-        played, encoded = await asyncio.to_thread(played_and_encoded, base, transport)
+        played, encoded = await asyncio.to_thread(played_and_encoded, gateway, transport)
         start, before = time.monotonic(), processor_seconds(pid)
         own, size = time.process_time(), sum(got.bytes for got in received)
         await asyncio.sleep(seconds)
         end, after = time.monotonic(), processor_seconds(pid)
         own, size = time.process_time() - own, sum(got.bytes for got in received) - size
-        counts = await asyncio.to_thread(played_and_encoded, base, transport)
+        counts = await asyncio.to_thread(played_and_encoded, gateway, transport)
         await asyncio.sleep(1)
         for task in readers:
             task.cancel()
@@ -218,11 +204,11 @@ async def measure(base: str, pid: int, transport: str, viewers: int, seconds: fl
     }
 
 
-async def run(options: argparse.Namespace, base: str, pid: int) -> None:
+async def run(options: argparse.Namespace, gateway: Gateway) -> None:
     width, height = options.size
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {width}x{height} at {options.fps}/s, {options.transport}")
-    alone = await measure(base, pid, options.transport, 1, options.seconds, deaf=False)
-    crowd = await measure(base, pid, options.transport, options.viewers, options.seconds, deaf=True)
+    alone = await measure(gateway, options.transport, 1, options.seconds, deaf=False)
+    crowd = await measure(gateway, options.transport, options.viewers, options.seconds, deaf=True)
     for name in alone:
         print(f"{name:42s} {alone[name]!s:24s} {crowd[name]}")
     name = "gateway, processor s per s"
@@ -240,16 +226,10 @@ def main() -> None:
         "--size", type=lambda text: tuple(map(int, text.split("x"))), default=(832, 480), help="WIDTHxHEIGHT (832x480)"
     )
     options = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    port: multiprocessing.Queue[int] = spawn.Queue()
-    gateway = spawn.Process(target=serve, args=(port, *options.size, options.fps), daemon=True)
-    gateway.start()
-    try:
-        assert gateway.pid is not None
-        asyncio.run(run(options, f"http://127.0.0.1:{port.get(timeout=60)}", gateway.pid))
-    finally:
-        gateway.terminate()
-        gateway.join(20)
+    width, height = options.size
+    backend = partial(Grain, width=width, height=height, fps=options.fps, chunk_seconds=0.1)
+    with running(backend, idle_timeout_s=0) as gateway:
+        asyncio.run(run(options, gateway))
 
 
 if __name__ == "__main__":

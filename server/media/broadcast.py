@@ -97,8 +97,9 @@ class Broadcast:
 
     def close(self) -> None:
         """Stop encoding. Safe to call again."""
-        self._task.cancel()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        # The task ends by itself: cancelled, its traceback would keep encoder and pixels for the garbage collector.
+        self._pending.clear()
+        self.finish()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -117,7 +118,9 @@ class Broadcast:
                 self._media = max(frame.pts, self._media + 1)
                 work = partial(self._encode, frame, self._clock, key)
                 coded = await loop.run_in_executor(self._executor, work)
-                self._metrics.encode_seconds.labels(self._codec).observe(time.monotonic() - self._shown_at)
+                end = time.monotonic()
+                frame.encoded = frame.encoded or (self._shown_at, end)
+                self._metrics.encode_seconds.labels(self._codec).observe(end - self._shown_at)
                 if coded is not None:
                     self._deliver(frame, coded, repeated=repeated)
             for tape in list(self._tapes):
@@ -146,6 +149,7 @@ class Broadcast:
                 again = max(self._shown_at + KEY_WAIT_SECONDS, self._key_at + KEY_SECONDS)
             now = time.monotonic()
             if now >= again:
+                self._metrics.frames_repeated.labels("keyframe" if self._key_wanted else "held").inc()
                 return self._last, self._clock + round((now - self._shown_at) * CLOCK_RATE)
             # Unlike `wait_for`, this never takes a cancellation for an answer.
             with contextlib.suppress(TimeoutError):

@@ -51,6 +51,8 @@ class Frame:
     flags: int
     rgb: memoryview
     """height x width x 3 bytes, a slice of the chunk that it came in."""
+    encoded: tuple[float, float] | None = None
+    """When it was first being encoded, on the monotonic clock; None before that."""
     packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
     stacked: "Stacked | None" = None
 
@@ -68,6 +70,7 @@ class Stacked:
         self.index, self.pts, self.flags, self.width = frame.index, frame.pts, frame.flags, frame.width
         self.height = 2 * frame.height
         self.matte = matte
+        self.encoded: tuple[float, float] | None = None
         self.packets: dict[Format, asyncio.Future[bytes]] = {}
         self._frame_rgb = frame.rgb
         self._lock = threading.Lock()
@@ -106,7 +109,9 @@ class Encoder:
     def _encode(self, frame: Picture, format: Format) -> bytes:
         start = time.monotonic()
         packet = encode(frame, format)
-        self._metrics.encode_seconds.labels(format).observe(time.monotonic() - start)
+        end = time.monotonic()
+        frame.encoded = frame.encoded or (start, end)
+        self._metrics.encode_seconds.labels(format).observe(end - start)
         return packet
 
 

@@ -104,6 +104,11 @@ class Viewer:
         self.close_code = close_code
         self._wake.set()
 
+    def forget(self) -> None:
+        """The viewer is gone: drop what it was not sent."""
+        self._items.clear()
+        self._frames = 0
+
     async def next(self) -> Item | None:
         """The next item, as soon as there is one; None when the socket should be closed instead."""
         while not self._items:

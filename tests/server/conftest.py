@@ -20,6 +20,7 @@ from server.__main__ import Server, listen, uvicorn_config
 from server.backends.fake import FakeBackend
 from server.config import Config
 from server.streams import Streams
+from server.tracing import Tracing
 
 
 @pytest.fixture(scope="session")
@@ -115,12 +116,14 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def gateway(backend: FakeBackend | None = None, *, ready: bool = True, **settings: Any) -> AsyncIterator[Gateway]:
+async def gateway(
+    backend: FakeBackend | None = None, *, ready: bool = True, tracing: Tracing | None = None, **settings: Any
+) -> AsyncIterator[Gateway]:
     backend = backend or FakeBackend(width=64, height=48, chunk_seconds=0.02)
     config = Config(port=0, **settings)
     listener = listen(config.host, 0)
     address = f"127.0.0.1:{listener.getsockname()[1]}"
-    uvicorn_settings, streams = uvicorn_config(config, backend)
+    uvicorn_settings, streams = uvicorn_config(config, backend, tracing)
     server = Server(uvicorn_settings, streams)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

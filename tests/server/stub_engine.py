@@ -106,7 +106,9 @@ def main() -> int:
     while os.getppid() == options.parent_pid:
         if time.monotonic() > beat and behaviour != "silent":
             beat = time.monotonic() + 0.1
-            send(wire.Heartbeat(time.monotonic() - hung_since if hung_since else 0.0, 0, 0))
+            age = time.monotonic() - hung_since if hung_since else 0.0
+            slots = ring.slots if ring is not None else 0
+            send(wire.Heartbeat(age, len(streams), 12345, slots - len(free), slots))
         if not socket.poll(20):
             continue
         match wire.decode_to_engine(socket.recv()):

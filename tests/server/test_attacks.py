@@ -330,7 +330,7 @@ def test_nobody_writes_lines_into_the_log(tmp_path: Path) -> None:
                 exchange(port, head + credential + b"\r\nX-Request-Id: a\x1b[31mFORGED\r\nUser-Agent: FORGED\r\n\r\n")
         exchange(port, b"FORGED\r\n\r\n")
         text = log.read_text()
-    assert "studio GET /v1/%0d%0aFORGED%20line 404 req_" in text
+    assert "studio GET /v1/%0d%0aFORGED%20line 404 [req_" in text
     assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ livereel\.[\x20-\x7e]{1,400}\n)*", text), text
     assert key not in text and "SECRET" not in text and "Bearer" not in text
 

@@ -14,7 +14,6 @@ import websockets
 from fastapi import FastAPI
 
 from server import connections, keys
-from server.__main__ import RedactingFormatter
 from server.app import create_app
 from server.auth import Grant, Tokens, needed
 from server.backends.fake import FakeBackend
@@ -455,12 +454,6 @@ def test_scopes_that_requests_need() -> None:
     assert needed("PUT", "/v1/loras") == "admin"
     # Where a stream is pushed to is nothing for who may only watch it.
     assert needed("GET", "/v1/streams/x/outputs") == needed("GET", "/v1/streams/x/outputs/y") == "control"
-
-
-def test_secrets_are_not_logged() -> None:
-    record = logging.LogRecord("x", 20, "", 1, "GET /ws?token=%s with %s", ("lrt_abc.DEF-_9", "lr_secret"), None)
-    text = RedactingFormatter("%(message)s").format(record)
-    assert text == "GET /ws?token=lrt_[redacted] with lr_[redacted]"
 
 
 # connections

@@ -17,9 +17,9 @@ JSON = {"content-type": "application/json"}
 def error_of(response: Any, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
-    assert response.headers["x-request-id"]
     body = response.json()
-    assert body.keys() == {"error"}
+    assert body.keys() == {"error", "request_id"}
+    assert body["request_id"] == response.headers["x-request-id"]
     error = body["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["message"]

@@ -504,7 +504,7 @@ async def test_metrics(run_gateway: Any) -> None:
             "livereel_stalls_total 0.0",
             "livereel_stalled_seconds_total 0.0",
             'livereel_frames_dropped_total{reason="slow_viewer"} 0.0',
-            "livereel_viewers 0.0",
+            'livereel_viewers{format="mjpeg"} 0.0',
             "livereel_engine_restarts_total 0.0",
             "livereel_time_to_first_frame_seconds_count 1.0",
         ):

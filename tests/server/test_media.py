@@ -1,9 +1,11 @@
 """Packets, the queue of one viewer, and the encoder that viewers share."""
 
 import asyncio
+import gc
 import io
 import random
 import struct
+import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -274,5 +276,24 @@ async def test_closing_just_as_a_frame_comes(caplog: pytest.LogCaptureFixture) -
         sender.show(frame(2, 128, 96), 11250)
         await asyncio.sleep(0)
     await asyncio.wait([sender._task])
-    assert sender._task.cancelled()
+    assert sender._task.exception() is None
     assert caplog.records == []
+
+
+async def test_what_was_closed_is_freed_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with broadcasting("h264", frame(0, 128, 96)) as (sender, _):
+            viewer = Viewer("h264", events=False)
+            sender.join(viewer)
+            sender.show(frame(1, 128, 96), 5625)
+            await taken(viewer, 1)
+            held = weakref.ref(sender)
+            task = sender._task
+        await asyncio.wait([task])
+        del sender, task
+        await asyncio.sleep(0)
+        assert held() is None
+    finally:
+        gc.enable()

@@ -146,7 +146,7 @@ async def test_clients_that_vanish(run_gateway: Any) -> None:
                 viewer.transport.abort()
         await gateway.until(lambda: not live.viewers)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-        assert "livereel_viewers 0.0" in (await gateway.http.get("/metrics")).text
+        assert 'livereel_viewers{format="mjpeg"} 0.0' in (await gateway.http.get("/metrics")).text
         assert (await gateway.get(stream))["state"] == "live"
 
 
@@ -210,3 +210,17 @@ async def test_a_peer_that_only_pings_is_dropped(run_gateway: Any, monkeypatch: 
         finally:
             client.close()
         assert (await gateway.http.get("/livez")).status_code == 200
+
+
+async def test_what_is_over_keeps_no_chunk(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.streams.MAX_LAST_FRAMES", 2)
+    async with run_gateway() as gateway:
+        ended = []
+        for _ in range(3):
+            stream = await gateway.open(duration_s=0.5)
+            await gateway.watch(stream)
+            ended.append(gateway.streams.get(stream["id"]))
+        await gateway.until(lambda: ended[0].last is None)
+        for live in ended[1:]:
+            assert live.last.rgb.obj == bytes(live.last.rgb)  # a frame of its own, no view of a whole chunk
+            assert len(live.last.rgb.obj) == 64 * 48 * 3

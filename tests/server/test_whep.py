@@ -240,7 +240,7 @@ async def test_a_viewer_that_leaves_is_forgotten(run_gateway: Any, rtc_viewer: A
         session = gateway.streams.get(stream["id"])
         await gateway.until(lambda: not session.viewers and not session.broadcasts)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-        assert "livereel_viewers 0.0" in (await gateway.http.get("/metrics")).text
+        assert 'livereel_viewers{format="vp8"} 0.0' in (await gateway.http.get("/metrics")).text
 
 
 async def test_a_session_that_never_connects_is_given_up(

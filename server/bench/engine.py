@@ -1,0 +1,105 @@
+"""The pretended engine in a process of its own, so that there is one to kill.
+
+It speaks the whole contract, ring included, and answers as `FakeBackend` does in the gateway's process.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections import deque
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from engine import wire
+from server.backends.base import EngineEvent, Lost
+from server.backends.fake import FakeBackend
+
+COMMAND = (sys.executable, "-m", "server.bench.engine")
+HEARTBEAT_SECONDS = 1.0
+
+
+class Bridge:
+    """Between the socket and the pretended engine: pixels go through the ring, as soon as it has a slot free."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, frames: int, engine: FakeBackend) -> None:
+        """`frames` is the file descriptor of the ring."""
+        self._socket, self._frames, self._engine = socket, frames, engine
+        self._ring: wire.Ring | None = None
+        self._free: list[int] = []
+        self._generation = 0
+        self._waiting: deque[tuple[wire.Frames, bytes]] = deque()
+
+    def emit(self, event: EngineEvent, pixels: bytes) -> None:
+        """What the engine says goes to the gateway."""
+        assert not isinstance(event, Lost)
+        if isinstance(event, wire.Frames):
+            self._waiting.append((event, pixels))
+            self._put()
+        else:
+            self._socket.send(wire.encode(event))
+
+    def take(self, message: wire.ToEngine) -> None:
+        """What the gateway says is for the ring or for the engine."""
+        match message:
+            case wire.Layout(slots=slots, slot_bytes=slot_bytes):
+                self._ring, self._free = wire.Ring(self._frames, slots, slot_bytes), list(range(slots))
+            case wire.Release(slot=slot):
+                self._free.append(slot)
+                self._put()
+            case _:
+                self._engine.send(message)
+
+    def beat(self) -> None:
+        """Say that all is well."""
+        slots = self._ring.slots if self._ring else 0
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self._socket.send(wire.encode(wire.Heartbeat(0.0, 0, resident, slots - len(self._free), slots)))
+
+    def _put(self) -> None:
+        while self._waiting and self._free and self._ring:
+            event, pixels = self._waiting.popleft()
+            slot, self._generation = self._free.pop(), self._generation + 1
+            self._ring.write(slot, self._generation, memoryview(pixels))
+            fields = {name: getattr(event, name) for name in event.__struct_fields__}
+            self._socket.send(wire.encode(wire.Frames(**{**fields, "slot": slot, "generation": self._generation})))
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Until `Shutdown`, or until the gateway is gone."""
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set(zmq.LINGER, 0)
+    socket.connect(options.socket)
+    engine = FakeBackend(model=options.model, chunk_seconds=options.chunk_seconds)
+    bridge = Bridge(socket, options.frames_fd, engine)
+    await engine.start(bridge.emit)
+
+    async def beat() -> None:
+        while os.getppid() == options.parent_pid:
+            bridge.beat()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+        os._exit(1)
+
+    beating = asyncio.create_task(beat())
+    while not isinstance(message := wire.decode_to_engine(await socket.recv()), wire.Shutdown):
+        bridge.take(message)
+    beating.cancel()
+    await engine.stop()
+    context.destroy(linger=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--frames-fd", type=int, required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--chunk-seconds", type=float, default=0.1)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
