@@ -12,6 +12,7 @@ The queue has a limit, but an owner who has no stream at all always gets into it
 holds at most `queue_limit` streams and one for each owner.
 """
 
+import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,21 +155,29 @@ class Admission:
 
     def _order(self) -> list[str]:
         """Those who wait, in the order in which places would go to them now."""
-        waiting = dict(self._waiting)
-        has = {each.owner: self._live_of(each.owner) for each in waiting.values()}
-        turns = {owner: self._turn(owner) for owner in has}
+        lines: dict[str | None, list[tuple[int, int, str]]] = {}
+        for arrival, (stream, each) in enumerate(self._waiting.items()):
+            lines.setdefault(each.owner, []).append((-each.priority, arrival, stream))
+        has = {owner: self._live_of(owner) for owner in lines}
+        turns = {owner: self._turn(owner) for owner in lines}
 
-        def rank(stream: str) -> tuple[Fraction, Fraction, int]:
-            each = waiting[stream]
-            return Fraction(has[each.owner], each.priority), turns[each.owner], -each.priority
+        def rank(owner: str | None) -> tuple[Fraction, Fraction, int, int]:
+            priority, arrival, _ = lines[owner][-1]
+            return Fraction(has[owner], -priority), turns[owner], priority, arrival
 
+        for line in lines.values():
+            line.sort(reverse=True)  # the next one is last
+        heads = [(rank(owner), owner) for owner in lines]  # no two ranks are the same
+        heapq.heapify(heads)
         order = []
-        while waiting:
-            stream = min(waiting, key=rank)  # the first of the smallest: in the order of arrival among equals
-            each = waiting.pop(stream)
-            has[each.owner] += 1
-            turns[each.owner] += Fraction(1, each.priority)
+        while heads:
+            _, owner = heapq.heappop(heads)
+            priority, _, stream = lines[owner].pop()
             order.append(stream)
+            has[owner] += 1
+            turns[owner] += Fraction(1, -priority)
+            if lines[owner]:
+                heapq.heappush(heads, (rank(owner), owner))
         return order
 
     def _turn(self, owner: str | None) -> Fraction:

