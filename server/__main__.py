@@ -103,9 +103,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_config(
-    config: Config, backend: Backend, tracing: Tracing | None = None
-) -> tuple[uvicorn.Config, Streams]:
+def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = None) -> tuple[uvicorn.Config, Streams]:
     """The application under the server settings that it needs. Raises `ValueError` when the keys cannot be read."""
     app = create_app(config, backend, tracing)
     settings = uvicorn.Config(

@@ -23,7 +23,7 @@ from server.errors import ApiError, busy, not_found, shutting_down
 from server.keys import Key
 from server.media.files import ClipFile, Growth, webp
 from server.metrics import Metrics
-from server.store import Store
+from server.store import Store, no_room
 
 logger = logging.getLogger("livereel.clips")
 T = TypeVar("T")
@@ -359,11 +359,6 @@ def new_id() -> str:
 
 def new_seed() -> int:
     return secrets.randbits(32)
-
-
-def no_room(error: OSError) -> ApiError:
-    logger.error("the data folder cannot be written to: %s", error)
-    return ApiError(507, "storage_full", "The server cannot write to its data folder: tell its operator.")
 
 
 def shown(clip: Clip, position: int | None) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import asyncio
 import errno
 import json
 import logging
+import os
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,8 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import wire
 from server import admission, idempotency, pictures, schemas
 from server.auth import Access, access_of, principal_of, signed, with_token
-from server.errors import ApiError, exhausted, request_id
+from server.errors import ApiError, exhausted, not_found, request_id
 from server.logs import redact
+from server.media.files import Growth
 from server.media.matte import Matte
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import Stream, Streams
@@ -47,6 +50,8 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of eve
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES
 """Uploads stay in memory: nothing of a user's lies on a disk, and a full one is no fault of theirs."""
 UPLOADS = {("POST", "/v1/streams"), ("POST", "/v1/videos")}
+READ_BYTES = 256 * 1024
+"""Of a file that grows, at a time."""
 BODY_SECONDS = 10.0
 """How long a request body may take to arrive; one with a picture three times as long."""
 
@@ -402,7 +407,7 @@ ROUTES = [
 # responses that go on
 
 
-class Lasting(Response):
+class Lasting(Response, ABC):
     """A response that goes on for as long as there is something to send, or its reader wants it."""
 
     def __init__(self, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -420,9 +425,45 @@ class Lasting(Response):
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
 
+    @abstractmethod
     async def send_all(self, scope: Scope, send: Send) -> None:
         """Send the response, from its head to its end."""
-        raise NotImplementedError
+
+
+def film(kind: str, path: Path, growth: Growth | None, media_type: str, name: str) -> Response:
+    """The file of a video or a recording, which is complete, or grows."""
+    if growth is None:
+        return FileResponse(path, media_type=media_type, filename=name)
+    return Growing(kind, growth, {"content-type": media_type, "content-disposition": f'attachment; filename="{name}"'})
+
+
+class Growing(Lasting):
+    """A file from its start, and what is added to it, until it is complete. Breaks off if it never will be."""
+
+    def __init__(self, kind: str, growth: Growth, headers: dict[str, str]) -> None:
+        super().__init__(headers=headers)
+        self._kind, self._growth = kind, growth
+
+    async def send_all(self, scope: Scope, send: Send) -> None:
+        growth, place = self._growth, 0
+        if not await growth.beyond(0):
+            raise not_found(self._kind)
+        descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while await growth.beyond(place):
+                wanted = min(READ_BYTES, growth.size - place)
+                data = await asyncio.to_thread(os.pread, descriptor, wanted, place)
+                place += len(data)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            if not growth.whole:
+                await abort(scope)
+            await send({"type": "http.response.body", "body": b""})
+        except asyncio.CancelledError:
+            drop(scope)  # its key was taken away, or the server ends
+            raise
+        finally:
+            os.close(descriptor)
 
 
 async def gone(receive: Receive) -> None:

@@ -12,12 +12,11 @@ from typing import Any, Literal
 import msgspec
 
 from engine.wire import CLOCK_RATE
-from server.clips import no_room
 from server.errors import ApiError, not_found
 from server.media.files import Growth
 from server.media.tape import FilmFormat, Reason, Tape
 from server.metrics import Metrics
-from server.store import Store
+from server.store import Store, no_room
 
 PREFIX = "rec_"
 MAX_RUNNING = 32

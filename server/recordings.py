@@ -8,10 +8,9 @@ from starlette.responses import FileResponse, Response
 from server import schemas
 from server.auth import principal_of
 from server.errors import ApiError
-from server.http import Route, streams_of
+from server.http import Route, film, streams_of
 from server.media.tape import MEDIA_TYPES
 from server.recorder import Recorder, shown
-from server.videos import film
 
 
 def recorder_of(request: Request) -> Recorder:
@@ -73,7 +72,7 @@ async def content(request: Request, id: str) -> Response:
     tape = recordings.tape(recording)
     path = recordings.path(recording)
     name = f"{id}{recording.suffix}"
-    return film(path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
+    return film("recording", path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
 
 
 ROUTES = [

@@ -54,6 +54,11 @@ def remove_abandoned() -> None:
                 os.close(lock)
 
 
+def no_room(error: OSError) -> ApiError:
+    logger.error("the data folder cannot be written to: %s", error)
+    return ApiError(507, "storage_full", "The server cannot write to its data folder: tell its operator.")
+
+
 class Store:
     """Open it once, close it once. Without a folder it makes one, which is gone with the server."""
 

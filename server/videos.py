@@ -1,25 +1,19 @@
 """Clips over HTTP, as OpenAI's API for videos has them: its clients work unchanged."""
 
 import asyncio
-import os
 import time
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.types import Scope, Send
 
 from server import clips, idempotency, schemas
 from server.auth import principal_of
 from server.clip import Change, Clip, Status, remix
 from server.clips import Clips
-from server.errors import ApiError, not_found
-from server.http import Lasting, Route, abort, claim_of, drop, read_fields, read_picture, streams_of
-from server.media.files import Growth
-
-READ_BYTES = 256 * 1024
+from server.errors import ApiError
+from server.http import Route, claim_of, film, read_fields, read_picture, streams_of
 
 
 def clips_of(request: Request) -> Clips:
@@ -175,43 +169,7 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
         raise ApiError(409, "video_not_ready", message, headers={"Retry-After": "2"})
     if variant == "thumbnail":
         return FileResponse(owned.file(clip, clips.STILL), media_type="image/webp")
-    return film(owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
-
-
-def film(path: Path, growth: Growth | None, media_type: str, name: str) -> Response:
-    """A file that is complete, or grows."""
-    if growth is None:
-        return FileResponse(path, media_type=media_type, filename=name)
-    return Growing(growth, {"content-type": media_type, "content-disposition": f'attachment; filename="{name}"'})
-
-
-class Growing(Lasting):
-    """A file from its start, and what is added to it, until it is complete. Breaks off if it never will be."""
-
-    def __init__(self, growth: Growth, headers: dict[str, str]) -> None:
-        super().__init__(headers=headers)
-        self._growth = growth
-
-    async def send_all(self, scope: Scope, send: Send) -> None:
-        growth, place = self._growth, 0
-        if not await growth.beyond(0):
-            raise not_found("video")
-        descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while await growth.beyond(place):
-                wanted = min(READ_BYTES, growth.size - place)
-                data = await asyncio.to_thread(os.pread, descriptor, wanted, place)
-                place += len(data)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            if not growth.whole:
-                await abort(scope)
-            await send({"type": "http.response.body", "body": b""})
-        except asyncio.CancelledError:
-            drop(scope)  # its key was taken away, or the server ends
-            raise
-        finally:
-            os.close(descriptor)
+    return film("video", owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
 
 
 def check_times(prompts: list[Change], seconds: float) -> None:

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server.auth import FORBIDDEN, UNAUTHENTICATED
 from server.errors import ApiError
-from server.http import ABORT, streams_of, wants_alpha, ws_url
+from server.http import drop, streams_of, wants_alpha, ws_url
 from server.media.viewer import Viewer, Watching
 from server.streams import Streams
 
@@ -119,8 +119,8 @@ async def cut_off(scope: Scope, receive: Receive, send: Send, error: ApiError) -
     """End a socket in the middle of whatever it does; or a response, which is not to look complete."""
     if scope["type"] == "websocket":
         await hang_up(WebSocket(scope, receive, send), UNAUTHENTICATED, error.code)
-    elif abort := scope.get("extensions", {}).get(ABORT):
-        abort["call"]()
+    else:
+        drop(scope)
 
 
 async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
@@ -132,5 +132,4 @@ async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
         pass
     else:
         return
-    if abort := websocket.scope.get("extensions", {}).get(ABORT):
-        abort["call"]()
+    drop(websocket.scope)

@@ -239,9 +239,7 @@ async def run(options: argparse.Namespace, gateway: Gateway) -> int:
     if chromium is None:
         print("install Chromium first (Debian: apt-get install chromium)", file=sys.stderr)
         return 1
-    print(
-        f"{'':8s} {'engine to canvas':>18s} {'gateway to canvas':>18s} {'steer to picture':>18s}   seen / damaged"
-    )
+    print(f"{'':8s} {'engine to canvas':>18s} {'gateway to canvas':>18s} {'steer to picture':>18s}   seen / damaged")
     good = True
     async with async_playwright() as api:
         arguments = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]

@@ -1,4 +1,4 @@
-"""The process that pushes one stream out over RTMP: `python -m server.media.push`, started by `server.media.rtmp`.
+"""The process that pushes one stream out over RTMP: `python -m server.media.push`, started by `server.media.outgoing`.
 
 libav holds the interpreter's lock while it waits for the network, so this never runs in the gateway. It connects to a
 relay of the gateway's on this machine and nowhere else. Standard input brings msgpack messages, each after its length

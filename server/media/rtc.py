@@ -104,30 +104,67 @@ class EncodedTrack(MediaStreamTrack):
         return item.packet
 
 
-class Peer:
-    """One connection to a viewer. Make it with `negotiate`, and `close` it in any case."""
+class Line:
+    """A connection that a stream is sent over. `close` it in any case."""
 
-    def __init__(self, servers: Sequence[IceServer], public_address: str | None, *, local: bool) -> None:
-        # Without a list aiortc would ask a server of Google's. Who says where we can be reached needs none at all.
-        ours = [] if public_address else [RTCIceServer(each.url, each.username, each.credential) for each in servers]
+    def __init__(self, servers: Sequence[IceServer], first: Codec, *, local: bool) -> None:
+        """`first` is sent unless another codec is agreed upon; `local` says that the other side is on this machine."""
+        # Without a list aiortc would ask a server of Google's.
+        ours = [RTCIceServer(each.url, each.username, each.credential) for each in servers]
         self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ours))
         # Read when the first transceiver is made.
         self._connection._RTCPeerConnection__certificates = [Certificate.generateCertificate()]  # type: ignore[attr-defined]
-        self._public_address = public_address
         self._track = EncodedTrack()
-        self._sender = self._connection.addTransceiver(self._track, "sendonly").sender
+        self._transceiver = self._connection.addTransceiver(self._track, "sendonly")
+        self._sender = self._transceiver.sender
+        self._local = local
+        self.viewer = Viewer(first, events=False)
+        """What is to be sent; its format is the codec that was agreed upon."""
+        self.connected = asyncio.Event()
+        self.over = self._track.exhausted
+        """The line is lost or closed, or the stream has ended."""
+        self._connection.on("connectionstatechange", self._on_state)
+
+    def on_keyframe_request(self, request: Callable[[], None]) -> None:
+        """Have `request` called whenever the other side reports that it can show nothing (PLI, FIR)."""
+        self._sender._send_keyframe = request  # type: ignore[method-assign]
+
+    async def close(self) -> None:
+        """Hang up. Safe to call again."""
+        self.over.set()
+        self._track.viewer.cancel()
+        await self._connection.close()
+
+    def _agree(self, codec: Codec) -> None:
+        self.viewer = Viewer(codec, events=False)
+        self._track.viewer.set_result(self.viewer)
+
+    def _offer_loopback(self) -> None:
+        """Let this machine's loopback addresses be tried too, where the other side is local."""
+        if self._local:
+            ice = self._sender.transport.transport.iceGatherer._connection
+            ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
+
+    def _on_state(self) -> None:
+        match self._connection.connectionState:
+            case "connected":
+                self.connected.set()
+            case "failed" | "closed":
+                self.over.set()
+
+
+class Peer(Line):
+    """One connection to a viewer. Make it with `negotiate`."""
+
+    def __init__(self, servers: Sequence[IceServer], public_address: str | None, *, local: bool) -> None:
+        # Who says where we can be reached needs no servers at all.
+        super().__init__([] if public_address else servers, "vp8", local=local)
+        self._public_address = public_address
         self._candidates = 0
         self._first_mid = ""
         self._user_fragment = ""
         self.answer = ""
         """SDP, once negotiated."""
-        self.viewer = Viewer("vp8", events=False)
-        """What it is to be sent; its format is the codec that was agreed upon."""
-        self.connected = asyncio.Event()
-        self.over = self._track.exhausted
-        """The line is lost or closed, or the stream has ended."""
-        self._connection.on("connectionstatechange", self._on_state)
-        self._local = local
         self._again = Rate(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
 
     async def negotiate(self, offer: str) -> None:
@@ -155,12 +192,7 @@ class Peer:
         if not video.ice_candidates:
             raise ApiError(503, "no_address", "The server has no address that it could offer for WebRTC.")
         self.answer = with_public_address(answer, self._public_address) if self._public_address else answer
-        self.viewer = Viewer(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()], events=False)
-        self._track.viewer.set_result(self.viewer)
-
-    def on_keyframe_request(self, request: Callable[[], None]) -> None:
-        """Have `request` called whenever the viewer reports that it can show nothing (PLI, FIR)."""
-        self._sender._send_keyframe = request  # type: ignore[method-assign]
+        self._agree(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()])
 
     async def trickle(self, fragment: str) -> None:
         """Take further candidates of the viewer (RFC 8840). Raises `ApiError` for anything else."""
@@ -178,17 +210,10 @@ class Peer:
                 with contextlib.suppress(ValueError):  # of a kind that our ICE does not know
                     await self._connection.addIceCandidate(candidate)
 
-    async def close(self) -> None:
-        """Hang up. Safe to call again."""
-        self.over.set()
-        self._track.viewer.cancel()
-        await self._connection.close()
-
     def _harden(self) -> None:
         """Put our own hands on what is now known to carry the video: it may be the transport of the sound."""
+        self._offer_loopback()
         ice = self._sender.transport.transport.iceGatherer._connection
-        if self._local:
-            ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
         receive, retransmit = ice.data_received, self._sender._retransmit
 
         def receive_something(data: bytes, component: int) -> None:
@@ -203,13 +228,6 @@ class Peer:
 
         ice.data_received = receive_something  # type: ignore[method-assign]
         self._sender._retransmit = retransmit_within_bounds  # type: ignore[method-assign]
-
-    def _on_state(self) -> None:
-        match self._connection.connectionState:
-            case "connected":
-                self.connected.set()
-            case "failed" | "closed":
-                self.over.set()
 
     def _vet(self, offer: str) -> str:
         """The offer as aiortc is to see it. Raises `ApiError` when it is none that a viewer would send."""
@@ -246,31 +264,18 @@ class Peer:
         return fit and self._candidates <= MAX_CANDIDATES
 
 
-class Publisher:
-    """One connection to a server that takes a stream: we make the offer. `close` it in any case."""
+class Publisher(Line):
+    """One connection to a server that takes a stream: we make the offer."""
 
     def __init__(self, servers: Sequence[IceServer], *, local: bool) -> None:
-        ours = [RTCIceServer(each.url, each.username, each.credential) for each in servers]
-        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ours))
-        self._connection._RTCPeerConnection__certificates = [Certificate.generateCertificate()]  # type: ignore[attr-defined]
-        self._track = EncodedTrack()
-        transceiver = self._connection.addTransceiver(self._track, "sendonly")
+        super().__init__(servers, "h264", local=local)
         known = RTCRtpSender.getCapabilities("video").codecs
         # What we have encoded already must be what is agreed upon; H.264 first, as for RTMP.
         order = ["video/h264", "video/vp8", "video/rtx"]
         codecs = [codec for codec in known if codec.mimeType.lower() in order]
-        transceiver.setCodecPreferences(sorted(codecs, key=lambda codec: order.index(codec.mimeType.lower())))
-        self._sender = transceiver.sender
-        self._local = local
-        self.viewer = Viewer("h264", events=False)
-        """What is to be sent; its format is the codec that was agreed upon."""
-        self.connected = asyncio.Event()
-        self.over = self._track.exhausted
-        """The line is lost or closed, or the stream has ended."""
-        self._connection.on("connectionstatechange", self._on_state)
-        if local:
-            ice = self._sender.transport.transport.iceGatherer._connection
-            ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
+        preferred = sorted(codecs, key=lambda codec: order.index(codec.mimeType.lower()))
+        self._transceiver.setCodecPreferences(preferred)
+        self._offer_loopback()
 
     async def offer(self) -> str:
         """Our SDP, with every address that we have."""
@@ -291,25 +296,7 @@ class Publisher:
             codec = MIME_CODECS[video.rtp.codecs[0].mimeType.lower()]
         except Exception as error:  # its parser and its checks raise nearly anything
             raise ValueError("WebRTC cannot be set up from it") from error
-        self.viewer = Viewer(codec, events=False)
-        self._track.viewer.set_result(self.viewer)
-
-    def on_keyframe_request(self, request: Callable[[], None]) -> None:
-        """Have `request` called whenever the server reports that it can show nothing (PLI, FIR)."""
-        self._sender._send_keyframe = request  # type: ignore[method-assign]
-
-    async def close(self) -> None:
-        """Hang up. Safe to call again."""
-        self.over.set()
-        self._track.viewer.cancel()
-        await self._connection.close()
-
-    def _on_state(self) -> None:
-        match self._connection.connectionState:
-            case "connected":
-                self.connected.set()
-            case "failed" | "closed":
-                self.over.set()
+        self._agree(codec)
 
 
 def usable(candidate: str, *, local: bool = False) -> bool:
