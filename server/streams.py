@@ -210,6 +210,7 @@ class Streams:
         """Of uploaded pictures: one at a time, so that live streams keep their share of the processor."""
         self._draining = False
         self._failure = ""
+        self._folder_lost = False
         self._settled = asyncio.Event()
 
     def open_data(self) -> None:
@@ -1041,9 +1042,17 @@ class Streams:
             for stream in ended[:-MAX_LAST_FRAMES]:
                 stream.last = None
             self._tell_places()
-            self.clips.expire(ts)
-            self.recorder.keep_house(ts)
-            await asyncio.to_thread(self._store.measure)
+            try:
+                self.clips.expire(ts)
+                self.recorder.keep_house(ts)
+                await asyncio.to_thread(self._store.measure)
+            except OSError as error:
+                # Streams must be looked after whatever becomes of the folder.
+                if not self._folder_lost:
+                    logger.error("the data folder cannot be read: %s", error)
+                self._folder_lost = True
+            else:
+                self._folder_lost = False
 
     def _look_after(self, stream: Stream, now: float) -> None:
         """Rest or end a stream that nobody watches or needs."""

@@ -1,6 +1,7 @@
 """Recordings of live streams: what was shown, every frame of it, as a film."""
 
 import asyncio
+import errno
 import io
 import json
 import stat
@@ -323,3 +324,20 @@ async def test_a_stream_that_is_recorded_does_not_rest(run_gateway: Any, monkeyp
         stopped = (await gateway.http.post(f"/v1/recordings/{made.json()['id']}/stop")).json()
         assert stopped["frames"] > 5
         await gateway.until(lambda: session.state == "paused")
+
+
+async def test_streams_are_looked_after_whatever_becomes_of_the_folder(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(path: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with run_gateway(idle_timeout_s=1.5) as gateway:
+        monkeypatch.setattr("server.store.os.scandir", unreadable)
+        await asyncio.sleep(1.2)  # so that the housekeeper has met it, and twice
+        stream = await gateway.open()
+        await gateway.until(lambda: gateway.streams.get(stream["id"]).session.ended_reason == "idle", 10)
+        monkeypatch.undo()
+    assert [each.message for each in caplog.records].count(
+        "the data folder cannot be read: [Errno 24] Too many open files"
+    ) == 1
