@@ -141,11 +141,20 @@ def _rms_norm(x, bias, weight, out, width, eps, BIAS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _rotated(x, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Adjacent pairs of [HEADS, 2 PAIRS] turned by the angles [PAIRS] of the row."""
+def _rotated(x, angles, token, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """Adjacent pairs of [HEADS, 2 PAIRS] turned by the token's angles."""
+    pair = angles + token * 2 * PAIRS + 2 * tl.arange(0, PAIRS)
+    c, s = tl.load(pair)[None, :], tl.load(pair + 1)[None, :]
     even, odd = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
-    c, s = cos[None, :], sin[None, :]
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (HEADS, 2 * PAIRS))
+
+
+@triton.jit
+def _rounded_keys(k, mean, scale, batch, head, at, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Keys of one token as `Scales` says that they are stored."""
+    k -= tl.load(mean + batch * COUNT * SIZE + at, mask=mask, other=0.0)
+    k /= tl.load(scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
+    return tl.minimum(tl.maximum(k, -448.0), 448.0)
 
 
 @triton.jit
@@ -162,9 +171,6 @@ def _heads(
     head = tl.arange(0, HEADS)
     at = head[:, None] * size + tl.arange(0, size)[None, :]
     mask = (head < COUNT)[:, None]
-    pair = tl.arange(0, PAIRS)
-    cos = tl.load(angles + token * size + 2 * pair)
-    sin = tl.load(angles + token * size + 2 * pair + 1)
     base = qkv + row * 3 * width
 
     q = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
@@ -172,7 +178,7 @@ def _heads(
         q += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
     q *= 1.0 / tl.sqrt(tl.sum(tl.sum(q * q, axis=1), axis=0) / width + eps)
     q *= tl.load(norm_q + at, mask=mask, other=0.0).to(tl.float32)
-    q = _rotated(q, cos, sin, HEADS, PAIRS)
+    q = _rotated(q, angles, token, HEADS, PAIRS)
     if FP8:
         largest = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12)
         tl.store(queries + row * width + at, (q * (448.0 / largest)[:, None]).to(tl.float8e4nv), mask=mask)
@@ -187,15 +193,13 @@ def _heads(
     k *= tl.load(norm_k + at, mask=mask, other=0.0).to(tl.float32)
     if RAW:
         tl.store(raw + batch * raw_batch + token * raw_token + at, k.to(raw.dtype.element_ty), mask=mask)
-    k = _rotated(k, cos, sin, HEADS, PAIRS)
+    k = _rotated(k, angles, token, HEADS, PAIRS)
     v = tl.load(base + 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         v += tl.load(bias + 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     if FP8:
-        k -= tl.load(key_mean + batch * width + at, mask=mask, other=0.0)
-        k /= tl.load(key_scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
+        k = _rounded_keys(k, key_mean, key_scale, batch, head, at, mask, COUNT, size)
         v /= tl.load(value_scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
-        k = tl.minimum(tl.maximum(k, -448.0), 448.0)
         v = tl.minimum(tl.maximum(v, -448.0), 448.0)
     tl.store(keys + batch * key_batch + token * key_token + at, k.to(keys.dtype.element_ty), mask=mask)
     tl.store(values + batch * value_batch + token * value_token + at, v.to(values.dtype.element_ty), mask=mask)
@@ -211,15 +215,10 @@ def _store_turned(
     head = tl.arange(0, HEADS)
     at = head[:, None] * size + tl.arange(0, size)[None, :]
     mask = (head < COUNT)[:, None]
-    pair = tl.arange(0, PAIRS)
-    cos = tl.load(angles + token * size + 2 * pair)
-    sin = tl.load(angles + token * size + 2 * pair + 1)
     k = tl.load(x + batch * x_batch + token * x_token + at, mask=mask, other=0.0).to(tl.float32)
-    k = _rotated(k, cos, sin, HEADS, PAIRS)
+    k = _rotated(k, angles, token, HEADS, PAIRS)
     if FP8:
-        k -= tl.load(mean + batch * COUNT * size + at, mask=mask, other=0.0)
-        k /= tl.load(scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
-        k = tl.minimum(tl.maximum(k, -448.0), 448.0)
+        k = _rounded_keys(k, mean, scale, batch, head, at, mask, COUNT, size)
     tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
 
 
