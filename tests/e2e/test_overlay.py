@@ -1,7 +1,6 @@
 """The overlay in a real browser: transparent where the matte says so, over every transport, and back after a loss."""
 
 import io
-import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ from server.backends.fake import FakeBackend, _Stream
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+GRAPHICS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+"""As OBS draws on a machine without a GPU."""
 PROMPT, SEED = "a ball", 3
 
 
@@ -58,19 +58,6 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
     yield Gateway(process, line.split()[-1].rstrip("/"), key)
     process.kill()
     process.communicate()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM is not None, "install Chromium first (Debian: apt-get install chromium)"
-    with sync_playwright() as api:
-        arguments = ["--no-sandbox", "--disable-background-networking", "--use-angle=swiftshader"]
-        arguments += ["--enable-unsafe-swiftshader"]  # as OBS does on a machine without a GPU
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 def drawn(frame: int) -> Image.Image:

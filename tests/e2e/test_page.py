@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from PIL import Image
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def start_gateway(port: int) -> subprocess.Popen[str]:
@@ -39,19 +37,6 @@ def gateway() -> Iterator[tuple[subprocess.Popen[str], int]]:
     yield process, port
     process.kill()
     process.communicate()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    # Whoever asks for these tests by their marker wants them run: what is missing is a failure, not a skip.
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM is not None, "install Chromium first (Debian: apt-get install chromium)"
-    with sync_playwright() as api:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

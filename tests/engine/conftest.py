@@ -53,6 +53,14 @@ def toy() -> Preset:
     return TOY
 
 
+@pytest.fixture
+def encoder() -> TextEncoder:
+    """A text encoder of three layers, for prompts of twelve tokens."""
+    torch.manual_seed(0)
+    sizes = TextConfig(vocab_size=50, dim=24, ffn_dim=40, num_heads=3, head_dim=8, num_layers=3, length=12)
+    return TextEncoder(sizes).requires_grad_(False).eval()
+
+
 @pytest.fixture(name="build")
 def build_fixture() -> Callable[..., Pipeline]:
     """`build` for tests in other folders."""

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import aioice.ice
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 from server.__main__ import Server, listen, uvicorn_config
 from server.backends.fake import FakeBackend
 from server.config import Config
+from server.keys import add_key
 from server.streams import Streams
 from server.tracing import Tracing
 
@@ -26,6 +28,19 @@ from server.tracing import Tracing
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def holders() -> Callable[..., dict[str, dict[str, str]]]:
+    """Makes keys in a file, each given as name, owner and scope; returns each one's headers by name."""
+
+    def make(path: Path, *given: tuple[str, str, str]) -> dict[str, dict[str, str]]:
+        return {
+            name: {"authorization": f"Bearer {add_key(path, name, owner, [scope], 4, 1000)}"}
+            for name, owner, scope in given
+        }
+
+    return make
 
 
 @dataclass

@@ -12,7 +12,6 @@ import av
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from server import keys
 from server.backends.fake import FakeBackend
 from server.media import broadcast, tape
 from server.media.codecs import VideoEncoder
@@ -267,16 +266,14 @@ async def test_a_disk_that_is_full_ends_it_with_what_there_is(run_gateway: Any, 
         assert (await gateway.get(stream))["state"] == "live"
 
 
-async def test_recordings_of_others_do_not_exist(run_gateway: Any, tmp_path: Path) -> None:
+async def test_recordings_of_others_do_not_exist(run_gateway: Any, holders: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    made = {
-        name: {"authorization": f"Bearer {keys.add_key(path, name, owner, [scope], 4, 1000)}"}
-        for name, owner, scope in (
-            ("studio", "studio", "control"),
-            ("guest", "studio", "view"),
-            ("other", "other", "control"),
-        )
-    }
+    made = holders(
+        path,
+        ("studio", "studio", "control"),
+        ("guest", "studio", "view"),
+        ("other", "other", "control"),
+    )
     async with run_gateway(keys=path) as gateway:
         call = gateway.http.request
         stream = (await call("POST", "/v1/streams", headers=made["studio"], json={"prompt": "a"})).json()

@@ -456,17 +456,15 @@ async def test_a_key_that_goes_takes_its_unfinished_clips_along(run_gateway: Any
         assert (await call("GET", f"/v1/videos/{whole}", headers=lost)).status_code == 401
 
 
-async def test_clips_of_others_do_not_exist(run_gateway: Any, tmp_path: Path) -> None:
+async def test_clips_of_others_do_not_exist(run_gateway: Any, holders: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    made = {
-        name: {"authorization": f"Bearer {keys.add_key(path, name, owner, [scope], 4, 1000)}"}
-        for name, owner, scope in (
-            ("studio", "studio", "control"),
-            ("guest", "studio", "view"),
-            ("other", "other", "control"),
-            ("root", "root", "admin"),
-        )
-    }
+    made = holders(
+        path,
+        ("studio", "studio", "control"),
+        ("guest", "studio", "view"),
+        ("other", "other", "control"),
+        ("root", "root", "admin"),
+    )
     async with run_gateway(keys=path) as gateway:
         call = gateway.http.request
         body = {"json": {"prompt": "a", "seconds": "1"}}

@@ -6,19 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine.models.sizes import TextConfig
 from engine.models.text_encoder import TextEncoder
 from engine.offload.text import Place, place_text_encoder
 
 CPU = torch.device("cpu")
-CONFIG = TextConfig(vocab_size=50, dim=24, ffn_dim=40, num_heads=3, head_dim=8, num_layers=3, length=12)
 IDS = torch.tensor([[5, 9, 30, 1] + [0] * 8, [7, 1] + [0] * 10])
-
-
-@pytest.fixture
-def encoder() -> TextEncoder:
-    torch.manual_seed(0)
-    return TextEncoder(CONFIG).requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("place", ["resident", "offload", "cpu"])
