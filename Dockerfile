@@ -36,6 +36,7 @@ WORKDIR /app
 COPY engine ./engine
 COPY server ./server
 COPY clients/web ./clients/web
+COPY clients/overlay ./clients/overlay
 ENV PATH=/opt/livereel/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

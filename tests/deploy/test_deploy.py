@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,24 @@ def test_what_the_image_copies_is_there_and_is_let_through() -> None:
                 assert source in let
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored  # keys, .git and whatever else lies around
+
+
+def test_what_the_image_copies_is_all_that_the_server_needs(tmp_path: Path) -> None:
+    for word, rest in instructions():
+        source, _, target = rest.partition(" ./")
+        if word == "COPY" and (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    command = [sys.executable, "-m", "server", "--backend", "fake", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            assert line.startswith("Livereel is ready")
+            base = line.split()[-1].rstrip("/")
+            for path in ("/", "/overlay/st_1", "/assets/overlay/overlay.js"):
+                assert httpx.get(base + path).status_code == 200, path
+        finally:
+            server.kill()
 
 
 def test_both_kinds_of_image() -> None:
