@@ -33,6 +33,8 @@ from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
 from engine.transforms.calibrate import calibrate
 
+PROMPT_TOKENS = 200
+"""A long prompt. The rest of the text's length is padding, which cross-attention counts without visiting it."""
 STAGES = ("steps", "decode", "copy", "context")
 
 
@@ -51,12 +53,20 @@ def random_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) 
     module.requires_grad_(False).eval()
 
 
-def operations(preset: Preset, keys: int) -> float:
-    """Floating-point operations of one forward of a chunk that sees `keys` tokens: two for each multiply-add."""
+def random_prompt(preset: Preset, tokens: int, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Encodings of prompts of so many tokens, padded with zeros as the encoder pads: [batch, L, text_dim]."""
+    text = torch.randn(batch, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    text[:, tokens:] = 0
+    return text
+
+
+def operations(preset: Preset, keys: int, prompt: int) -> float:
+    """Floating-point operations of one forward of a chunk that sees `keys` tokens and a prompt of `prompt`: two for
+    each multiply-add."""
     dit = preset.dit
     tokens = preset.chunk * preset.latent_rows * preset.latent_columns // (dit.patch[1] * dit.patch[2])
     linears = 6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim  # q k v o, and cross-attention's q o
-    attention = 2 * dit.dim * (keys + preset.text.length)
+    attention = 2 * dit.dim * (keys + min(prompt + 1, preset.text.length))
     return 2.0 * tokens * dit.num_layers * (linears + attention)
 
 
@@ -150,6 +160,7 @@ def roll(
     *,
     batch: int = 1,
     overlap: bool = False,
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> tuple[list[dict[str, float]], dict[str, float], float]:
     """Seconds of every stage of every chunk, and of the chunk, from its start to the next one's; memory in bytes;
     seconds to a new stream's first frames in the host."""
@@ -164,7 +175,7 @@ def roll(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment
     model, decoder, cache = served.dit, served.decoder, served.new_cache()
-    text = torch.randn(batch, preset.text.length, preset.text.dim, device=device, dtype=dtype)
+    text = random_prompt(preset, prompt_tokens, batch, device, dtype)
     if speed.fixed_scales:
         calibrate(served, preset, [text])
     context = model.encode_text(text)
@@ -254,6 +265,7 @@ def main() -> None:
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
     parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
     parser.add_argument("--batch", type=int, default=1, help="streams whose chunks are made in one batch")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help=f"of the prompt ({PROMPT_TOKENS})")
     parser.add_argument("--in-turn", action="store_true", help="decode before the context pass, not beside it")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
@@ -275,6 +287,7 @@ def main() -> None:
         dtype,
         batch=options.batch,
         overlap=not options.in_turn,
+        prompt_tokens=options.prompt_tokens,
     )
     full = seconds[steady:-1]  # the last one's end is not known
     part = min(20, len(full) // 2)
@@ -285,14 +298,17 @@ def main() -> None:
     order = "before the context pass" if options.in_turn else "beside the context pass"
     print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {options.kv_cache} cache")
     print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
-    print(f"{options.chunks} chunks, {options.chunks * preset.chunk} latent frames, {options.batch} streams in a batch")
+    frames = options.chunks * preset.chunk
+    print(
+        f"{options.chunks} chunks, {frames} latent frames, {options.batch} in a batch, prompt {options.prompt_tokens}"
+    )
     for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))
     chunk = last["chunk"] / 1e3
     playback = preset.chunk_frames / preset.fps
     print(f"a new stream's first {preset.first_chunk_frames} frames are in host memory after {1e3 * opening:.0f} ms")
     tokens = preset.window * preset.latent_rows * preset.latent_columns // (preset.dit.patch[1] * preset.dit.patch[2])
-    work = options.batch * operations(preset, tokens)
+    work = options.batch * operations(preset, tokens, options.prompt_tokens)
     reached = work * len(preset.steps) / (last["steps"] / 1e3)
     print(f"frames/s {options.batch * preset.chunk_frames / chunk:.1f}, real-time factor {chunk / playback:.3f}")
     print(f"a forward is {work / 1e12:.3g} Tflop: {reached / 1e12:.3g} Tflop/s, {100 * reached / best:.0f} % of the")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype, warm
-from engine.bench.rollout import add_preset, chosen, random_model
+from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt
 from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.scheduler import Claim, pick
@@ -41,7 +41,7 @@ class RandomText(nn.Module):
 
     def __init__(self, preset: Preset, device: torch.device) -> None:
         super().__init__()
-        self.text = torch.randn(1, preset.text.length, preset.text.dim, device=device)
+        self.text = random_prompt(preset, PROMPT_TOKENS, 1, device, torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.text

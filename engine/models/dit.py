@@ -36,10 +36,19 @@ class TextContext:
     """The cross-attention K and V of every layer, [G, L, heads, head_dim] each."""
     pooled: Tensor
     """[G, dim]: added to the time embedding; zero where the model has no such path."""
+    lengths: Tensor
+    """int32 [G]: tokens before the padding, whose keys and values are all alike."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
         """The same context with every tensor changed, all along their first axis."""
-        return TextContext([(change(k), change(v)) for k, v in self.layers], change(self.pooled))
+        layers = [(change(k), change(v)) for k, v in self.layers]
+        return TextContext(layers, change(self.pooled), change(self.lengths))
+
+
+def text_lengths(text: Tensor) -> Tensor:
+    """How many positions of text [G, L, D] come before the padding, which is zero: int32 [G]."""
+    position = torch.arange(1, text.shape[1] + 1, device=text.device, dtype=torch.int32)
+    return ((text != 0).any(dim=-1) * position).amax(dim=1)
 
 
 def pool_text(text: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ class CausalWan(nn.Module):
         """The context of text [G, L, text_dim], whose padding positions are zero."""
         context = self.text_embedding(text)
         layers = [block.cross_attn.keys_values(context) for block in cast(Iterable[Block], self.blocks)]
-        return TextContext(layers, self.text_pool(pool_text(text)))
+        return TextContext(layers, self.text_pool(pool_text(text)), text_lengths(text))
 
     def forward(self, x: Tensor, t: Tensor, text: TextContext, self_attend: SelfAttend) -> Tensor:
         """The flow of every frame.

@@ -78,6 +78,7 @@ def _exact(
     packed: bool,
     mask: Tensor | None,
     out_dtype: torch.dtype | None,
+    out_scale: Tensor | None,
 ) -> Tensor:
     """Attention in float32 on dequantised inputs; mask bool [B, heads, Sq, Skv]."""
     out_dtype = out_dtype or (torch.bfloat16 if q.element_size() == 1 else q.dtype)
@@ -87,7 +88,8 @@ def _exact(
     k = k if k_scale is None else k * k_scale[:, None, :, None]
     v = v if v_scale is None else v * v_scale[:, None, :, None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return out.transpose(1, 2).contiguous().to(out_dtype)
+    out = out.transpose(1, 2).contiguous()
+    return out.to(out_dtype) if out_scale is None else (out / out_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def dense(
@@ -100,6 +102,7 @@ def dense(
     v_scale: Tensor | None = None,
     packed: bool = False,
     out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over all keys.
 
@@ -110,11 +113,12 @@ def dense(
         k_scale, v_scale: float32 [B, heads], the same for keys and values.
         packed: v is [B, heads, head_dim, tokens], as `pack_values` made it.
         out_dtype: by default q's, and bfloat16 for 8-bit q.
+        out_scale: float32 [1]; given, the result is float8_e4m3fn, to be multiplied by it.
 
     Returns:
         [B, Sq, heads, head_dim], contiguous.
     """
-    return _exact(q, k, v, q_scale, k_scale, v_scale, packed, None, out_dtype)
+    return _exact(q, k, v, q_scale, k_scale, v_scale, packed, None, out_dtype, out_scale)
 
 
 def block_sparse(
@@ -129,6 +133,7 @@ def block_sparse(
     v_scale: Tensor | None = None,
     packed: bool = False,
     out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """`dense`, but each block of 128 queries of a head sees only the listed blocks of 128 keys.
 
@@ -148,9 +153,27 @@ def block_sparse(
     kept.scatter_(-1, index.long().where(listed, torch.full_like(index, blocks, dtype=torch.long)), True)
     kept = kept[..., :blocks]
     mask = kept.repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
-    out = _exact(q, k, v, q_scale, k_scale, v_scale, packed, mask, out_dtype)
+    out = _exact(q, k, v, q_scale, k_scale, v_scale, packed, mask, out_dtype, out_scale)
     seen = kept.any(-1).repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].transpose(1, 2)
-    return out.where(seen[..., None], torch.zeros_like(out))
+    return out.float().where(seen[..., None], torch.zeros((), device=out.device)).to(out.dtype)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """Attention over text whose keys and values past its end are all alike, as padding makes them.
+
+    The kernel visits one of these and counts it as often as there are such, which is the same sum: with 100 tokens of
+    512 a fifth of the work.
+
+    Args:
+        q: [B, Sq, heads, head_dim]; k, v: [B, L, heads, head_dim].
+        lengths: int32 [B], tokens before the padding.
+        out_scale: as in `dense`.
+
+    Returns:
+        [B, Sq, heads, head_dim].
+    """
+    out = attention(q, k, v)
+    return out if out_scale is None else (out.float() / out_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def pool(x: Tensor, block: int = BLOCK) -> Tensor:

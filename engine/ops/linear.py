@@ -8,7 +8,7 @@ al. 2022 (arXiv 2209.05433) for the formats, Dettmers et al. 2022 (arXiv 2208.07
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -27,6 +27,11 @@ class Fixed:
     format: Format
     scale: Tensor
     """float32 [1]."""
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """1 / scale. First asked for before a graph is recorded, it is no part of it."""
+        return self.scale.reciprocal()
 
 
 Into = Format | Fixed

@@ -97,9 +97,19 @@ class FusedCache(KVCache):
         return -(-self.filled // BLOCK) - len(always)
 
     def attend(
-        self, layer: int, qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float
+        self,
+        layer: int,
+        qkv: Tensor,
+        bias: Tensor | None,
+        norm_q: Tensor,
+        norm_k: Tensor,
+        eps: float,
+        out_scale: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention of the current chunk from its joint projection [B, S, 3 D]: [B, S, heads, head_dim]."""
+        """Self-attention of the current chunk from its joint projection [B, S, 3 D]: [B, S, heads, head_dim].
+
+        With `out_scale` float32 [1] the result may come in float8, to be multiplied by it.
+        """
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
@@ -117,8 +127,9 @@ class FusedCache(KVCache):
                 qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], new_values, raw_keys=raw, scales=scales
             )
             self._kernels.pack_values(new_values, packed, span.start)
-            given = {"q_scale": q_scale, "k_scale": scales.key, "v_scale": scales.value, "packed": True}
-            return self._look(layer, q, keys[:, : self.filled], packed, **given, out_dtype=qkv.dtype)
+            given: dict[str, Any] = {"q_scale": q_scale, "k_scale": scales.key, "v_scale": scales.value, "packed": True}
+            given |= {"out_dtype": qkv.dtype, "out_scale": out_scale}
+            return self._look(layer, q, keys[:, : self.filled], packed, **given)
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
             torch.empty(new_values.shape, dtype=qkv.dtype, device=self.device) for _ in range(2)

@@ -80,6 +80,7 @@ class GraphedWan(nn.Module):
                 k.copy_(new_k)
                 v.copy_(new_v)
             place.text.pooled.copy_(text.pooled)
+            place.text.lengths.copy_(text.lengths)
             place.shown = text
         key = cache.slot, cache.filled, cache.written == 0
         if key not in place.graphs:

@@ -12,10 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
-from engine.ops.attention import attention
-from engine.ops.fused import add_norm, gelu, rms_norm
+from engine.ops.fused import Activation, add_norm, rms_norm
+from engine.ops.linear import Fixed, Into, Rows8
 from engine.stream.fused_cache import FusedCache
+from engine.stream.fused_cache import kernels as attention_kernels
 from engine.transforms.low_bit import Policy, Projection, layers_of
+
+
+def fixed_fp8(into: Into | None) -> Tensor | None:
+    """The scale by which attention itself can round its result for the projection that follows."""
+    return into.scale if isinstance(into, Fixed) and into.format == "fp8" else None
+
+
+def activation(x: Tensor, into: Into | None) -> Activation:
+    """What attention made, which may be in 8 bits already."""
+    if x.element_size() > 1:
+        return x
+    assert isinstance(into, Fixed)
+    return Rows8(x, into.scale)
 
 
 class FusedBlock:
@@ -86,6 +100,7 @@ class FusedWan(nn.Module):
         e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
         e6 = wan.time_projection(e).unflatten(-1, (6, -1)).flatten(0, 1).float()
         modulation = self.modulation + e6
+        kernels = attention_kernels(x.device)
         y: Tensor | None = None
         bias: Tensor | None = None
         gate: Tensor | None = None
@@ -93,8 +108,9 @@ class FusedWan(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(1)
             residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.into)
             qkv = block.qkv(h).unflatten(0, (batch, -1))
-            own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
-            y = block.o(own.flatten(0, 1).flatten(1))
+            into = block.o.into
+            own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps, fixed_fp8(into))
+            y = block.o(activation(own.flatten(0, 1).flatten(1), into))
             residual, h = add_norm(
                 residual,
                 block.text_norm.weight[None],
@@ -107,14 +123,11 @@ class FusedWan(nn.Module):
             )
             q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
             text_k, text_v = text.layers[layer]
-            seen = attention(q.view(len(text_k), -1, *text_k.shape[2:]), text_k, text_v)
-            y = block.cross_o(seen.reshape(len(residual), -1))
+            q, into = q.view(len(text_k), -1, *text_k.shape[2:]), block.cross_o.into
+            seen = kernels.padded(q, text_k, text_v, text.lengths, fixed_fp8(into))
+            y = block.cross_o(activation(seen.reshape(len(residual), -1), into))
             residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
-            if isinstance(block.up.weight, Tensor) and block.down.into is None:
-                assert isinstance(h, Tensor)
-                y = block.down(block.up.gelu(h))
-            else:
-                y = block.down(gelu(block.up(h), block.up.bias, block.down.into))
+            y = block.down(block.up.gelu(h, block.down.into))
             bias, gate = block.down.bias, gate2
         shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
         _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from engine.models.dit import Block
 from engine.ops.blocks import E2M1, Blocks, blocks_fault, linear_blocks, quantise_blocks
-from engine.ops.fused import Activation, to_rows8
+from engine.ops.cublas import gelu_product
+from engine.ops.fused import Activation, gelu, to_rows8
 from engine.ops.linear import (
     LARGEST,
     Fixed,
@@ -132,6 +133,7 @@ class Projection:
             self.weight = self._make(torch.cat([x.weight.detach() for x in layers]))
         self.scale: Tensor | None = None
         """Of the input, float32 [1], where it was calibrated; without it each input's own is looked for."""
+        self._fixed: Fixed | None = None
         self._seen: Tensor | None = None
 
     @classmethod
@@ -191,7 +193,9 @@ class Projection:
         if form is None or self._seen is not None:
             return None
         if self.scale is not None:
-            return Fixed(form, self.scale)
+            if self._fixed is None or self._fixed.scale is not self.scale:
+                self._fixed = Fixed(form, self.scale)
+            return self._fixed
         return None if self.held.form == "fp8-tensor" else form
 
     def watch(self) -> None:
@@ -237,12 +241,19 @@ class Projection:
         form = cast(Format, self.held.rows)
         return to_rows8(x, self.into or (one_scale(x, form) if self.held.form == "fp8-tensor" else form))
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the product plus the bias: the library's own epilogue where there is one."""
-        assert isinstance(self.weight, Tensor) and self.bias is not None
-        if x.is_cuda:
-            return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
-        return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
+    def gelu(self, x: Activation, into: Into | None) -> Activation:
+        """GELU of the product plus the bias, as `into` says: in the product's own epilogue where that can be had."""
+        weight, bias = self.weight, self.bias
+        if isinstance(weight, Tensor) and into is None and bias is not None:
+            assert isinstance(x, Tensor)
+            if x.is_cuda:
+                return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+            return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        if isinstance(weight, Rows8) and isinstance(x, Rows8) and isinstance(into, Fixed) and bias is not None:
+            made = gelu_product(x, weight, bias, into)
+            if made is not None:
+                return made
+        return gelu(self(x), bias, into)
 
     @property
     def dtype(self) -> torch.dtype:

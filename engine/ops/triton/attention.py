@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = 128
+PADDED_BLOCK = (64, 32)
+"""Queries and keys of a tile."""
 LOG2E = math.log2(math.e)
 
 
@@ -107,6 +109,7 @@ def _attend(
     q_scale,
     k_scale,
     v_scale,
+    out_scale,
     index,
     count,
     scale,
@@ -123,6 +126,7 @@ def _attend(
     SCALED_Q: tl.constexpr,
     SCALED_K: tl.constexpr,
     SCALED_V: tl.constexpr,
+    SCALED_OUT: tl.constexpr,
     SPARSE: tl.constexpr,
     COUNTED: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -174,6 +178,8 @@ def _attend(
                 acc = acc / tl.where(total > 0, total, 1.0)[:, None]
                 if SCALED_V:
                     acc *= tl.load(v_scale + batch * heads + head)
+                if SCALED_OUT:
+                    acc = tl.minimum(tl.maximum(acc / tl.load(out_scale), -448.0), 448.0)
                 at = ((batch * queries + row).to(tl.int64) * heads + head) * D
                 inside = (row < queries)[:, None] & (columns < D)[None, :]
                 tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -237,6 +243,7 @@ def _combine(
     stats,
     shared,
     v_scale,
+    out_scale,
     out,
     heads,
     tiles_q,
@@ -245,6 +252,7 @@ def _combine(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED_V: tl.constexpr,
+    SCALED_OUT: tl.constexpr,
 ):
     """Add the parts of one shared tile, ROWS rows a program."""
     entry = shared + tl.program_id(0) * 3
@@ -270,6 +278,8 @@ def _combine(
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if SCALED_V:
         acc *= tl.load(v_scale + batch * heads + head)
+    if SCALED_OUT:
+        acc = tl.minimum(tl.maximum(acc / tl.load(out_scale), -448.0), 448.0)
     at = ((batch * queries + row).to(tl.int64) * heads + head) * D
     inside = (row < queries)[:, None] & (columns < D)[None, :]
     tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -286,6 +296,7 @@ def _run(
     v_scale: Tensor | None,
     packed: bool,
     out_dtype: torch.dtype | None,
+    out_scale: Tensor | None,
     config: Config | None,
 ) -> Tensor:
     batch, queries, heads, dim = q.shape
@@ -308,10 +319,13 @@ def _run(
     programs = _multiprocessors(q.device) if config.persistent else tiles
     work, shared = _plan_on(q.device, tiles, steps, min(programs, tiles * steps))
     slots = int(shared.shape[0]) + work.shape[0] if len(shared) else 1
-    out = torch.empty(q.shape, dtype=out_dtype or (torch.bfloat16 if eight else q.dtype), device=q.device)
+    out_dtype = out_dtype or (torch.bfloat16 if eight else q.dtype)
+    if out_scale is not None:
+        out_dtype = torch.float8_e4m3fn
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     parts = torch.empty((slots, bm, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((slots, 2, bm), dtype=torch.float32, device=q.device)
-    for scale in (q_scale, k_scale, v_scale):
+    for scale in (q_scale, k_scale, v_scale, out_scale):
         if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
             raise ValueError("scales are contiguous float32")
     if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
@@ -328,6 +342,7 @@ def _run(
             "q_scale": q_scale,
             "k_scale": k_scale,
             "v_scale": v_scale,
+            "out_scale": out_scale,
             "index": index,
             "count": count,
             "scale": LOG2E / math.sqrt(dim),
@@ -343,6 +358,7 @@ def _run(
             "SCALED_Q": q_scale is not None,
             "SCALED_K": k_scale is not None,
             "SCALED_V": v_scale is not None,
+            "SCALED_OUT": out_scale is not None,
             "SPARSE": index is not None,
             "COUNTED": count is not None,
             "SHIFT": 8.0 if eight else 0.0,
@@ -351,8 +367,8 @@ def _run(
     if len(shared):
         rows = 16
         _combine[(len(shared), bm // rows)](
-            parts, stats, shared, v_scale, out, heads, tiles_q, queries,
-            BM=bm, D=dim, ROWS=rows, SCALED_V=v_scale is not None, num_warps=4,
+            parts, stats, shared, v_scale, out_scale, out, heads, tiles_q, queries,
+            BM=bm, D=dim, ROWS=rows, SCALED_V=v_scale is not None, SCALED_OUT=out_scale is not None, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -383,7 +399,7 @@ def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], a
 
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
     blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
-    unused = {"q_scale": "stats", "k_scale": "stats", "v_scale": "stats", "index": "work", "count": "work"}
+    unused = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), "stats") | {"index": "work", "count": "work"}
     pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
     hopper.attend[(arguments["work"].shape[0],)](
         *(
@@ -425,10 +441,11 @@ def dense(
     v_scale: Tensor | None = None,
     packed: bool = False,
     out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """See `engine.ops.attention.dense`. 8-bit v that is not packed is packed first, which costs a pass over it."""
-    return _run(q, k, v, None, None, q_scale, k_scale, v_scale, packed, out_dtype, config)
+    return _run(q, k, v, None, None, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
 
 
 def block_sparse(
@@ -443,10 +460,66 @@ def block_sparse(
     v_scale: Tensor | None = None,
     packed: bool = False,
     out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """See `engine.ops.attention.block_sparse`."""
-    return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, config)
+    return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
+
+
+@triton.jit
+def _padded(
+    q, k, v, out, lengths, out_scale, scale, queries, keys, heads, key_batch, key_token, value_batch, value_token,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SCALED_OUT: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.arange(0, D)
+    # the padding is one more key, which counts as often as it stands there
+    length = tl.load(lengths + batch)
+    seen = tl.minimum(length + 1, keys)
+    often = tl.log2(tl.maximum(keys - length, 1).to(tl.float32))
+    first = (batch * queries * heads + head) * D
+    at = row[:, None] * (heads * D) + column[None, :]
+    inside = (row < queries)[:, None]
+    x = tl.load(q + first + at, mask=inside, other=0.0)
+    k += batch * key_batch + head * D
+    v += batch * value_batch + head * D
+    m = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    for start in range(0, seen, BN):
+        token = start + tl.arange(0, BN)
+        there = token < seen
+        tile = tl.load(k + token[:, None] * key_token + column[None, :], mask=there[:, None], other=0.0)
+        s = tl.dot(x, tile.T, input_precision=PRECISION) * scale
+        s += tl.where(there, tl.where(token == length, often, 0.0), -float("inf"))[None, :]
+        new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - new[:, None])
+        alpha = tl.exp2(m - new)
+        total = total * alpha + tl.sum(p, 1)
+        tile = tl.load(v + token[:, None] * value_token + column[None, :], mask=there[:, None], other=0.0)
+        acc = tl.dot(p.to(tile.dtype), tile, acc * alpha[:, None], input_precision=PRECISION)
+        m = new
+    acc /= total[:, None]
+    if SCALED_OUT:
+        acc = tl.minimum(tl.maximum(acc / tl.load(out_scale), -448.0), 448.0)
+    tl.store(out + first + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """See `engine.ops.attention.padded`."""
+    batch, queries, heads, dim = q.shape
+    assert q.is_contiguous() and k.stride(3) == v.stride(3) == 1 and k.stride(2) == v.stride(2) == dim
+    out = torch.empty_like(q, dtype=q.dtype if out_scale is None else torch.float8_e4m3fn)
+    _padded[(triton.cdiv(queries, PADDED_BLOCK[0]), heads, batch)](
+        q, k, v, out, lengths, out_scale, LOG2E / math.sqrt(dim), queries, k.shape[1], heads,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        BM=PADDED_BLOCK[0], BN=PADDED_BLOCK[1], D=dim,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", SCALED_OUT=out_scale is not None,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit(do_not_specialize=["tokens", "start"])
@@ -572,7 +645,7 @@ def choose_blocks(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, keep: int,
         dense + keep,
         D=dim,
         NK=size,
-        DK=8,
-        num_warps=max(1, size // 256),
+        DK=16,
+        num_warps=max(1, size // 128),
     )
     return out

@@ -1,5 +1,6 @@
-"""The passes of `engine.ops.fused` as Triton kernels: one program a row, which is in registers from load to store."""
+"""The passes of `engine.ops.fused` as Triton kernels: a program's rows are in registers from load to store."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor
 from engine.ops.fused import Activation, Scales
 from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
 from engine.ops.sparse import UNIT
+
+ADD_NORM_ROWS = 12
+"""Rows of one program, at most."""
+
+
+def _parts(width: int) -> dict[str, int]:
+    """A row as two powers of two: 5120 in one would take the registers and the time of 8192."""
+    block = max(triton.next_power_of_2(width) // 2, 1)
+    return {"BLOCK": block, "REST": triton.next_power_of_2(max(width - block, 1))}
+
+
+def _share(rows: int, most: int) -> int:
+    """The largest divisor of `rows` that is at most `most`."""
+    return next(share for share in range(min(rows, most), 0, -1) if rows % share == 0)
 
 
 def _form(into: Into | None) -> dict[str, float]:
@@ -22,7 +37,8 @@ def _form(into: Into | None) -> dict[str, float]:
 
 
 def _warps(width: int) -> int:
-    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+    """What was fastest on an H200 at 1536, 5120, 8960 and 13824."""
+    return 1 if width <= 2048 else 4 if width <= 10240 else 8
 
 
 @triton.jit
@@ -37,20 +53,48 @@ def _fitted(value, factor, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _write_row(out, scales, row, width, at, mask, value, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
-    """One row as it is, or in 8 bits: with the scale that brings its largest magnitude to the format's, or the one
-    that is there."""
-    if FORMAT == 0:
-        tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=mask)
+def _row_factor(scales, row, largest, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
+    """What a row is multiplied by to be stored: what brings its largest magnitude to the format's, whose inverse is
+    its scale, or what the scale that is there says."""
+    if FORMAT > 2:
+        return 1.0 / tl.load(scales)
     else:
-        if FORMAT > 2:
-            factor = 1.0 / tl.load(scales)
-        else:
-            largest = tl.maximum(tl.max(tl.where(mask, tl.abs(value), 0.0), axis=0), 1e-12)
-            factor = LARGEST / largest
-            tl.store(scales + row, largest / LARGEST)
-        scaled = _fitted(value, factor, FORMAT, LARGEST)
-        tl.store(out + row * width + at, scaled.to(out.dtype.element_ty), mask=mask)
+        largest = tl.maximum(largest, 1e-12)
+        tl.store(scales + row, largest / LARGEST)
+        return LARGEST / largest
+
+
+@triton.jit
+def _vector(x, column, within, GIVEN: tl.constexpr):
+    """What all rows of a program share, fetched once."""
+    if GIVEN:
+        return tl.load(x + column, mask=within, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(column.shape, tl.float32)
+
+
+@triton.jit
+def _fetched(x, row, width, column, within, GIVEN: tl.constexpr):
+    if GIVEN:
+        return tl.load(x + row * width + column, mask=within, other=0.0)
+    else:
+        return tl.zeros(column.shape, tl.float32)
+
+
+@triton.jit
+def _added(
+    x, y, bias, gate, total, row, width, column, within, ADD: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    value = x.to(tl.float32)
+    if ADD:
+        added = y.to(tl.float32)
+        if BIAS:
+            added += bias
+        if GATE:
+            added *= gate
+        value += added
+        tl.store(total + row * width + column, value.to(total.dtype.element_ty), mask=within)
+    return value
 
 
 @triton.jit
@@ -58,33 +102,63 @@ def _add_norm(
     x, y, bias, gate, scale, shift, total, out, scales,
     width, group, gate_group, gate_stride, scale_stride, shift_stride, eps,
     ADD: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
-    value = tl.load(x + row * width + at, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        added = tl.load(y + row * width + at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS:
-            added += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
-        if GATE:
-            added *= tl.load(gate + (row // gate_group) * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
-        value += added
-        tl.store(total + row * width + at, value.to(total.dtype.element_ty), mask=mask)
-    mean = tl.sum(value, axis=0) / width
-    centred = tl.where(mask, value - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    a = tl.load(scale + (row // group) * scale_stride + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(shift + (row // group) * shift_stride + at, mask=mask, other=0.0).to(tl.float32)
-    _write_row(out, scales, row, width, at, mask, centred * inverse * a + b, FORMAT, LARGEST)
+    """ROWS rows that share gate, scale and shift, each in two parts that are a power of two wide. The next row is
+    fetched while one is worked on."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if GATE:
+        gate += (first // gate_group) * gate_stride
+    scale += (first // group) * scale_stride
+    shift += (first // group) * shift_stride
+    column, column_r = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    within, within_r = column < width, column_r < width
+    bias_, bias_r = _vector(bias, column, within, BIAS), _vector(bias, column_r, within_r, BIAS)
+    gate_, gate_r = _vector(gate, column, within, GATE), _vector(gate, column_r, within_r, GATE)
+    scale_, scale_r = _vector(scale, column, within, True), _vector(scale, column_r, within_r, True)
+    shift_, shift_r = _vector(shift, column, within, True), _vector(shift, column_r, within_r, True)
+    x_, x_r = _fetched(x, first, width, column, within, True), _fetched(x, first, width, column_r, within_r, True)
+    y_, y_r = _fetched(y, first, width, column, within, ADD), _fetched(y, first, width, column_r, within_r, ADD)
+    for i in range(ROWS):
+        row = first + i
+        value = _added(x_, y_, bias_, gate_, total, row, width, column, within, ADD, BIAS, GATE)
+        rest = _added(x_r, y_r, bias_r, gate_r, total, row, width, column_r, within_r, ADD, BIAS, GATE)
+        more = i + 1 < ROWS
+        x_ = _fetched(x, row + 1, width, column, within & more, True)
+        x_r = _fetched(x, row + 1, width, column_r, within_r & more, True)
+        y_ = _fetched(y, row + 1, width, column, within & more, ADD)
+        y_r = _fetched(y, row + 1, width, column_r, within_r & more, ADD)
+        mean = (tl.sum(value, axis=0) + tl.sum(rest, axis=0)) / width
+        value = tl.where(within, value - mean, 0.0)
+        rest = tl.where(within_r, rest - mean, 0.0)
+        inverse = 1.0 / tl.sqrt((tl.sum(value * value, axis=0) + tl.sum(rest * rest, axis=0)) / width + eps)
+        value = value * inverse * scale_ + shift_
+        rest = rest * inverse * scale_r + shift_r
+        _write_row(out, scales, row, width, value, column, within, rest, column_r, within_r, FORMAT, LARGEST)
 
 
 @triton.jit
-def _activated(x, bias, at, mask, BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr):
-    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+def _write_row(
+    out, scales, row, width, value, column, within, rest, column_r, within_r,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a row, which are 0 past its end, as they are or in 8 bits."""
+    if FORMAT != 0:
+        largest = tl.maximum(tl.max(tl.abs(value), axis=0), tl.max(tl.abs(rest), axis=0))
+        factor = _row_factor(scales, row, largest, FORMAT, LARGEST)
+        value = _fitted(value, factor, FORMAT, LARGEST)
+        rest = _fitted(rest, factor, FORMAT, LARGEST)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=within)
+    tl.store(out + row * width + column_r, rest.to(out.dtype.element_ty), mask=within_r)
+
+
+@triton.jit
+def _activated(
+    x, bias, row, width, column, within, BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr
+):  # fmt: skip
+    value = tl.load(x + row * width + column, mask=within, other=0.0).to(tl.float32)
     if BIAS:
-        value += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+        value += tl.load(bias + column, mask=within, other=0.0).to(tl.float32)
     if GELU:
         u = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         if APPROXIMATE:
@@ -102,29 +176,12 @@ def _gelu(
     BIAS: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A row in two parts, each a power of two wide: 8960 would else take the registers and the time of 16384."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
-    value = _activated(x + row * width, bias, at, mask, BIAS, GELU, APPROXIMATE)
-    if REST == 0:
-        _write_row(out, scales, row, width, at, mask, value, FORMAT, LARGEST)
-    else:
-        at_rest = BLOCK + tl.arange(0, REST)
-        mask_rest = at_rest < width
-        rest = _activated(x + row * width, bias, at_rest, mask_rest, BIAS, GELU, APPROXIMATE)
-        if FORMAT != 0:
-            if FORMAT > 2:
-                factor = 1.0 / tl.load(scales)
-            else:
-                largest = tl.maximum(tl.max(tl.abs(value), axis=0), tl.max(tl.abs(rest), axis=0))
-                largest = tl.maximum(largest, 1e-12)
-                factor = LARGEST / largest
-                tl.store(scales + row, largest / LARGEST)
-            value = _fitted(value, factor, FORMAT, LARGEST)
-            rest = _fitted(rest, factor, FORMAT, LARGEST)
-        tl.store(out + row * width + at, value.to(out.dtype.element_ty))
-        tl.store(out + row * width + at_rest, rest.to(out.dtype.element_ty), mask=mask_rest)
+    column, column_r = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    within, within_r = column < width, column_r < width
+    value = _activated(x, bias, row, width, column, within, BIAS, GELU, APPROXIMATE)
+    rest = _activated(x, bias, row, width, column_r, within_r, BIAS, GELU, APPROXIMATE)
+    _write_row(out, scales, row, width, value, column, within, rest, column_r, within_r, FORMAT, LARGEST)
 
 
 @triton.jit
@@ -158,27 +215,24 @@ def _rounded_keys(k, mean, scale, batch, head, at, mask, COUNT: tl.constexpr, SI
 
 
 @triton.jit
-def _heads(
-    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_scale, value_scale,
-    tokens, width, eps, key_batch, key_token, value_batch, value_token, raw_batch, raw_token,
-    BIAS: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
+def _normed(
+    x, bias, norm, width, eps, at, at_r, mask, mask_r, BIAS: tl.constexpr
 ):  # fmt: skip
-    """One token: COUNT heads of 2 PAIRS, laid out in HEADS, the next power of two."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
-    size: tl.constexpr = 2 * PAIRS
-    head = tl.arange(0, HEADS)
-    at = head[:, None] * size + tl.arange(0, size)[None, :]
-    mask = (head < COUNT)[:, None]
-    base = qkv + row * 3 * width
-
-    q = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+    """Both parts of a token's heads, divided by their root mean square over all of them and weighted."""
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    rest = tl.load(x + at_r, mask=mask_r, other=0.0).to(tl.float32)
     if BIAS:
-        q += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
-    q *= 1.0 / tl.sqrt(tl.sum(tl.sum(q * q, axis=1), axis=0) / width + eps)
-    q *= tl.load(norm_q + at, mask=mask, other=0.0).to(tl.float32)
-    q = _rotated(q, angles, token, HEADS, PAIRS)
+        value += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+        rest += tl.load(bias + at_r, mask=mask_r, other=0.0).to(tl.float32)
+    squares = tl.sum(tl.sum(value * value, axis=1), axis=0) + tl.sum(tl.sum(rest * rest, axis=1), axis=0)
+    inverse = 1.0 / tl.sqrt(squares / width + eps)
+    value *= inverse * tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
+    rest *= inverse * tl.load(norm + at_r, mask=mask_r, other=0.0).to(tl.float32)
+    return value, rest
+
+
+@triton.jit
+def _put_queries(q, queries, query_scales, row, width, head, at, mask, FP8: tl.constexpr, COUNT: tl.constexpr):
     if FP8:
         largest = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12)
         tl.store(queries + row * width + at, (q * (448.0 / largest)[:, None]).to(tl.float8e4nv), mask=mask)
@@ -186,23 +240,70 @@ def _heads(
     else:
         tl.store(queries + row * width + at, q.to(queries.dtype.element_ty), mask=mask)
 
-    k = tl.load(base + width + at, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        k += tl.load(bias + width + at, mask=mask, other=0.0).to(tl.float32)
-    k *= 1.0 / tl.sqrt(tl.sum(tl.sum(k * k, axis=1), axis=0) / width + eps)
-    k *= tl.load(norm_k + at, mask=mask, other=0.0).to(tl.float32)
+
+@triton.jit
+def _put_keys(
+    k, keys, raw, angles, token, key_mean, key_scale, batch, head, at, mask,
+    RAW: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     if RAW:
-        tl.store(raw + batch * raw_batch + token * raw_token + at, k.to(raw.dtype.element_ty), mask=mask)
+        tl.store(raw + at, k.to(raw.dtype.element_ty), mask=mask)
     k = _rotated(k, angles, token, HEADS, PAIRS)
-    v = tl.load(base + 2 * width + at, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        v += tl.load(bias + 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     if FP8:
-        k = _rounded_keys(k, key_mean, key_scale, batch, head, at, mask, COUNT, size)
+        k = _rounded_keys(k, key_mean, key_scale, batch, head, at, mask, COUNT, 2 * PAIRS)
+    tl.store(keys + at, k.to(keys.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _put_values(
+    x, bias, values, value_scale, batch, head, at, mask, BIAS: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        v += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    if FP8:
         v /= tl.load(value_scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
         v = tl.minimum(tl.maximum(v, -448.0), 448.0)
-    tl.store(keys + batch * key_batch + token * key_token + at, k.to(keys.dtype.element_ty), mask=mask)
-    tl.store(values + batch * value_batch + token * value_token + at, v.to(values.dtype.element_ty), mask=mask)
+    tl.store(values + at, v.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _heads(
+    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_scale, value_scale,
+    tokens, width, eps, key_batch, key_token, value_batch, value_token, raw_batch, raw_token,
+    BIAS: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
+    REST: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One token: COUNT heads of 2 PAIRS, in two parts of HEADS and REST heads, each a power of two."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    size: tl.constexpr = 2 * PAIRS
+    head, head_r = tl.arange(0, HEADS), HEADS + tl.arange(0, REST)
+    at = head[:, None] * size + tl.arange(0, size)[None, :]
+    at_r = head_r[:, None] * size + tl.arange(0, size)[None, :]
+    mask, mask_r = (head < COUNT)[:, None], (head_r < COUNT)[:, None]
+    base = qkv + row * 3 * width
+
+    q, q_r = _normed(base, bias, norm_q, width, eps, at, at_r, mask, mask_r, BIAS)
+    q = _rotated(q, angles, token, HEADS, PAIRS)
+    q_r = _rotated(q_r, angles, token, REST, PAIRS)
+    _put_queries(q, queries, query_scales, row, width, head, at, mask, FP8, COUNT)
+    _put_queries(q_r, queries, query_scales, row, width, head_r, at_r, mask_r, FP8, COUNT)
+
+    bias_k, bias_v = bias, bias
+    if BIAS:
+        bias_k, bias_v = bias + width, bias + 2 * width
+    if RAW:
+        raw += batch * raw_batch + token * raw_token
+    k, k_r = _normed(base + width, bias_k, norm_k, width, eps, at, at_r, mask, mask_r, BIAS)
+    keys += batch * key_batch + token * key_token
+    _put_keys(k, keys, raw, angles, token, key_mean, key_scale, batch, head, at, mask, RAW, FP8, COUNT, HEADS, PAIRS)
+    _put_keys(
+        k_r, keys, raw, angles, token, key_mean, key_scale, batch, head_r, at_r, mask_r, RAW, FP8, COUNT, REST, PAIRS
+    )
+    values += batch * value_batch + token * value_token
+    _put_values(base + 2 * width, bias_v, values, value_scale, batch, head, at, mask, BIAS, FP8, COUNT)
+    _put_values(base + 2 * width, bias_v, values, value_scale, batch, head_r, at_r, mask_r, BIAS, FP8, COUNT)
 
 
 @triton.jit
@@ -253,12 +354,14 @@ def add_norm(
     out, scales = _empty(x, into)
     total = x if y is None else torch.empty_like(x)
     assert x.is_contiguous() and (y is None or y.is_contiguous()) and scale.stride(1) == shift.stride(1) == 1
-    _add_norm[(rows,)](
+    group, gate_group = rows // len(scale), rows if gate is None else rows // len(gate)
+    share = _share(math.gcd(group, gate_group), ADD_NORM_ROWS)
+    _add_norm[(rows // share,)](
         x, y, bias, gate, scale, shift, total, out, scales,
-        width, rows // len(scale), 1 if gate is None else rows // len(gate), 0 if gate is None else gate.stride(0),
+        width, group, gate_group, 0 if gate is None else gate.stride(0),
         scale.stride(0), shift.stride(0), eps,
         ADD=y is not None, BIAS=bias is not None, GATE=gate is not None, **_form(into),
-        BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        ROWS=share, **_parts(width), num_warps=4,
     )  # fmt: skip
     return total, _activation(out, scales, into)
 
@@ -267,13 +370,10 @@ def _pointwise(x: Tensor, bias: Tensor | None, into: Into | None, *, activate: b
     rows, width = x.shape
     out, scales = _empty(x, into)
     assert x.is_contiguous()
-    block = triton.next_power_of_2(width)
-    rest = triton.next_power_of_2(width - block // 2)
-    block, rest = (block // 2, rest) if rest < block // 2 else (block, 0)
     _gelu[(rows,)](
         x, bias, out, scales, width, BIAS=bias is not None, GELU=activate,
         APPROXIMATE=x.is_cuda and x.dtype != torch.float32, **_form(into),
-        BLOCK=block, REST=rest, num_warps=_warps(width),
+        **_parts(width), num_warps=_warps(width),
     )  # fmt: skip
     return _activation(out, scales, into)
 
@@ -327,7 +427,7 @@ def heads(
         mean, None if scales is None else scales.key, None if scales is None else scales.value,
         tokens, count * size, eps, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *raw_strides,
         BIAS=bias is not None, RAW=raw_keys is not None, FP8=scales is not None, COUNT=count,
-        HEADS=triton.next_power_of_2(count), PAIRS=size // 2, num_warps=_warps(count * size),
+        HEADS=_parts(count)["BLOCK"], REST=_parts(count)["REST"], PAIRS=size // 2, num_warps=_warps(count * size),
     )  # fmt: skip
     return queries, query_scales
 

@@ -68,6 +68,34 @@ def test_dense(dim, persistent):
     assert relative(kernels.dense(q, k, v, config=config), reference.dense(q, k, v)) < 2e-3
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_padding_counts_as_often_as_it_is_there(dim):
+    q, k, v = inputs(4, 72, 104, 2, dim)
+    lengths = [0, 1, 70, 104]
+    for row, length in enumerate(lengths):
+        k[row, length:], v[row, length:] = k[row, -1].clone(), v[row, -1].clone()
+    out = kernels.padded(q, k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    for row in range(4):
+        assert relative(out[row], reference.dense(q, k, v)[row]) < 2e-3
+
+
+def test_the_result_can_come_in_8_bits():
+    q, k, v = inputs(1, 72, 384, 2, 64)
+    scale = torch.full((1,), 0.004, device=DEVICE)
+    lengths = torch.full((1,), 384, dtype=torch.int32, device=DEVICE)
+    index = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE).expand(1, 2, 1, 2).contiguous()
+    config = Config(block_m=32, block_n=32, warps=4, stages=2)
+    for made, exact in (
+        (kernels.dense(q, k, v, out_scale=scale, config=config), reference.dense(q, k, v)),
+        (kernels.dense(*eight_bits(q, k, v)[:3], out_scale=scale), reference.dense(*eight_bits(q, k, v)[:3])),
+        (kernels.block_sparse(q, k, v, index, out_scale=scale), reference.block_sparse(q, k, v, index)),
+        (kernels.padded(q, k, v, lengths, scale), reference.dense(q, k, v)),
+        (reference.dense(q, k, v, out_scale=scale), reference.dense(q, k, v)),
+    ):
+        assert made.dtype == FP8
+        assert relative(made.float() * scale, exact.float().clamp(-448 * 0.004, 448 * 0.004)) < EIGHT_BITS
+
+
 def test_packed_values_come_back():
     _, _, v = inputs(2, 16, 56, 2, 64)
     packed = kernels.pack_values(v)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import linear
+from engine.ops.cublas import gelu_fault
 from engine.ops.linear import (
     LARGEST,
     Fixed,
@@ -17,6 +19,7 @@ from engine.ops.linear import (
     quantise,
     rescale,
 )
+from engine.transforms.low_bit import Form, Held, Projection
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -137,3 +140,25 @@ def test_restore_takes_one_scale_or_a_scale_a_row() -> None:
     data = torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
     assert Rows8(data, torch.tensor([[2.0], [0.5]])).restore().tolist() == [[2, 4], [1.5, 2]]
     assert Rows8(data, torch.tensor([3.0])).restore().tolist() == [[3, 6], [9, 12]]
+
+
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("form", ["fp8-tensor", "fp8", "int8"])
+def test_a_product_is_activated_and_rounded_as_apart(form: Form, rows: int) -> None:
+    """Where cuBLAS has an epilogue for both, that is what runs."""
+    width = 96
+    up = Projection.of(random(width, 64, seed=1).to(DTYPE) / 8, Held(form), random(width, seed=2).to(DTYPE))
+    x = random(rows, 64).to(DTYPE)
+    up.watch()
+    up(x)
+    up.settle()
+    assert isinstance(up.into, Fixed) and up.bias is not None
+    into = Fixed(up.into.format, torch.full((1,), 8.0 / LARGEST[up.into.format], device=DEVICE))
+    found = up.gelu(up.rounded(x), into)
+    assert isinstance(found, Rows8) and found.data.shape == (rows, width)
+    expected = F.gelu(up(x).float() + up.bias.float(), approximate="tanh")
+    assert error(found.restore(), expected) < 0.04
+
+
+def test_a_gpu_with_float8_has_the_epilogue() -> None:
+    assert (gelu_fault(DEVICE) is None) == (fp8_fault(DEVICE, "tensor") is None)
