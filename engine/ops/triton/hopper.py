@@ -390,7 +390,8 @@ def attend(
     ones = gl.allocate_shared_memory(v_desc.dtype, [8, BN], ones_layout)
     if PACKED:
         written: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-        ones.store(gl.full([8, BN], 1.0, gl.float32, written).to(v_desc.dtype))
+        # the bits of 1.0: of a conversion ptxas 12.8 keeps only every other pair
+        ones.store(gl.full([8, BN], 0x38, gl.uint8, written).to(v_desc.dtype, bitcast=True))
     for group in gl.static_range(2):
         mbarrier.init(turn.index(group), count=1)
         mbarrier.init(q_full.index(group), count=1)

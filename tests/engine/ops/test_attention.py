@@ -85,9 +85,10 @@ def test_the_result_can_come_in_8_bits():
     lengths = torch.full((1,), 384, dtype=torch.int32, device=DEVICE)
     index = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE).expand(1, 2, 1, 2).contiguous()
     config = Config(block_m=32, block_n=32, warps=4, stages=2)
+    *eight, scales = eight_bits(q, k, v)
     for made, exact in (
         (kernels.dense(q, k, v, out_scale=scale, config=config), reference.dense(q, k, v)),
-        (kernels.dense(*eight_bits(q, k, v)[:3], out_scale=scale), reference.dense(*eight_bits(q, k, v)[:3])),
+        (kernels.dense(*eight, **scales, out_scale=scale), reference.dense(*eight, **scales)),
         (kernels.block_sparse(q, k, v, index, out_scale=scale), reference.block_sparse(q, k, v, index)),
         (kernels.padded(q, k, v, lengths, scale), reference.dense(q, k, v)),
         (reference.dense(q, k, v, out_scale=scale), reference.dense(q, k, v)),
