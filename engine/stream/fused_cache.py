@@ -5,9 +5,12 @@ chunk is normalised, rotated and stored by one pass; with `float8` keys and valu
 written, with scales that the first chunk of a scene sets; and a chunk may look at a part of the past only.
 
 Sparse: keys are grouped in blocks of 128 tokens. For every head and block of queries, the blocks of the past whose mean
-key scores best against the mean query are seen, together with all of the sink and of the current chunk.
+key scores best against the mean query are seen, together with all of the sink and of the current chunk. Pruned heads,
+which a policy names (`heads.py`), see these alone and nothing of the past.
 """
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from engine.models.sizes import DiTConfig
 from engine.ops import fused
 from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
+from engine.stream import heads as policy
+from engine.stream.heads import Heads
 from engine.stream.kv_cache import CacheConfig, KVCache, Rows
 
 
@@ -27,6 +32,20 @@ def kernels(device: torch.device) -> Any:
     else:
         from engine.ops import attention as module  # type: ignore[no-redef]
     return module
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of blocks at one state of the ring, int32, for layers that have pruned heads."""
+
+    pruned: Tensor
+    """[blocks]: those that every head sees, from the highest number down, and then the others."""
+    always: Tensor
+    """[B, heads, query blocks, those that every head sees]: for layers whose heads are all pruned."""
+    every: Tensor
+    """[B, heads, query blocks, blocks]: all, from the highest number down."""
+    count: Tensor
+    """[layers, B, heads, query blocks]: how many a head visits, pruned or not."""
 
 
 class FusedCache(KVCache):
@@ -42,10 +61,12 @@ class FusedCache(KVCache):
         dtype: torch.dtype = torch.float32,
         float8: bool = False,
         keep: float = 1.0,
+        pruned: Heads = frozenset(),
     ) -> None:
-        """Raises ValueError where `keep` is not within (0, 1]."""
+        """Raises ValueError where `keep` is not within (0, 1], or `pruned` names a head that is not there."""
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
+        policy.check(pruned, dit)
         heads, head_dim, layers = dit.num_heads, dit.head_dim, dit.num_layers
         super().__init__(
             config,
@@ -74,6 +95,10 @@ class FusedCache(KVCache):
         blocks = -(-self.keys.data.shape[2] // BLOCK) if keep < 1 else 0
         self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
+        self._pruned_in = Counter(layer for layer, _ in pruned)
+        marks = [[(layer, head) in pruned for head in range(heads)] for layer in range(layers)]
+        self._pruned = torch.tensor(marks, device=self.device)[:, None, :, None, None]
+        self._lists: dict[tuple[int, int], Lists] = {}
 
     def _always(self) -> Tensor:
         """Which blocks every query sees, bool [blocks]: those that touch the sink or the current chunk."""
@@ -134,18 +159,48 @@ class FusedCache(KVCache):
         """Attention over the keys, or over the blocks of them that are chosen."""
         past = self._past_blocks()
         kept = round(self.keep * past)
-        if kept < past:
-            blocks = -(-self.filled // BLOCK)
-            # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
-            index = self._kernels.choose_blocks(
-                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
-            )
-            out: Tensor = self._kernels.block_sparse(q, keys, values, index, **given)
+        if kept < past or (past and self._pruned_in[layer]):
+            index, count = self._listed(layer, q, past, kept)
+            out: Tensor = self._kernels.block_sparse(q, keys, values, index, count=count, **given)
             return out
         if not given and not self._own_dense:
             return attention(q, keys, values)
         out = self._kernels.dense(q, keys, values, **given)
         return out
+
+    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> tuple[Tensor, Tensor | None]:
+        """`index` and `count` of `block_sparse`: the `kept` best of the `past` blocks, and none for pruned heads."""
+        heads, blocks = self._pruned_in[layer], -(-self.filled // BLOCK)
+        if heads == q.shape[2]:
+            return self._listed_pruned(past, kept).always, None
+        if kept < past:
+            # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
+            index = self._kernels.choose_blocks(
+                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
+            )
+            if not heads:
+                return index, None
+        else:
+            index = self._listed_pruned(past, kept).every
+        lists = self._listed_pruned(past, kept)
+        return torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), lists.count[layer]
+
+    def _listed_pruned(self, past: int, kept: int) -> Lists:
+        """Made once for every state of the ring, as `_always` is: before a graph of it is recorded."""
+        key = self.slot, self.filled
+        if key not in self._lists:
+            layers, batch, _, heads = self.keys.data.shape[:4]
+            always = self._always().flip(0)
+            down = torch.arange(len(always), dtype=torch.int32, device=self.device).flip(0)
+            pruned = torch.cat([down[always], down[~always]])
+            dense, shape = len(always) - past, (batch, heads, -(-self.chunk_tokens // BLOCK))
+            self._lists[key] = Lists(
+                pruned,
+                pruned[:dense].expand(*shape, dense).contiguous(),
+                down.expand(*shape, len(down)).contiguous(),
+                torch.where(self._pruned[..., 0], dense, dense + kept).expand(layers, *shape).int().contiguous(),
+            )
+        return self._lists[key]
 
     def advance(self) -> None:
         if self.keep < 1:
