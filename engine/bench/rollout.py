@@ -249,7 +249,9 @@ def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device:
         speed = from_arguments(options, device, preset.dit)
         if options.prune_share is None:
             return preset, speed
-        return preset, replace(speed, pruned_heads=heads.first(preset.dit, options.prune_share))
+        pruned = heads.first(preset.dit, options.prune_share)
+        fused = speed.fused or (bool(pruned) and not options.plain)
+        return preset, replace(speed, fused=fused, pruned_heads=pruned)
     except ValueError as error:
         parser.error(str(error))
 

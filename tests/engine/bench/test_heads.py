@@ -1,5 +1,6 @@
 """Where heads look is measured: the shares are those of the softmax; what hardly looks at the past can be pruned."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.bench import errors, rollout
 from engine.bench import heads as bench
 from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.stream.heads import below
 from engine.stream.kv_cache import CacheConfig
+from engine.transforms.accelerate import Speed
 
 
 @pytest.mark.parametrize("sink", [0, 3])
@@ -91,3 +94,36 @@ def test_a_policy_is_written(
     monkeypatch.setattr(sys, "argv", command)
     bench.main()
     assert bench.heads.load(file, toy.dit) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_policies_are_compared(toy: Preset, tmp_path: Path) -> None:
+    bench.heads.save(frozenset({(0, 1)}), tmp_path / "few.json")
+    bench.heads.save(frozenset(), tmp_path / "none.json")
+    files = [tmp_path / "few.json", tmp_path / "none.json"]
+    found = dict(list(errors.pruning(files, toy, torch.device("cpu")))[:3])
+    assert found == {
+        "few, 1 heads": Speed(fused=True, pruned_heads=frozenset({(0, 1)})),
+        "the same, half of the past": Speed(fused=True, pruned_heads=frozenset({(0, 1)}), keep=0.5),
+        "none, 0 heads": Speed(fused=True),
+    }
+
+
+def chosen(*words: str) -> tuple[Preset, Speed]:
+    parser = argparse.ArgumentParser()
+    rollout.add_preset(parser)
+    options = parser.parse_args(["mini", *words])
+    return rollout.chosen(parser, options, torch.device("cpu"))
+
+
+def test_a_share_is_pruned_for_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    """By itself it is enough for the fused model, as every other option for speed is."""
+    preset, speed = chosen("--prune-share", "0.5")
+    assert speed == Speed(fused=True, pruned_heads=frozenset((layer, head) for layer in range(8) for head in range(3)))
+    assert "pruned_heads=24 of 48" in rollout.told(preset, speed)
+    assert chosen("--prune-share", "0")[1] == Speed()
+    with pytest.raises(SystemExit):
+        chosen("--prune-share", "1.5")
+    assert "the share of pruned heads must be from 0 to 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        chosen("--prune-share", "0.5", "--plain")
+    assert "pruned_heads can only be used together with the fused model" in capsys.readouterr().err
