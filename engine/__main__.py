@@ -69,7 +69,7 @@ def serve() -> int:
     device = torch.device(options.device) if options.device else best_device()
     dtype = getattr(torch, options.dtype) if options.dtype else best_dtype(device)
     try:
-        speed = from_arguments(options, device)
+        speed = from_arguments(options, device, PRESETS[options.model].dit)
     except ValueError as error:
         parser.error(str(error))
     if speed.fused and options.kv_cache != "exact":

@@ -1,6 +1,7 @@
 """What every transform changes: against the model as it is written, in float32, over one rollout.
 
     python -m engine.bench.errors mini --chunks 8
+    python -m engine.bench.errors mini --chunks 8 --pruned-heads FILE FILE   # these policies' heads pruned, and no more
 
 `mini` runs with its weights, the other presets with random ones. Each variant starts from the same noise and prompt and
 goes its own way: its cache holds what it wrote itself, so errors of early chunks feed later ones. Printed are the
@@ -8,8 +9,9 @@ relative L2 errors of the latents of the first chunk, of the last one and of all
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from engine.bench.streams import NoWords, RandomText
 from engine.config import PRESETS, Preset
 from engine.ops.linear import fp8_rows_supported
 from engine.pipeline import Pipeline
+from engine.stream import heads
 from engine.transforms.accelerate import Speed, accelerate
 from engine.transforms.calibrate import calibrate
 from engine.transforms.low_bit import ROLES
@@ -53,6 +56,15 @@ def variants(device: torch.device) -> Iterator[tuple[str, Speed]]:
     yield "no context pass", replace(fused, context_pass=False)
     yield "fp8, float8 attention", replace(fused, low_bit="fp8", float8_attention=True)
     yield "the same, a fifth of the past", replace(fused, low_bit="fp8", float8_attention=True, keep=0.2)
+
+
+def pruning(files: Sequence[Path], preset: Preset, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    """The heads of each file pruned, alone and beside what looks at half of the past. Raises ValueError, see `load`."""
+    for file in files:
+        pruned = heads.load(file, preset.dit)
+        speed = Speed(fused=True, graphs=device.type == "cuda", pruned_heads=pruned)
+        yield f"{file.stem}, {len(pruned)} heads", speed
+        yield "the same, half of the past", replace(speed, keep=0.5)
 
 
 @torch.inference_mode()
@@ -94,10 +106,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=sorted(PRESETS))
     parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--pruned-heads", type=Path, nargs="+", metavar="FILE", help="policies to compare")
     options = parser.parse_args()
     if options.chunks < 1:
         parser.error("--chunks must be at least 1")
     device, preset = best_device(), PRESETS[options.preset]
+    try:
+        compared = list(pruning(options.pruned_heads, preset, device) if options.pruned_heads else variants(device))
+    except ValueError as error:
+        parser.error(str(error))
     make, dtype = maker(preset, device), best_dtype(device)
     expected, shown = run(make(torch.float32, Speed()), options.chunks)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -106,7 +123,7 @@ def main() -> None:
     print(f"{'':40s}{'first':>10s}{'last':>10s}{'all':>10s}{'PSNR, dB':>10s}")
     formats = [torch.float32, *([dtype] if dtype != torch.float32 else [])]
     for number_format in formats:
-        for name, speed in variants(device):
+        for name, speed in compared:
             if number_format == torch.float32 and speed == Speed():
                 continue
             latents, frames = run(make(number_format, speed), options.chunks)

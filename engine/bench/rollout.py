@@ -27,6 +27,7 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
+from engine.stream import heads
 from engine.stream.decoding import Beside, Decoder, FullDecoding, LightDecoding, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
@@ -234,6 +235,9 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
     parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
     add_arguments(parser)
+    parser.add_argument(
+        "--prune-share", type=float, metavar="SHARE", help="prune the first heads of every layer instead of a FILE's"
+    )
 
 
 def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> tuple[Preset, Speed]:
@@ -253,9 +257,20 @@ def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device:
     try:
         preset.cache()
         preset.rollout()
-        return preset, from_arguments(options, device)
+        speed = from_arguments(options, device, preset.dit)
+        if options.prune_share is None:
+            return preset, speed
+        pruned = heads.first(preset.dit, options.prune_share)
+        fused = speed.fused or (bool(pruned) and not options.plain)
+        return preset, replace(speed, fused=fused, pruned_heads=pruned)
     except ValueError as error:
         parser.error(str(error))
+
+
+def told(preset: Preset, speed: Speed) -> str:
+    """What is done for speed, on one line."""
+    pruned = f"{len(speed.pruned_heads)} of {preset.dit.num_layers * preset.dit.num_heads}"
+    return " ".join(f"{name}={value}" for name, value in (vars(speed) | {"pruned_heads": pruned}).items())
 
 
 def main() -> None:
@@ -297,10 +312,11 @@ def main() -> None:
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
     order = "before the context pass" if options.in_turn else "beside the context pass"
     print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {options.kv_cache} cache")
-    print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
+    print(told(preset, speed))
     frames = options.chunks * preset.chunk
     print(
-        f"{options.chunks} chunks, {frames} latent frames, {options.batch} in a batch, prompt {options.prompt_tokens}"
+        f"{options.chunks} chunks, {frames} latent frames, {options.batch} streams in a batch, "
+        f"prompts of {options.prompt_tokens} tokens"
     )
     for name, figures in ((f"first {part} at full window, ms", first), (f"last {part}, ms", last)):
         print(f"{name:30s} " + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()))

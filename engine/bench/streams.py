@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype, warm
-from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt
+from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt, told
 from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.scheduler import Claim, pick
@@ -107,7 +107,7 @@ def main() -> None:
     warmth = warm(pipeline, max(options.streams))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
-    print(" ".join(f"{name}={value}" for name, value in vars(speed).items()))
+    print(told(preset, speed))
     length = preset.chunk_frames / preset.fps
     print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmth.chunk_seconds:.0f} ms alone")
     for count in options.streams:

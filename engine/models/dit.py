@@ -223,6 +223,10 @@ class CausalWan(nn.Module):
             tokens = block(tokens, e6, text.layers[layer], self_attend.at(layer))
         return self.unpatchify(self.head(tokens, e), *grid)
 
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, self_attend: SelfAttend) -> None:
+        """`forward` for the sake of the keys and values that `self_attend` keeps."""
+        self(x, t, text, self_attend)
+
     def unpatchify(self, tokens: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """[B, F * rows * columns, pt * ph * pw * C] (channel last in a patch) -> [B, C, F * pt, ...]."""
         pt, ph, pw = self.config.patch

@@ -5,9 +5,12 @@ chunk is normalised, rotated and stored by one pass; with `float8` keys and valu
 written, with scales that the first chunk of a scene sets; and a chunk may look at a part of the past only.
 
 Sparse: keys are grouped in blocks of 128 tokens. For every head and block of queries, the blocks of the past whose mean
-key scores best against the mean query are seen, together with all of the sink and of the current chunk.
+key scores best against the mean query are seen, together with all of the sink and of the current chunk. Pruned heads,
+which a policy names (`heads.py`), see these alone and nothing of the past.
 """
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from engine.models.sizes import DiTConfig
 from engine.ops import fused
 from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
+from engine.stream import heads as policy
+from engine.stream.heads import Heads
 from engine.stream.kv_cache import CacheConfig, KVCache, Rows
 
 
@@ -27,6 +32,30 @@ def kernels(device: torch.device) -> Any:
     else:
         from engine.ops import attention as module  # type: ignore[no-redef]
     return module
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of blocks at one state of the ring, int32, for layers that have pruned heads."""
+
+    pruned: Tensor
+    """[blocks]: those that every head sees, from the highest number down, and then the others."""
+    always: Tensor
+    """[B, heads, query blocks, those that every head sees]: for layers whose heads are all pruned."""
+    every: Tensor
+    """[B, heads, query blocks, blocks]: all, from the highest number down."""
+    count: Tensor
+    """[layers, B, heads, query blocks]: how many a head visits, pruned or not."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of a chunk, [B, S, heads, head_dim], in float8 with a scale each, [B, S, heads]; and where the cache
+    is not to be read, the exact keys and values to look at."""
+
+    q: Tensor
+    q_scale: Tensor | None = None
+    exact: tuple[Tensor, Tensor] | None = None
 
 
 class FusedCache(KVCache):
@@ -42,10 +71,12 @@ class FusedCache(KVCache):
         dtype: torch.dtype = torch.float32,
         float8: bool = False,
         keep: float = 1.0,
+        pruned: Heads = frozenset(),
     ) -> None:
-        """Raises ValueError where `keep` is not within (0, 1]."""
+        """Raises ValueError where `keep` is not within (0, 1], or `pruned` names a head that is not there."""
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
+        policy.check(pruned, dit)
         heads, head_dim, layers = dit.num_heads, dit.head_dim, dit.num_layers
         super().__init__(
             config,
@@ -57,7 +88,7 @@ class FusedCache(KVCache):
             dtype=dtype,
             stored=torch.float8_e4m3fn if float8 else dtype,
         )
-        self.keep = keep
+        self.keep, self.dtype = keep, dtype
         self.scales: list[Scales] | None = None
         self._key_scales: Tensor | None = None
         if float8:
@@ -74,6 +105,10 @@ class FusedCache(KVCache):
         blocks = -(-self.keys.data.shape[2] // BLOCK) if keep < 1 else 0
         self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
+        self._pruned_in = Counter(layer for layer, _ in pruned)
+        marks = [[(layer, head) in pruned for head in range(heads)] for layer in range(layers)]
+        self._pruned = torch.tensor(marks, device=self.device)[:, None, :, None, None]
+        self._lists: dict[tuple[int, int], Lists] = {}
 
     def _always(self) -> Tensor:
         """Which blocks every query sees, bool [blocks]: those that touch the sink or the current chunk."""
@@ -96,20 +131,8 @@ class FusedCache(KVCache):
                 always |= set(range(first * self.chunk_tokens // BLOCK, -(-last * self.chunk_tokens // BLOCK)))
         return -(-self.filled // BLOCK) - len(always)
 
-    def attend(
-        self,
-        layer: int,
-        qkv: Tensor,
-        bias: Tensor | None,
-        norm_q: Tensor,
-        norm_k: Tensor,
-        eps: float,
-        out_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Self-attention of the current chunk from its joint projection [B, S, 3 D]: [B, S, heads, head_dim].
-
-        With `out_scale` float32 [1] the result may come in float8, to be multiplied by it.
-        """
+    def write(self, layer: int, qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float) -> Asked:
+        """Keys and values of the current chunk, from its joint projection [B, S, 3 D], into the cache."""
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
@@ -118,7 +141,7 @@ class FusedCache(KVCache):
             q, _ = fused.heads(
                 qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], values[:, span], raw_keys=raw
             )
-            return self._look(layer, q, keys[:, : self.filled], values[:, : self.filled])
+            return Asked(q)
 
         scales, packed = self.scales[layer], self.packed[layer]
         new_values = torch.empty_like(keys[:, span])
@@ -127,9 +150,7 @@ class FusedCache(KVCache):
                 qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], new_values, raw_keys=raw, scales=scales
             )
             self._kernels.pack_values(new_values, packed, span.start)
-            given: dict[str, Any] = {"q_scale": q_scale, "k_scale": scales.key, "v_scale": scales.value, "packed": True}
-            given |= {"out_dtype": qkv.dtype, "out_scale": out_scale}
-            return self._look(layer, q, keys[:, : self.filled], packed, **given)
+            return Asked(q, q_scale)
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
             torch.empty(new_values.shape, dtype=qkv.dtype, device=self.device) for _ in range(2)
@@ -139,24 +160,68 @@ class FusedCache(KVCache):
         fused.store(exact_keys, keys[:, span], scales.key, scales.key_mean)
         fused.store(exact_values, new_values, scales.value)
         self._kernels.pack_values(new_values, packed, span.start)
-        return attention(q, exact_keys, exact_values)
+        return Asked(q, exact=(exact_keys, exact_values))
+
+    def look(self, layer: int, asked: Asked, out_scale: Tensor | None = None) -> Tensor:
+        """Self-attention of the current chunk: [B, S, heads, head_dim].
+
+        With `out_scale` float32 [1] the result may come in float8, to be multiplied by it.
+        """
+        if asked.exact is not None:
+            return attention(asked.q, *asked.exact)
+        keys = self.keys.data[layer, :, : self.filled]
+        if self.scales is None:
+            return self._look(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
+        scales = self.scales[layer]
+        given = {"q_scale": asked.q_scale, "k_scale": scales.key, "v_scale": scales.value, "out_scale": out_scale}
+        return self._look(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
 
     def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
         """Attention over the keys, or over the blocks of them that are chosen."""
         past = self._past_blocks()
         kept = round(self.keep * past)
-        if kept < past:
-            blocks = -(-self.filled // BLOCK)
-            # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
-            index = self._kernels.choose_blocks(
-                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
-            )
-            out: Tensor = self._kernels.block_sparse(q, keys, values, index, **given)
+        if kept < past or (past and self._pruned_in[layer]):
+            index, count = self._listed(layer, q, past, kept)
+            out: Tensor = self._kernels.block_sparse(q, keys, values, index, count=count, **given)
             return out
         if not given and not self._own_dense:
             return attention(q, keys, values)
         out = self._kernels.dense(q, keys, values, **given)
         return out
+
+    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> tuple[Tensor, Tensor | None]:
+        """`index` and `count` of `block_sparse`: the `kept` best of the `past` blocks, and none for pruned heads."""
+        heads, blocks = self._pruned_in[layer], -(-self.filled // BLOCK)
+        if heads == q.shape[2]:
+            return self._listed_pruned(past, kept).always, None
+        if kept < past:
+            # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
+            index = self._kernels.choose_blocks(
+                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
+            )
+            if not heads:
+                return index, None
+        else:
+            index = self._listed_pruned(past, kept).every
+        lists = self._listed_pruned(past, kept)
+        return torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), lists.count[layer]
+
+    def _listed_pruned(self, past: int, kept: int) -> Lists:
+        """Made once for every state of the ring, as `_always` is: before a graph of it is recorded."""
+        key = self.slot, self.filled
+        if key not in self._lists:
+            layers, batch, _, heads = self.keys.data.shape[:4]
+            always = self._always().flip(0)
+            down = torch.arange(len(always), dtype=torch.int32, device=self.device).flip(0)
+            pruned = torch.cat([down[always], down[~always]])
+            dense, shape = len(always) - past, (batch, heads, -(-self.chunk_tokens // BLOCK))
+            self._lists[key] = Lists(
+                pruned,
+                pruned[:dense].expand(*shape, dense).contiguous(),
+                down.expand(*shape, len(down)).contiguous(),
+                torch.where(self._pruned[..., 0], dense, dense + kept).expand(layers, *shape).int().contiguous(),
+            )
+        return self._lists[key]
 
     def advance(self) -> None:
         if self.keep < 1:

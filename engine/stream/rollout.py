@@ -24,6 +24,9 @@ class Transformer(Protocol):
     def __call__(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> Tensor:
         """The flow of x [B, C, F, H, W] at the noise levels t [B, F], times 1000."""
 
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> None:
+        """Write the keys and values of x to the cache, as a call does, and nothing else."""
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -42,8 +45,12 @@ class RolloutConfig:
 
 def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: KVCache) -> Tensor:
     """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
+    return model(*_inputs(model, x, sigma), context, cache).float()
+
+
+def _inputs(model: Transformer, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     t = torch.full((x.shape[0], x.shape[2]), sigma * 1000, device=x.device, dtype=torch.float32)
-    return model(x.to(model.patch_embedding.weight.dtype), t, context, cache).float()
+    return x.to(model.patch_embedding.weight.dtype), t
 
 
 def denoise_chunk(
@@ -98,5 +105,5 @@ def commit_chunk(
         shape = latents.shape[1:]
         noise = torch.stack([chunk_noise(seed, chunk, CONTEXT_STEP, shape, latents.device) for seed in seeds])
         latents = (1 - sigma) * latents + sigma * noise
-    forward(model, latents, sigma, context, cache)
+    model.commit(*_inputs(model, latents, sigma), context, cache)
     cache.advance()

@@ -7,14 +7,18 @@ Sparse weights, low-bit, fused with sparse attention, compile, CUDA graphs; scal
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from engine.config import Preset
 from engine.models.dit import CausalWan
+from engine.models.sizes import DiTConfig
+from engine.stream import heads
 from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
+from engine.stream.heads import Heads
 from engine.stream.kv_cache import KVCache, Precision
 from engine.stream.rollout import Transformer
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
@@ -44,6 +48,8 @@ class Speed:
     trained for it."""
     fixed_scales: bool = False
     """Scales of the projections' inputs are found once, by `calibrate`, and not for every input."""
+    pruned_heads: Heads = frozenset()
+    """Heads of the self-attention that see the sink and the current chunk, and nothing of the past."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -55,6 +61,7 @@ class Speed:
             "graphs": self.graphs,
             "sparse_weights": bool(self.sparse_weights),
             "fixed_scales": self.fixed_scales,
+            "pruned_heads": bool(self.pruned_heads),
         }
         if not self.fused and (asked := [name for name, used in needs.items() if used]):
             raise ValueError(f"{', '.join(asked)} can only be used together with the fused model")
@@ -91,11 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
     )
+    group.add_argument(
+        "--pruned-heads",
+        type=Path,
+        metavar="FILE",
+        help="heads that leave the past out, as `python -m engine.bench.heads` writes them",
+    )
     group.add_argument("--no-context-pass", action="store_true", help="keep what the last denoising step wrote instead")
 
 
-def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
-    """Raises ValueError where the options contradict each other or the device."""
+def from_arguments(options: argparse.Namespace, device: torch.device, dit: DiTConfig) -> Speed:
+    """Raises ValueError where the options contradict each other, the device or the model's sizes."""
     exact = Speed() if options.plain else fastest_exact(device)
     if device.type == "cuda" and options.low_bit in ("fp8", "fp8-tensor"):
         capability = torch.cuda.get_device_capability(device)
@@ -103,7 +116,8 @@ def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
             raise ValueError(f"{options.low_bit} needs compute capability 8.9, this GPU has {capability}: use int8")
     wanted = options.sparse_weights
     sparse: frozenset[Role] | Literal["faster"] = frozenset(wanted or ()) if wanted or wanted is None else "faster"
-    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1 or bool(sparse)
+    pruned = frozenset() if options.pruned_heads is None else heads.load(options.pruned_heads, dit)
+    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1 or bool(sparse or pruned)
     return Speed(
         fused=exact.fused or (coarse and not options.plain),
         low_bit=options.low_bit,
@@ -113,6 +127,7 @@ def from_arguments(options: argparse.Namespace, device: torch.device) -> Speed:
         context_pass=not options.no_context_pass,
         sparse_weights=sparse,
         fixed_scales=options.fixed_scales,
+        pruned_heads=pruned,
     )
 
 
@@ -145,7 +160,8 @@ def accelerate(
     """Apply `speed`. The model's weights may move, see `FusedWan`, and are pruned where they are to be sparse.
 
     Raises:
-        ValueError: CUDA graphs without a GPU, or two ways of keeping the cache at once.
+        ValueError: CUDA graphs without a GPU, two ways of keeping the cache at once, or pruned heads that the model
+            does not have.
     """
     weight = wan.patch_embedding.weight
     device, dtype, config = weight.device, weight.dtype, preset.dit
@@ -169,6 +185,8 @@ def accelerate(
     if speed.graphs and device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and the model is on the {device.type.upper()}")
 
+    heads.check(speed.pruned_heads, config)
+
     def new_fused_cache() -> KVCache:
         return FusedCache(
             preset.cache(),
@@ -178,6 +196,7 @@ def accelerate(
             dtype=dtype,
             float8=speed.float8_attention,
             keep=speed.keep,
+            pruned=speed.pruned_heads,
         )
 
     sparse = speed.sparse_weights

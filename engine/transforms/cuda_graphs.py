@@ -6,8 +6,8 @@ for every state that its ring can be in. They are recorded when first met; warmi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +18,14 @@ from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
 from engine.transforms.fused import FusedWan
 
-Recorded = tuple[torch.cuda.CUDAGraph, Tensor]
+T = TypeVar("T")
 
 
-def record(function: Callable[[], Tensor], pool: Any) -> Recorded:
-    """`function` as a graph, and the tensor that a replay fills. It is called twice before: kernels are compiled and
-    algorithms chosen then."""
+def record(function: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`function` as a graph, and its result, whose tensors a replay fills.
+
+    It is called twice before: kernels are compiled and algorithms chosen then.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -34,6 +36,15 @@ def record(function: Callable[[], Tensor], pool: Any) -> Recorded:
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = function()
     return graph, out
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A forward in two parts. A context pass needs the first alone."""
+
+    begin: torch.cuda.CUDAGraph
+    finish: torch.cuda.CUDAGraph
+    out: Tensor
 
 
 @dataclass
@@ -69,6 +80,16 @@ class GraphedWan(nn.Module):
         self.model.refresh()
 
     def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Tensor:
+        graphs = self._at(x, t, text, cache)
+        graphs.begin.replay()
+        graphs.finish.replay()
+        return graphs.out
+
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> None:
+        self._at(x, t, text, cache).begin.replay()
+
+    def _at(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Recorded:
+        """The graphs for where the cache's ring stands, their inputs in place."""
         place = self._places.get(cache)
         if place is None:
             place = Place(torch.empty_like(x), torch.empty_like(t), text.map(torch.empty_like))
@@ -85,14 +106,12 @@ class GraphedWan(nn.Module):
         key = cache.slot, cache.filled, cache.written == 0
         if key not in place.graphs:
             inputs = place
-
-            def run() -> Tensor:
-                return self.model(inputs.x, inputs.t, inputs.text, cache)
-
-            place.graphs[key] = record(run, self._pool)
-        graph, out = place.graphs[key]
-        graph.replay()
-        return out
+            begin, begun = record(lambda: self.model.begin(inputs.x, inputs.t, inputs.text, cache), self._pool)
+            # `record` runs it more than once, and it changes what it is given
+            finish, out = record(lambda: self.model.finish(replace(begun), inputs.text, cache), self._pool)
+            # What `begin` leaves is not kept: later graphs may use its memory, since none runs between these two.
+            place.graphs[key] = Recorded(begin, finish, out)
+        return place.graphs[key]
 
 
 class GraphedDecoder:
@@ -101,7 +120,7 @@ class GraphedDecoder:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[bool, tuple[Recorded, Tensor, list[Tensor], list[Tensor]]] = {}
+        self._graphs: dict[bool, tuple[tuple[torch.cuda.CUDAGraph, Tensor], Tensor, list[Tensor], list[Tensor]]] = {}
 
     @property
     def network(self) -> nn.Module:

@@ -6,7 +6,9 @@ projection is in 8 bits. The model's own modules hold the weights; this is anoth
 to theirs.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,7 @@ from torch import Tensor, nn
 from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
 from engine.ops.fused import Activation, add_norm, rms_norm
 from engine.ops.linear import Fixed, Into, Rows8
-from engine.stream.fused_cache import FusedCache
-from engine.stream.fused_cache import kernels as attention_kernels
+from engine.stream.fused_cache import FusedCache, kernels
 from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
@@ -49,6 +50,29 @@ class FusedBlock:
     @property
     def projections(self) -> dict[str, Projection]:
         return {name: x for name, x in vars(self).items() if isinstance(x, Projection)}
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a block's last product adds to the residual: gate (y + bias), which the next kernel sums."""
+
+    y: Tensor | None = None
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass
+class Begun:
+    """A forward between two blocks, or within one."""
+
+    residual: Tensor
+    added: Added
+    asked: Any
+    """What `FusedCache.write` returned."""
+    modulation: Tensor
+    e: Tensor
+    batch: int
+    grid: Sequence[int]
 
 
 class FusedWan(nn.Module):
@@ -91,45 +115,63 @@ class FusedWan(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Tensor:
         """As `CausalWan.forward`."""
-        wan, eps = self.wan, self.config.eps
+        return self.finish(self.begin(x, t, text, cache), text, cache)
+
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> None:
+        """As `CausalWan.commit`: what comes after the last layer's keys and values is left out."""
+        self.begin(x, t, text, cache)
+
+    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Begun:
+        """The forward, until the last layer's keys and values are written."""
+        wan = self.wan
         patches = wan.patch_embedding(x)
-        grid, batch = patches.shape[2:], len(x)
+        batch = len(x)
         residual = patches.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
         e = wan.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
         runs = len(text.pooled) // batch
         e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
         e6 = wan.time_projection(e).unflatten(-1, (6, -1)).flatten(0, 1).float()
-        modulation = self.modulation + e6
-        kernels = attention_kernels(x.device)
-        y: Tensor | None = None
-        bias: Tensor | None = None
-        gate: Tensor | None = None
-        for layer, block in enumerate(self.blocks):
-            shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(1)
-            residual, h = add_norm(residual, scale1, shift1, eps, y=y, bias=bias, gate=gate, into=block.qkv.into)
-            qkv = block.qkv(h).unflatten(0, (batch, -1))
-            into = block.o.into
-            own = cache.attend(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps, fixed_fp8(into))
-            y = block.o(activation(own.flatten(0, 1).flatten(1), into))
-            residual, h = add_norm(
-                residual,
-                block.text_norm.weight[None],
-                block.text_norm.bias[None],
-                eps,
-                y=y,
-                bias=block.o.bias,
-                gate=gate1,
-                into=block.cross_q.into,
-            )
-            q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
-            text_k, text_v = text.layers[layer]
-            q, into = q.view(len(text_k), -1, *text_k.shape[2:]), block.cross_o.into
-            seen = kernels.padded(q, text_k, text_v, text.lengths, fixed_fp8(into))
-            y = block.cross_o(activation(seen.reshape(len(residual), -1), into))
-            residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
-            y = block.down(block.up.gelu(h, block.down.into))
-            bias, gate = block.down.bias, gate2
-        shift, scale = (wan.head.modulation.float() + e.flatten(0, 1)[:, None].float()).unbind(1)
-        _, h = add_norm(residual, scale + 1, shift, eps, y=y, bias=bias, gate=gate)
+        begun = Begun(residual, Added(), None, self.modulation + e6, e.flatten(0, 1), batch, patches.shape[2:])
+        for layer in range(len(self.blocks)):
+            if layer:
+                self._look(layer - 1, begun, text, cache)
+            self._write(layer, begun, cache)
+        return begun
+
+    def finish(self, begun: Begun, text: TextContext, cache: FusedCache) -> Tensor:
+        """What `begin` left of the forward."""
+        wan = self.wan
+        self._look(len(self.blocks) - 1, begun, text, cache)
+        shift, scale = (wan.head.modulation.float() + begun.e[:, None].float()).unbind(1)
+        added = begun.added
+        _, h = add_norm(begun.residual, scale + 1, shift, self.config.eps, y=added.y, bias=added.bias, gate=added.gate)
         assert isinstance(h, Tensor)
-        return wan.unpatchify(wan.head.head(h).unflatten(0, (batch, -1)), *grid)
+        return wan.unpatchify(wan.head.head(h).unflatten(0, (begun.batch, -1)), *begun.grid)
+
+    def _write(self, layer: int, begun: Begun, cache: FusedCache) -> None:
+        """A block until its keys and values are in the cache."""
+        block, eps, added = self.blocks[layer], self.config.eps, begun.added
+        shift, scale = begun.modulation[layer, :, 0], begun.modulation[layer, :, 1]
+        begun.residual, h = add_norm(
+            begun.residual, scale, shift, eps, y=added.y, bias=added.bias, gate=added.gate, into=block.qkv.into
+        )
+        qkv = block.qkv(h).unflatten(0, (begun.batch, -1))
+        begun.asked = cache.write(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
+
+    def _look(self, layer: int, begun: Begun, text: TextContext, cache: FusedCache) -> None:
+        """The rest of the block."""
+        block, eps, residual = self.blocks[layer], self.config.eps, begun.residual
+        _, _, gate1, shift2, scale2, gate2 = begun.modulation[layer].unbind(1)
+        into = block.o.into
+        own = cache.look(layer, begun.asked, fixed_fp8(into))
+        y = block.o(activation(own.flatten(0, 1).flatten(1), into))
+        weight, bias = block.text_norm.weight[None], block.text_norm.bias[None]
+        residual, h = add_norm(residual, weight, bias, eps, y=y, bias=block.o.bias, gate=gate1, into=block.cross_q.into)
+        q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
+        text_k, text_v = text.layers[layer]
+        q, into = q.view(len(text_k), -1, *text_k.shape[2:]), block.cross_o.into
+        seen = kernels(q.device).padded(q, text_k, text_v, text.lengths, fixed_fp8(into))
+        y = block.cross_o(activation(seen.reshape(len(residual), -1), into))
+        residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
+        y = block.down(block.up.gelu(h, block.down.into))
+        begun.residual, begun.added = residual, Added(y, block.down.bias, gate2)

@@ -6,9 +6,9 @@ Work is cut by a plan (`plan`): each program gets whole tiles of queries and the
 would have filled the last round only partly. A tile whose keys were shared out is put together by `_combine`. With
 444 tiles on 132 multiprocessors that is 3.4 rounds instead of 4.
 
-On Hopper 8-bit probabilities are made without exponentials (`engine.ops.triton.hopper`), from scores of a row that lie
-within 4096 powers of two. Softmax runs in powers of two; scales of 8-bit inputs are part of its multiplier and of the last division, so they
-cost nothing. Probabilities are raised to 256 before they become 8-bit, and so is their sum.
+Softmax runs in powers of two; scales of 8-bit inputs are part of its multiplier and of the last division, so they
+cost nothing. Probabilities are raised to 256 before they become 8-bit, and so is their sum. On Hopper 8-bit ones are
+made without exponentials (`engine.ops.triton.hopper`), from scores of a row that lie within 4096 powers of two.
 """
 
 import math

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.assemble import warm
-from engine.config import Preset
+from engine.config import MINI, Preset
 from engine.pipeline import Pipeline
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, fastest_exact, from_arguments
 from engine.transforms.low_bit import Form, Policy, Role
@@ -51,7 +52,16 @@ def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -
     assert not torch.equal(with_pass[first:], without[first:])
 
 
-@pytest.mark.parametrize("options", [{"low_bit": "fp8"}, {"float8_attention": True}, {"keep": 0.5}, {"graphs": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_bit": "fp8"},
+        {"float8_attention": True},
+        {"keep": 0.5},
+        {"graphs": True},
+        {"pruned_heads": frozenset({(0, 0)})},
+    ],
+)
 def test_what_needs_the_fused_model_says_so(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} can only be used together with the fused model"):
         Speed(**options)  # type: ignore[arg-type]
@@ -70,6 +80,8 @@ def test_impossible_combinations(build: Build, toy: Preset) -> None:
         accelerate(wan, decoder, toy, Speed(fused=True, graphs=True))
     with pytest.raises(ValueError, match="needs the unfused model"):
         accelerate(wan, decoder, toy, Speed(fused=True), kv_precision="int8")
+    with pytest.raises(ValueError, match="layer 1 has no head 2: heads are 0 to 1"):
+        accelerate(wan, decoder, toy, Speed(fused=True, pruned_heads=frozenset({(1, 2)})))
 
 
 def test_a_cpu_serves_without_graphs() -> None:
@@ -140,7 +152,7 @@ def options(*words: str) -> argparse.Namespace:
     ],
 )
 def test_what_rounds_or_prunes_is_asked_for(words: list[str], expected: Speed) -> None:
-    assert from_arguments(options(*words), torch.device("cpu")) == expected
+    assert from_arguments(options(*words), torch.device("cpu"), MINI.dit) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,20 +163,21 @@ def test_what_rounds_or_prunes_is_asked_for(words: list[str], expected: Speed) -
         (["--fixed-scales"], "fixed_scales can only be used together"),
         (["--low-bit", "mxfp8", "--fixed-scales"], "fixed_scales need low_bit"),
         (["--low-bit", "fp8-weights", "--fixed-scales"], "fixed_scales need low_bit"),
+        (["--pruned-heads", "nowhere/heads.json"], "nowhere/heads.json cannot be read"),
         (["--plain", "--sparse-weights"], "sparse_weights can only be used together with the fused model"),
     ],
 )
 def test_what_cannot_be_together_says_so(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_arguments(options(*words), torch.device("cpu"))
+        from_arguments(options(*words), torch.device("cpu"), MINI.dit)
 
 
 def test_a_gpu_without_float8_is_pointed_to_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match="use int8"):
-        from_arguments(options("--low-bit", "fp8"), gpu)
-    assert from_arguments(options("--low-bit", "int8"), gpu).low_bit == "int8"
+        from_arguments(options("--low-bit", "fp8"), gpu, MINI.dit)
+    assert from_arguments(options("--low-bit", "int8"), gpu, MINI.dit).low_bit == "int8"
 
 
 def test_sparse_weights_are_served_and_told(build: Build, toy: Preset) -> None:
@@ -182,3 +195,46 @@ def test_a_device_that_speeds_up_nothing_prunes_nothing(build: Build, toy: Prese
     pipeline = build(toy, speed=Speed(fused=True, sparse_weights="faster"))
     assert pipeline.served.policy.sparse == frozenset()
     assert torch.equal(frames(pipeline, 2), frames(build(toy, speed=Speed(fused=True)), 2))
+
+
+@pytest.fixture
+def wide(toy: Preset) -> Preset:
+    """The toy with chunks of 192 tokens, as `mini` has, so that there are blocks of the past to leave out."""
+    return replace(toy, width=256, height=256)
+
+
+def latents(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
+    state = pipeline.open("a blue cube", seed=3)
+    for _ in range(chunks):
+        pipeline.next_chunk(state)
+        pipeline.commit(state)
+    return torch.cat(list(state.recent)).float()
+
+
+def test_a_policy_without_heads_changes_nothing(build: Build, wide: Preset, tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text('{"0": [], "1": []}')
+    asked = from_arguments(options("--pruned-heads", str(file)), torch.device("cpu"), wide.dit)
+    assert asked == Speed()
+    found = latents(build(wide, speed=replace(asked, fused=True)))
+    assert torch.equal(found, latents(build(wide, speed=Speed(fused=True))))
+
+
+@pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
+@pytest.mark.parametrize("float8_attention", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_pruned_heads_beside_every_transform(
+    build: Build, wide: Preset, tmp_path: Path, low_bit: Form | None, float8_attention: bool, keep: float
+) -> None:
+    """They change the latents, by the file's heads, and again in the same way."""
+    file = tmp_path / "heads.json"
+    file.write_text('{"1": [0]}')
+    words = ["--pruned-heads", str(file), "--keep", str(keep)]
+    words += ["--low-bit", low_bit] if low_bit else []
+    words += ["--float8-attention"] if float8_attention else []
+    speed = from_arguments(options(*words), torch.device("cpu"), wide.dit)
+    assert speed == Speed(True, low_bit, float8_attention, keep, pruned_heads=frozenset({(1, 0)}))
+    found = latents(build(wide, speed=speed), 4)
+    assert torch.equal(found, latents(build(wide, speed=speed), 4))
+    expected = latents(build(wide, speed=replace(speed, pruned_heads=frozenset())), 4)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.2
