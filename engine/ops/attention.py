@@ -4,6 +4,8 @@
 references, in plain torch, of the kernels of the same names in `engine.ops.triton.attention`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,7 +129,7 @@ def block_sparse(
     v: Tensor,
     index: Tensor,
     *,
-    count: Tensor | None = None,
+    visits: Sequence[int] | None = None,
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -140,22 +142,19 @@ def block_sparse(
     Args:
         index: int32 [B, heads, ceil(Sq / 128), K], different block numbers. If Skv is no multiple of 128 and the last
             block is listed, it stands first: only there is the end of the keys looked at.
-        count: int32 [B, heads, ceil(Sq / 128)], how many of the K count; None for all.
-
-    A block of queries that sees nothing gives zeros.
+        visits: for each head, how many of the K are visited, the first ones, and at least one; None for all. Known on
+            the host, so that the kernel can share its work out evenly.
     """
     tokens = k.shape[1]
     blocks = (tokens + BLOCK - 1) // BLOCK
     listed = torch.ones_like(index, dtype=torch.bool)
-    if count is not None:
-        listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    if visits is not None:
+        listed &= torch.arange(index.shape[-1], device=index.device) < index.new_tensor(visits)[:, None, None]
     kept = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
     kept.scatter_(-1, index.long().where(listed, torch.full_like(index, blocks, dtype=torch.long)), True)
     kept = kept[..., :blocks]
     mask = kept.repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
-    out = _exact(q, k, v, q_scale, k_scale, v_scale, packed, mask, out_dtype, out_scale)
-    seen = kept.any(-1).repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].transpose(1, 2)
-    return out.float().where(seen[..., None], torch.zeros((), device=out.device)).to(out.dtype)
+    return _exact(q, k, v, q_scale, k_scale, v_scale, packed, mask, out_dtype, out_scale)
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor | None = None) -> Tensor:

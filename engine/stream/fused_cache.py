@@ -44,8 +44,6 @@ class Lists:
     """[B, heads, query blocks, those that every head sees]: for layers whose heads are all pruned."""
     every: Tensor
     """[B, heads, query blocks, blocks]: all, from the highest number down."""
-    count: Tensor
-    """[layers, B, heads, query blocks]: how many a head visits, pruned or not."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ class FusedCache(KVCache):
         self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
         self._pruned_in = Counter(layer for layer, _ in pruned)
-        marks = [[(layer, head) in pruned for head in range(heads)] for layer in range(layers)]
-        self._pruned = torch.tensor(marks, device=self.device)[:, None, :, None, None]
+        self._marks = [[(layer, head) in pruned for head in range(heads)] for layer in range(layers)]
+        self._pruned = torch.tensor(self._marks, device=self.device)[:, None, :, None, None]
         self._lists: dict[tuple[int, int], Lists] = {}
 
     def _always(self) -> Tensor:
@@ -181,19 +179,19 @@ class FusedCache(KVCache):
         past = self._past_blocks()
         kept = round(self.keep * past)
         if kept < past or (past and self._pruned_in[layer]):
-            index, count = self._listed(layer, q, past, kept)
-            out: Tensor = self._kernels.block_sparse(q, keys, values, index, count=count, **given)
+            index, visits = self._listed(layer, q, past, kept)
+            out: Tensor = self._kernels.block_sparse(q, keys, values, index, visits=visits, **given)
             return out
         if not given and not self._own_dense:
             return attention(q, keys, values)
         out = self._kernels.dense(q, keys, values, **given)
         return out
 
-    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> tuple[Tensor, Tensor | None]:
-        """`index` and `count` of `block_sparse`: the `kept` best of the `past` blocks, and none for pruned heads."""
+    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> tuple[Tensor, list[int] | None]:
+        """`index` and `visits` of `block_sparse`: the `kept` best of the `past` blocks, and none for pruned heads."""
         heads, blocks = self._pruned_in[layer], -(-self.filled // BLOCK)
         if heads == q.shape[2]:
-            return self._listed_pruned(past, kept).always, None
+            return self._listed_pruned(past).always, None
         if kept < past:
             # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
             index = self._kernels.choose_blocks(
@@ -202,15 +200,16 @@ class FusedCache(KVCache):
             if not heads:
                 return index, None
         else:
-            index = self._listed_pruned(past, kept).every
-        lists = self._listed_pruned(past, kept)
-        return torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), lists.count[layer]
+            index = self._listed_pruned(past).every
+        lists = self._listed_pruned(past)
+        visits = [lists.always.shape[-1] if pruned else index.shape[-1] for pruned in self._marks[layer]]
+        return torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), visits
 
-    def _listed_pruned(self, past: int, kept: int) -> Lists:
+    def _listed_pruned(self, past: int) -> Lists:
         """Made once for every state of the ring, as `_always` is: before a graph of it is recorded."""
         key = self.slot, self.filled
         if key not in self._lists:
-            layers, batch, _, heads = self.keys.data.shape[:4]
+            _, batch, _, heads = self.keys.data.shape[:4]
             always = self._always().flip(0)
             down = torch.arange(len(always), dtype=torch.int32, device=self.device).flip(0)
             pruned = torch.cat([down[always], down[~always]])
@@ -219,7 +218,6 @@ class FusedCache(KVCache):
                 pruned,
                 pruned[:dense].expand(*shape, dense).contiguous(),
                 down.expand(*shape, len(down)).contiguous(),
-                torch.where(self._pruned[..., 0], dense, dense + kept).expand(layers, *shape).int().contiguous(),
             )
         return self._lists[key]
 

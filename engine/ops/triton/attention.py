@@ -12,6 +12,7 @@ made without exponentials (`engine.ops.triton.hopper`), from scores of a row tha
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,8 +60,11 @@ CONFIGS: dict[tuple[bool, bool, bool], Config] = {
 }
 
 
-def plan(tiles: int, steps: int, programs: int) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """Share `tiles` of `steps` each among `programs`.
+def plan(steps: Sequence[int], programs: int) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Share tiles of so many steps each among `programs`.
+
+    Of equal tiles each program gets as many whole ones as all can have, and an even share of the steps that are left;
+    of unequal ones an even share of all.
 
     Returns:
         For each program, its segments [tile, first step, end, slot]; slot is -1 where the segment is a whole tile,
@@ -68,30 +72,37 @@ def plan(tiles: int, steps: int, programs: int) -> tuple[list[list[list[int]]], 
         shared tile [tile, first slot, end of slots].
     """
     work: list[list[list[int]]] = [[] for _ in range(programs)]
-    whole = tiles // programs * programs if tiles % programs else tiles
+    tiles, equal = len(steps), len(set(steps)) == 1
+    whole = tiles // programs * programs if equal else 0
     for tile in range(whole):
-        work[tile % programs].append([tile, 0, steps, -1])
+        work[tile % programs].append([tile, 0, steps[tile], -1])
     shared = []
-    slot, total = 0, (tiles - whole) * steps
+    slot, start, total = 0, 0, sum(steps[whole:])
     bounds = [total * i // programs for i in range(programs + 1)]
     for tile in range(whole, tiles):
-        start, end = (tile - whole) * steps, (tile - whole + 1) * steps
+        end = start + steps[tile]
         parts = [i for i in range(programs) if bounds[i] < end and bounds[i + 1] > start and bounds[i] < bounds[i + 1]]
-        if len(parts) == 1:
-            work[parts[0]].append([tile, 0, steps, -1])
-            continue
-        shared.append([tile, slot, slot + len(parts)])
+        if len(parts) > 1:
+            shared.append([tile, slot, slot + len(parts)])
         for i in parts:
-            work[i].append([tile, max(bounds[i], start) - start, min(bounds[i + 1], end) - start, slot])
-            slot += 1
+            own = slot if len(parts) > 1 else -1
+            work[i].append([tile, max(bounds[i], start) - start, min(bounds[i + 1], end) - start, own])
+            slot += own >= 0
+        start = end
     longest = max(len(segments) for segments in work)
     return [segments + [[0, 0, 0, -1]] * (longest - len(segments)) for segments in work], shared
 
 
-@lru_cache(maxsize=64)
-def _plan_on(device: torch.device, tiles: int, steps: int, programs: int) -> tuple[Tensor, Tensor]:
-    """`plan` as int32 tensors. The first call copies from the host, so it must come before a graph is captured."""
-    work, shared = plan(tiles, steps, programs)
+@lru_cache(maxsize=256)
+def _plan_on(
+    device: torch.device, batch: int, heads: tuple[int, ...], tiles_q: int, programs: int | None
+) -> tuple[Tensor, Tensor]:
+    """`plan` as int32 tensors, for the steps of each head's tiles; without `programs` each tile has its own.
+
+    The first call copies from the host, so it must come before a graph is captured.
+    """
+    steps = [count for count in heads for _ in range(tiles_q)] * batch
+    work, shared = plan(steps, len(steps) if programs is None else min(programs, sum(steps)))
     return (
         torch.tensor(work, dtype=torch.int32, device=device),
         torch.tensor(shared, dtype=torch.int32, device=device).reshape(-1, 3),
@@ -112,7 +123,6 @@ def _attend(
     v_scale,
     out_scale,
     index,
-    count,
     scale,
     heads,
     tiles_q,
@@ -129,7 +139,6 @@ def _attend(
     SCALED_V: tl.constexpr,
     SCALED_OUT: tl.constexpr,
     SPARSE: tl.constexpr,
-    COUNTED: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -158,8 +167,6 @@ def _attend(
             if SPARSE:
                 listing = (batch * heads + head) * ((queries + 127) // 128) + tile_q * BM // 128
                 blocks = index + listing * listed
-                if COUNTED:
-                    end = tl.minimum(end, tl.load(count + listing) * HALVES)
             q = q_desc.load([batch, tile_q * BM, head, 0]).reshape(BM, D)
             m = tl.full([BM], -float("inf"), tl.float32)
             total = tl.zeros([BM], tl.float32)
@@ -291,7 +298,7 @@ def _run(
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
-    count: Tensor | None,
+    visits: Sequence[int] | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -315,10 +322,12 @@ def _run(
     if v.shape[-1 if packed else 1] < keys:
         raise ValueError(f"{keys} keys, but values {list(v.shape)}")
     tiles_q = triton.cdiv(queries, bm)
-    tiles = batch * heads * tiles_q
     steps = triton.cdiv(keys, bn) if index is None else index.shape[-1] * (BLOCK // bn)
-    programs = _multiprocessors(q.device) if config.persistent else tiles
-    work, shared = _plan_on(q.device, tiles, steps, min(programs, tiles * steps))
+    each = (steps,) * heads if visits is None else tuple(count * (BLOCK // bn) for count in visits)
+    if min(each) < 1 or max(each) > steps:
+        raise ValueError(f"every head visits 1 to {steps // max(BLOCK // bn, 1)} blocks, got {visits}")
+    programs = _multiprocessors(q.device) if config.persistent else None
+    work, shared = _plan_on(q.device, batch, each, tiles_q, programs)
     slots = int(shared.shape[0]) + work.shape[0] if len(shared) else 1
     out_dtype = out_dtype or (torch.bfloat16 if eight else q.dtype)
     if out_scale is not None:
@@ -345,7 +354,6 @@ def _run(
             "v_scale": v_scale,
             "out_scale": out_scale,
             "index": index,
-            "count": count,
             "scale": LOG2E / math.sqrt(dim),
             "heads": heads,
             "tiles_q": tiles_q,
@@ -361,7 +369,6 @@ def _run(
             "SCALED_V": v_scale is not None,
             "SCALED_OUT": out_scale is not None,
             "SPARSE": index is not None,
-            "COUNTED": count is not None,
             "SHIFT": 8.0 if eight else 0.0,
         },
     )
@@ -400,7 +407,7 @@ def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], a
 
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
     blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
-    unused = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), "stats") | {"index": "work", "count": "work"}
+    unused = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), "stats") | {"index": "work"}
     pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
     hopper.attend[(arguments["work"].shape[0],)](
         *(
@@ -455,7 +462,7 @@ def block_sparse(
     v: Tensor,
     index: Tensor,
     *,
-    count: Tensor | None = None,
+    visits: Sequence[int] | None = None,
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -465,7 +472,7 @@ def block_sparse(
     config: Config | None = None,
 ) -> Tensor:
     """See `engine.ops.attention.block_sparse`."""
-    return _run(q, k, v, index, count, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
+    return _run(q, k, v, index, visits, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
 
 
 @triton.jit

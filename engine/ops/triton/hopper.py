@@ -27,8 +27,7 @@ def _segment(work, number):
 
 @gluon.jit
 def _bounds(
-    work, number, index, count, heads, tiles_q, listed,
-    SPARSE: gl.constexpr, COUNTED: gl.constexpr,
+    work, number, index, heads, tiles_q, listed, SPARSE: gl.constexpr,
 ):  # fmt: skip
     """Of a segment: batch, head, tile of queries, its list of blocks, first step, end, slot."""
     tile, first, end, slot = _segment(work, number)
@@ -38,8 +37,6 @@ def _bounds(
     blocks = work
     if SPARSE:
         blocks = index + tile * listed
-        if COUNTED:
-            end = gl.minimum(end, gl.load(count + tile))
     return batch, head, tile_q, blocks, first, end, slot
 
 
@@ -56,16 +53,16 @@ def _token(blocks, step, keys, BN: gl.constexpr, SPARSE: gl.constexpr):
 def _fetch(
     q_desc, k_desc, v_desc, q_ring, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    work, index, count, heads, tiles_q, keys, listed, segments,
+    work, index, heads, tiles_q, keys, listed, segments,
     BN: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, SPARSE: gl.constexpr, COUNTED: gl.constexpr,
+    PACKED: gl.constexpr, SPARSE: gl.constexpr,
 ):  # fmt: skip
     at_k = 0
     at_v = 0
     loaded = 0
     for i in range(segments):
         batch, head, tile_q, blocks, first, end, _ = _bounds(
-            work, gl.program_id(0) * segments + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
+            work, gl.program_id(0) * segments + i, index, heads, tiles_q, listed, SPARSE
         )
         if end > first:
             for group in gl.static_range(2):
@@ -211,11 +208,11 @@ def _operand(held, zero, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.const
 def _attend_group(
     GROUP: gl.constexpr, q_ring, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
-    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index, count,
+    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
     scale, heads, tiles_q, queries, keys, listed, segments,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
-    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
+    SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_ring.dtype
     depth: gl.constexpr = 256 // dtype.primitive_bitwidth
@@ -233,7 +230,7 @@ def _attend_group(
     q = q_ring.index(GROUP).reshape([64, D])
     for i in range(segments):
         batch, head, tile_q, blocks, first, end, slot = _bounds(
-            work, gl.program_id(0) * segments + i, index, count, heads, tiles_q, listed, SPARSE, COUNTED
+            work, gl.program_id(0) * segments + i, index, heads, tiles_q, listed, SPARSE
         )
         row = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, score_rows)
         multiplier = gl.full([64], 1.0, gl.float32, score_rows) * scale
@@ -342,9 +339,7 @@ def _attend_group(
         sums = gl.convert_layout(gl.max(total, 1) if PACKED else gl.sum(total, 1), out_rows)
         row_out = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, out_rows)
         columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, out_layout)), 0)
-        # a segment that the plan made empty (0, 0, 0, -1) is no tile; a tile whose list is empty is
-        _, planned, planned_end, _ = _segment(work, gl.program_id(0) * segments + i)
-        if planned_end > planned:
+        if end > first:
             if slot < 0:
                 factor = 1.0 / gl.where(sums > 0, sums, 1.0)
                 if SCALED_V:
@@ -368,11 +363,11 @@ def _attend_group(
 @gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def attend(
     q_desc, k_desc, v_desc,
-    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index, count,
+    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
     scale, heads, tiles_q, queries, keys, listed, segments,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
-    SPARSE: gl.constexpr, COUNTED: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
+    SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 queries; arguments as `_attend`'s of `engine.ops.triton.attention`. Runs with 4 warps."""
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
@@ -410,10 +405,10 @@ def attend(
                 (
                     gl.constexpr(0), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
-                    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index, count,
+                    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
                     scale, heads, tiles_q, queries, keys, listed, segments,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
-                    SPARSE, COUNTED, SHIFT, TURNS,
+                    SPARSE, SHIFT, TURNS,
                 ),
             ),
             (
@@ -421,10 +416,10 @@ def attend(
                 (
                     gl.constexpr(1), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
-                    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index, count,
+                    out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
                     scale, heads, tiles_q, queries, keys, listed, segments,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
-                    SPARSE, COUNTED, SHIFT, TURNS,
+                    SPARSE, SHIFT, TURNS,
                 ),
             ),
             (
@@ -432,8 +427,8 @@ def attend(
                 (
                     q_desc, k_desc, v_desc, q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    work, index, count, heads, tiles_q, keys, listed, segments,
-                    BN, STAGES, PACKED, SPARSE, COUNTED,
+                    work, index, heads, tiles_q, keys, listed, segments,
+                    BN, STAGES, PACKED, SPARSE,
                 ),
             ),
         ],

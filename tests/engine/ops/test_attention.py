@@ -47,10 +47,14 @@ def eight_bits(q, k, v):
 
 
 def test_plan_covers_every_step_once():
-    for tiles, steps, programs in [(444, 147, 132), (5, 7, 3), (3, 2, 8), (6, 4, 3), (1, 1, 1), (40, 3, 132)]:
-        work, shared = kernels.plan(tiles, steps, min(programs, tiles * steps))
+    equal = [(444, 147, 132), (5, 7, 3), (3, 2, 8), (6, 4, 3), (1, 1, 1), (40, 3, 132)]
+    plans = [([steps] * tiles, programs) for tiles, steps, programs in equal]
+    for lengths, programs in [*plans, ([89, 37, 89, 89, 37] * 30, 132), ([5, 1, 1, 9], 3), ([1, 2], 8)]:
+        work, shared = kernels.plan(lengths, min(programs, sum(lengths)))
         seen = sorted((t, s) for segments in work for t, a, b, _ in segments for s in range(a, b))
-        assert seen == [(t, s) for t in range(tiles) for s in range(steps)]
+        assert seen == [(t, s) for t, steps in enumerate(lengths) for s in range(steps)]
+        loads = [sum(b - a for _, a, b, _ in segments) for segments in work]
+        assert max(loads) - min(loads) <= 1
         slots = sorted(slot for segments in work for *_, slot in segments if slot >= 0)
         assert slots == list(range(len(slots)))
         assert sum(end - first for _, first, end in shared) == len(slots)
@@ -146,8 +150,8 @@ def test_all_blocks_are_dense(block_n, persistent):
 
 
 @pytest.mark.parametrize("eight", [False, True])
-@pytest.mark.parametrize("counted", [False, True])
-def test_block_sparse(eight, counted):
+@pytest.mark.parametrize("visits", [None, [3, 1]])
+def test_block_sparse(eight, visits):
     q, k, v = inputs(1, 200, 600, 2, 64, torch.float32 if eight else torch.float16)
     q8, k8, v8, scales = eight_bits(q, k, v)
     if eight:
@@ -156,13 +160,17 @@ def test_block_sparse(eight, counted):
     generator = torch.Generator().manual_seed(1)
     index = torch.rand(1, 2, 2, 5, generator=generator).argsort(-1)[..., :3].sort(-1, descending=True).values
     index = index.int().contiguous().to(DEVICE)
-    count = torch.tensor([[[3, 0], [1, 2]]], dtype=torch.int32, device=DEVICE) if counted else None
     for config in (Config(), Config(persistent=True, block_n=64)):
-        out = kernels.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32, config=config)
-        exact = reference.block_sparse(q, k, v, index, count=count, **scales, out_dtype=torch.float32)
+        out = kernels.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32, config=config)
+        exact = reference.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32)
         assert relative(out, exact) < (EIGHT_BITS if eight else 2e-3)
-        if counted:
-            assert not out[:, 128:, 0].any()
+    if visits:
+        assert torch.equal(
+            exact[:, :, 1],
+            reference.block_sparse(q, k, v, index[..., :1].contiguous(), **scales, out_dtype=torch.float32)[:, :, 1],
+        )
+        with pytest.raises(ValueError, match="every head visits 1 to 3 blocks"):
+            kernels.block_sparse(q, k, v, index, visits=[3, 0], **scales)
 
 
 def hopper():
@@ -176,7 +184,7 @@ def hopper():
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("eight", [False, True])
 def test_specialized(eight, dim, persistent, turns):
-    """Odd lengths, two in a batch, views into a ring, short and empty lists, on the kernel with its own warps."""
+    """Odd lengths, two in a batch, views into a ring, short lists, on the kernel with its own warps."""
     config = Config(specialized=True, persistent=persistent, turns=turns, stages=2)
     for queries, keys, heads in [(136, 328, 1), (4680, 9360, 3)]:
         q, k, v = inputs(2, queries, keys, heads, dim, torch.float32 if eight else torch.bfloat16)
@@ -190,10 +198,9 @@ def test_specialized(eight, dim, persistent, turns):
         blocks, tiles = (keys + 127) // 128, (queries + 127) // 128
         index = torch.rand(2, heads, tiles, blocks, device=DEVICE).topk(2, -1).indices
         index = index.sort(-1, descending=True).values.int().contiguous()
-        count = torch.randint(0, 3, index.shape[:3], dtype=torch.int32, device=DEVICE)
-        for counted in (None, count):
-            out = kernels.block_sparse(q, k, v, index, count=counted, **scales, config=config)
-            assert relative(out, reference.block_sparse(q, k, v, index, count=counted, **scales)) < limit
+        for visits in (None, [1, 2, 1][:heads]):
+            out = kernels.block_sparse(q, k, v, index, visits=visits, **scales, config=config)
+            assert relative(out, reference.block_sparse(q, k, v, index, visits=visits, **scales)) < limit
 
 
 @pytest.mark.gpu

@@ -143,23 +143,22 @@ def test_lists_are_as_the_kernels_take_them(pruned: Heads, monkeypatch: pytest.M
     seen = []
     block_sparse = cache._kernels.block_sparse
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, count: Tensor | None = None) -> Tensor:
-        seen.append((index, count, k.shape[1]))
-        out: Tensor = block_sparse(q, k, v, index, count=count)
+    def watched(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, visits: list[int] | None = None) -> Tensor:
+        seen.append((index, visits, k.shape[1]))
+        out: Tensor = block_sparse(q, k, v, index, visits=visits)
         return out
 
     monkeypatch.setattr(cache._kernels, "block_sparse", watched)
     roll(cache, 7)
     assert seen
-    for index, count, keys in seen:
+    for index, visits, keys in seen:
         blocks = -(-keys // BLOCK)
-        for x in (index, *([] if count is None else [count])):
-            assert x.dtype == torch.int32 and x.is_contiguous()
-        assert index.shape[:3] == (2, 3, 3) and (count is None or count.shape == index.shape[:3])
+        assert index.dtype == torch.int32 and index.is_contiguous()
+        assert index.shape[:3] == (2, 3, 3) and (visits is None or len(visits) == 3)
         assert index.min() >= 0 and index.max() < blocks
         ordered = index.sort(-1).values
         assert (ordered[..., 1:] > ordered[..., :-1]).all()
-        visited = torch.full(index.shape[:3], index.shape[-1]) if count is None else count
+        visited = torch.tensor([index.shape[-1]] * 3 if visits is None else visits)[:, None].expand(index.shape[:3])
         assert visited.min() > 0 and visited.max() == index.shape[-1]
         unfinished = (index == blocks - 1) & (torch.arange(index.shape[-1]) < visited[..., None])
         assert keys % BLOCK == 0 or not unfinished[..., 1:].any()
