@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.models.dit import Block, CausalWan
 from engine.models.sizes import DiTConfig
-from engine.ops.fused import gelu
 from engine.ops.sparse import prune, sparse_fault
 from engine.timing import milliseconds
 from engine.transforms.low_bit import ROLES, Form, Held, Policy, Projection, Role, layers_of
@@ -68,8 +67,5 @@ def _time(projection: Projection, x: Tensor, fixed: bool, activated: bool) -> fl
         projection(x)
         projection.settle()
     operand = projection.rounded(x) if projection.held.rows else x
-    work: Callable[[], Any] = partial(projection, operand)
-    if activated:
-        dense = isinstance(projection.weight, Tensor)
-        work = partial(projection.gelu, x) if dense else lambda: gelu(projection(x), projection.bias)
+    work: Callable[[], Any] = partial(projection.gelu, operand, None) if activated else partial(projection, operand)
     return milliseconds([work], x.device, seconds=0.05, warm=0.05)
