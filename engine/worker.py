@@ -339,7 +339,9 @@ class Worker:
             print(f"engine: stream {message.stream} could not be opened: {error!r}", flush=True)
             self.link.send(wire.Fault(cause(error), "the stream could not be opened", message.stream))
             return
-        claim = Claim(message.start_chunk, message.start_chunk, time.monotonic(), message.background)
+        now, chunk = time.monotonic(), message.start_chunk
+        # one that goes on after a loss is on screen already
+        claim = Claim(chunk, chunk, now, message.background, None if chunk or message.background else now)
         self.streams[message.stream] = Stream(message, state, claim)
 
     def _picture(self, data: bytes) -> Tensor | None:
@@ -403,7 +405,10 @@ class Worker:
         self.link.send(message)
         self.link.moved()
         stream.claim = replace(
-            stream.claim, chunk=stream.state.chunk, due=stream.claim.due + count / self.pipeline.preset.fps
+            stream.claim,
+            chunk=stream.state.chunk,
+            due=stream.claim.due + count / self.pipeline.preset.fps,
+            opened=None,
         )
         if left is not None and left <= len(chunk.frames):
             self._end(name, "finished")

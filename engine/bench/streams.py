@@ -10,6 +10,7 @@ anew, as a stalled viewer's does.
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -24,6 +25,7 @@ from engine.pipeline import Pipeline
 from engine.scheduler import Claim, pick
 from engine.transforms.accelerate import Speed, accelerate
 from engine.transforms.calibrate import calibrate
+from engine.worker import RECENT_STEPS
 
 START = 10.0
 """All streams start at once, so that the first chunks of the last ones make the second ones of the others late."""
@@ -66,12 +68,18 @@ def play(
     seen = [Played([]) for _ in states]
     start = clock()
     end = start + seconds
+    steps: deque[float] = deque(maxlen=RECENT_STEPS)
     while (now := clock()) < end:
         claims = {
-            str(i): Claim(state.chunk, state.chunk + (shown.runs_dry - now <= length), shown.runs_dry)
+            str(i): Claim(
+                state.chunk,
+                state.chunk + (shown.runs_dry - now <= length),
+                shown.runs_dry,
+                opened=None if shown.runs_dry else start,
+            )
             for i, (state, shown) in enumerate(zip(states, seen, strict=True))
         }
-        name = pick(claims)
+        name = pick(claims, now, max(steps, default=0.0))
         if name is None:
             rest(min(shown.runs_dry for shown in seen) - now - length)
             continue
@@ -82,6 +90,7 @@ def play(
             shown.arrivals.append((arrived - start, shown.runs_dry - arrived))
         shown.runs_dry = max(shown.runs_dry, arrived) + frames / pipeline.preset.fps
         pipeline.commit(state)
+        steps.append(clock() - now)
     for state in states:
         pipeline.close(state)
     return seen

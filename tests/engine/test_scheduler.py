@@ -73,3 +73,45 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
             claims[picked] = Claim(claim.chunk + 1, claim.limit, claim.due + chunk)
     assert late <= 1e-9
     assert clips > 3, "and the clip gets on"
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [
+        # Nobody plays: whoever has waited longest.
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "older": Claim(0, 1, 0.0, opened=9.0)}, "older"),
+        # a's next chunk takes 2 s after two of the newcomer's, so it may not be due before 16.
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 4, 16.0)}, "new"),
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 4, 15.9)}, "a"),
+        # Also of one that has run ahead; but then there is nothing else to do.
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 3, 15.9)}, "new"),
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 3, 15.9), "b": Claim(3, 4, 30.0)}, "b"),
+        # One that is late already goes first; a newcomer waits for two seconds at most.
+        ({"new": Claim(0, 1, 0.0, opened=8.1), "a": Claim(3, 4, 9.0)}, "a"),
+        ({"new": Claim(0, 1, 0.0, opened=7.9), "a": Claim(3, 4, 9.0)}, "new"),
+        # A newcomer goes before clips, and is in no clip's way once it may not generate.
+        ({"new": Claim(0, 1, 0.0, opened=9.5), "clip": clip(0, 1)}, "new"),
+        ({"new": Claim(0, 0, 0.0, opened=9.5), "clip": clip(0, 1)}, "clip"),
+    ],
+)
+def test_a_new_stream_lets_those_that_play_go_on(claims: dict[str, Claim], expected: str) -> None:
+    assert pick(claims, now=10.0, step_seconds=2.0) == expected
+
+
+@pytest.mark.parametrize(("streams", "step"), [(5, 0.134), (8, 0.083)])
+def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -> None:
+    """As many as fill nine tenths of an engine: none is late from its first chunk on, and none waits for long."""
+    length, first, now = 0.75, 0.5625, 0.0
+    shown: list[tuple[int, float]] = [(0, 0.0)] * streams  # chunks made, and when they will have been played
+    while now < 30:
+        claims = {
+            str(i): Claim(made, made + (dry - now <= length), dry, opened=None if made else 0.0)
+            for i, (made, dry) in enumerate(shown)
+        }
+        if (name := pick(claims, now, step)) is None:
+            now += 0.001
+            continue
+        now += step
+        made, dry = shown[int(name)]
+        assert (now <= dry) if made else (now < 2.5)
+        shown[int(name)] = made + 1, max(dry, now) + (length if made else first)
