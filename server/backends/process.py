@@ -63,8 +63,10 @@ class EngineProcess:
         engine = cls()
         try:
             await engine._start(command, options)
-        except BaseException:
+        except BaseException as error:
             await engine.end()
+            if isinstance(error, zmq.ZMQError):  # descriptors are wanting
+                raise OSError(error.errno, str(error)) from None
             raise
         return engine
 

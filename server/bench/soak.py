@@ -4,10 +4,10 @@
 
 Streams that last from beginning to end are watched in every format and steered, while viewers and shorter streams come
 and go. Every `--kill-every` seconds the engine process gets a SIGKILL, or in turn a SIGSTOP, which the gateway notices
-after some seconds of silence; its spare takes over. With `--both` the spare gets a SIGKILL as well every third time, and
-a new engine must be started. Nothing may stall outside of that, streams must go on soon after the signal, and in the
-end nothing may be left: no task, descriptor, thread, process, folder or memory. The exit status is 1 when one of that is
-not so.
+after some seconds of silence; its spare takes over. With `--both` the spare gets a SIGKILL as well every third time,
+and a new engine must be started. Nothing may stall outside of that, streams must go on soon after the signal, and in
+the end nothing may be left: no task, descriptor, thread, process, folder or memory. The exit status is 1 when one of
+that is not so.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RESUME_SECONDS = 5.0
 """From the signal to the first chunk of the spare."""
 ANEW_SECONDS = 25.0
 """The same where the spare is lost as well."""
-SPARE_SECONDS = 120.0
+SPARE_SECONDS = 180.0
 """A spare may take this long to be ready, at the lowest priority on a busy machine."""
 GRACE_SECONDS = 3.0
 """After it has resumed, a stream may still stall until its lead is back."""
@@ -132,12 +132,12 @@ class Soak:
 
     async def _kill(self, every: float, ends_at: float, both: bool) -> None:
         for count, fate in enumerate(itertools.cycle((signal.SIGKILL, signal.SIGSTOP)), 1):
-            # Not so late that nobody would see it go on.
-            if time.monotonic() + every > ends_at - every / 2:
-                return
             await asyncio.sleep(every)
             if not await with_spare(self.gateway):
                 self.noted.faults[f"no spare after {every + SPARE_SECONDS:g} s"] += 1
+            # Not so late that nobody would see it go on.
+            if time.monotonic() > ends_at - every / 2:
+                return
             children = self.gateway.children()
             self.engines |= set(children)
             self.kills.append(kill := Kill(time.monotonic(), fate, both and count % 3 == 0))

@@ -92,7 +92,7 @@ async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
         seen = await watching
         assert seen.pts[:30] == [5625 * frame for frame in range(30)]
         assert len(seen.frames[0][1]) == 16 + 3 * same.width * same.height
-        await gateway.until(lambda: backend.spare_pid, 20)
+        await gateway.until(lambda: backend.spare_pid is not None, 20)
         [pid, spare] = children(os.getpid())
         client = Client(gateway.http, noted)
         os.kill(pid, signal.SIGKILL)
