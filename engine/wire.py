@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -135,6 +135,10 @@ class Release(Message, frozen=True):
     generation: int
 
 
+class Serve(Message, frozen=True):
+    """For a spare, once: the engine before it is lost. It loads what is not loaded yet, and answers with `Ready`."""
+
+
 class Shutdown(Message, frozen=True):
     """Leave the process loop at the next chunk boundary and exit with status 0."""
 
@@ -148,6 +152,13 @@ class Ready(Message, frozen=True):
     protocol: int
     pid: int
     models: list[ModelInfo]
+
+
+class Waiting(Message, frozen=True):
+    """A spare has prepared what it may, and waits for `Serve`; until then it says no more than that it lives."""
+
+    warm: bool
+    """Whether everything is loaded and warm, so that `Ready` follows at once. On a GPU it is not: see `--spare`."""
 
 
 class Started(Message, frozen=True):
@@ -219,7 +230,7 @@ class Fault(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Sent every second by a thread beside the step loop."""
+    """Sent twice a second by a thread beside the step loop."""
 
     step_age: float
     """Seconds since the step loop last moved: a large value with work to do means that the loop hangs."""
@@ -230,12 +241,12 @@ class Heartbeat(Message, frozen=True):
     """Of the ring; both are 0 before `Layout`."""
 
 
-ToEngine = Open | Steer | Credit | SetSteps | Close | SetLoras | Layout | Release | Shutdown
+ToEngine = Open | Steer | Credit | SetSteps | Close | SetLoras | Layout | Release | Serve | Shutdown
 ToGateway = Ready | Started | Frames | Steered | Ended | Loras | Fault | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
-decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode
+decode_to_gateway = msgspec.msgpack.Decoder(ToGateway | Waiting).decode
 
 
 # the pixels

@@ -34,7 +34,7 @@ from engine.scheduler import Claim, pick
 from engine.stream.state import StreamState
 from engine.transforms.lora import Adapters
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.5
 RECENT_STEPS = 8
 """Steps whose slowest says how long the next one may take."""
 OUT_OF_MEMORY = "out_of_memory"
@@ -214,7 +214,6 @@ class Worker:
 
     def run(self) -> None:
         """Until `Shutdown`. Raises `torch.AcceleratorError` when the device is lost, and every stream with it."""
-        self.link.moved()  # what counts until now is loading and warming up
         try:
             while True:
                 claims = {name: stream.claim for name, stream in self.streams.items()}

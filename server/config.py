@@ -29,6 +29,9 @@ class Config:
     """CPU threads of the engine; None leaves the choice to it."""
     engine_arguments: tuple[str, ...] = ()
     """Further arguments of the engine: what follows `--` on the command line."""
+    engine_spare: Literal["on", "off"] = "on"
+    """Whether a second engine process waits to take over when the first is lost. On a CPU it is a whole one, with the
+    memory of one; on a GPU it waits before it touches the device."""
     loras: Path | None = None
     """Folder of LoRA files that clients may have applied."""
     idle_timeout_s: float = 60.0
@@ -147,6 +150,12 @@ class Config:
             metavar="N",
             default=default("engine-threads", None),
             help="CPU threads of the engine (the engine's choice)",
+        )
+        add(
+            "--engine-spare",
+            choices=("on", "off"),
+            default=default("engine-spare", cls.engine_spare),
+            help="keep a second engine process ready to take over: costs its memory, not its time (%(default)s)",
         )
         add(
             "--loras",
@@ -276,6 +285,7 @@ class Config:
                 model=options.model,
                 backend=options.backend,
                 engine_threads=options.engine_threads,
+                engine_spare=options.engine_spare,
                 loras=options.loras,
                 engine_arguments=tuple(theirs),
                 idle_timeout_s=options.idle_timeout,

@@ -3,11 +3,9 @@
 import asyncio
 import base64
 import binascii
-import os
-import sys
 from pathlib import Path
 
-from server import decoder
+from server import apart, decoder
 from server.decoder import KEPT_FRAMES, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_PIXELS, Refusal
 from server.errors import ApiError
 
@@ -58,20 +56,7 @@ async def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
     if len(data) > MAX_BYTES:
         raise too_large(len(data))
     size = width * height * 3
-    # Of our environment, secrets included, it needs only where the system's libraries are.
-    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-I",
-        str(Path(decoder.__file__)),
-        *map(str, (width, height, fps)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env=environment,
-        cwd="/",
-        start_new_session=True,
-    )
+    process = await apart.start(Path(decoder.__file__), *map(str, (width, height, fps)))
     try:
         async with asyncio.timeout(DECODE_SECONDS):
             rgb, _ = await asyncio.gather(receive(process, KEPT_FRAMES * size), send(process, data))

@@ -18,7 +18,7 @@ from server.backends.base import EngineEvent, Lost
 from server.backends.fake import FakeBackend
 
 COMMAND = (sys.executable, "-m", "server.bench.engine")
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.5
 
 
 class Bridge:
@@ -75,7 +75,6 @@ async def run(options: argparse.Namespace) -> None:
     socket.connect(options.socket)
     engine = FakeBackend(model=options.model, chunk_seconds=options.chunk_seconds)
     bridge = Bridge(socket, options.frames_fd, engine)
-    await engine.start(bridge.emit)
 
     async def beat() -> None:
         while os.getppid() == options.parent_pid:
@@ -84,6 +83,11 @@ async def run(options: argparse.Namespace) -> None:
         os._exit(1)
 
     beating = asyncio.create_task(beat())
+    if options.spare:
+        socket.send(wire.encode(wire.Waiting(warm=True)))
+        while not isinstance(wire.decode_to_engine(await socket.recv()), wire.Serve):
+            pass
+    await engine.start(bridge.emit)
     while not isinstance(message := wire.decode_to_engine(await socket.recv()), wire.Shutdown):
         bridge.take(message)
     beating.cancel()
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--frames-fd", type=int, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--spare", action="store_true")
     parser.add_argument("--chunk-seconds", type=float, default=0.1)
     asyncio.run(run(parser.parse_args()))
 

@@ -44,19 +44,20 @@ class Gateway:
         return sorted(found)
 
     def children(self) -> list[int]:
-        """Processes that it started and that have not been waited for."""
+        """Processes that it started and that have not been waited for, the oldest first: the engine, then its spare."""
         return children(self.pid)
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent this one is."""
+    """Processes whose parent this one is, the oldest first."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                    found.append(int(entry.name))
-    return found
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(fields[1]) == pid:
+                    found.append((int(fields[19]), int(entry.name)))
+    return [pid for _, pid in sorted(found)]
 
 
 def quantile(before: Mapping[str, float], after: Mapping[str, float], name: str, share: float) -> float:

@@ -4,9 +4,10 @@
 
 Streams that last from beginning to end are watched in every format and steered, while viewers and shorter streams come
 and go. Every `--kill-every` seconds the engine process gets a SIGKILL, or in turn a SIGSTOP, which the gateway notices
-after some seconds of silence. Nothing may stall outside of that, streams must go on soon after the gateway has given
-the engine up, and in the end nothing may be left: no task, descriptor, thread, process, folder or memory. The exit
-status is 1 when one of that is not so.
+after some seconds of silence; its spare takes over. With `--both` the spare gets a SIGKILL as well every third time,
+and a new engine must be started. Nothing may stall outside of that, streams must go on soon after the signal, and in
+the end nothing may be left: no task, descriptor, thread, process, folder or memory. The exit status is 1 when one of
+that is not so.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,13 +31,17 @@ from typing import Any
 import httpx
 
 from server.backends.base import Backend
-from server.backends.local import SILENT_SECONDS, LocalBackend
+from server.backends.local import SILENT_SECONDS, SPARED_SILENT_SECONDS, LocalBackend
 from server.bench.clients import SOCKETS, Client, Noted
 from server.bench.engine import COMMAND
 from server.bench.gateway import Gateway, Sample, growth, look, quantile, report, running, settled
 
 RESUME_SECONDS = 5.0
-"""From the news that the engine is lost to the first chunk of the next one."""
+"""From the signal to the first chunk of the spare."""
+ANEW_SECONDS = 25.0
+"""The same where the spare is lost as well."""
+SPARE_SECONDS = 180.0
+"""A spare may take this long to be ready, at the lowest priority on a busy machine."""
 GRACE_SECONDS = 3.0
 """After it has resumed, a stream may still stall until its lead is back."""
 GROWTH_MIB_PER_MINUTE = 1.0
@@ -43,7 +49,23 @@ GROWTH_MIB_PER_MINUTE = 1.0
 
 def backend(engine: str) -> Backend:
     """The engine by name: `mini`, or `pretended` in a process of its own."""
-    return LocalBackend("mini") if engine == "mini" else LocalBackend("mini", command=COMMAND)
+    return LocalBackend("mini", spare=True) if engine == "mini" else LocalBackend("mini", command=COMMAND, spare=True)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What was done to the engine, and when on the monotonic clock."""
+
+    at: float
+    fate: signal.Signals
+    both: bool = False
+    """Whether the spare was killed with it."""
+
+    @property
+    def noticed(self) -> float:
+        """When the gateway knows of it at the latest."""
+        silent = SILENT_SECONDS if self.both else SPARED_SILENT_SECONDS
+        return self.at + (silent + 2 if self.fate is signal.SIGSTOP else 1)
 
 
 @dataclass
@@ -54,13 +76,13 @@ class Soak:
     http: httpx.AsyncClient
     noted: Noted = field(default_factory=Noted)
     samples: list[Sample] = field(default_factory=list)
-    kills: list[tuple[float, signal.Signals]] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
     lasting: set[str] = field(default_factory=set)
     """Streams that are watched from beginning to end."""
     engines: set[int] = field(default_factory=set)
     """Every engine process that has been seen."""
 
-    async def run(self, minutes: float, kill_every: float, streams: int) -> None:
+    async def run(self, minutes: float, kill_every: float, streams: int, both: bool) -> None:
         """The whole time."""
         client = Client(self.http, self.noted)
         lasting = [stream for _ in range(streams) if (stream := await client.open())]
@@ -74,7 +96,7 @@ class Soak:
             *(self._visit(Client(self.http, self.noted), lasting, ends_at) for _ in range(4)),
             self._steer(client, lasting, ends_at),
             self._sample(ends_at),
-            self._kill(kill_every, ends_at),
+            self._kill(kill_every, ends_at, both),
         ]
         await asyncio.gather(*work)
         for stream in lasting:
@@ -108,28 +130,69 @@ class Soak:
             self.samples.append(await asyncio.to_thread(look, self.gateway))
             await asyncio.sleep(5)
 
-    async def _kill(self, every: float, ends_at: float) -> None:
-        for fate in itertools.cycle((signal.SIGKILL, signal.SIGSTOP)):
-            # Not so late that nobody would see it go on.
-            if time.monotonic() + every > ends_at - every / 2:
-                return
+    async def _kill(self, every: float, ends_at: float, both: bool) -> None:
+        for count, fate in enumerate(itertools.cycle((signal.SIGKILL, signal.SIGSTOP)), 1):
             await asyncio.sleep(every)
+            if not await with_spare(self.gateway):
+                self.noted.faults[f"no spare after {every + SPARE_SECONDS:g} s"] += 1
+            # Not so late that nobody would see it go on.
+            if time.monotonic() > ends_at - every / 2:
+                return
             children = self.gateway.children()
             self.engines |= set(children)
-            self.kills.append((time.monotonic(), fate))
-            for child in children:
+            self.kills.append(kill := Kill(time.monotonic(), fate, both and count % 3 == 0))
+            for child, signal_ in zip(children, (fate, signal.SIGKILL) if kill.both else (fate,), strict=False):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, fate)
+                    os.kill(child, signal_)
+
+
+async def with_spare(gateway: Gateway) -> bool:
+    """Wait until an engine serves and a spare waits: two processes, both connected, so that their folders are gone."""
+    until = time.monotonic() + SPARE_SECONDS
+    while time.monotonic() < until:
+        if len(gateway.children()) == 2 and not list(Path(tempfile.gettempdir()).glob("livereel-*/engine.sock")):
+            return True
+        await asyncio.sleep(0.5)
+    return False
 
 
 def disturbed(soak: Soak, at: float) -> bool:
     """Whether an engine was being replaced then."""
-    for killed, fate in soak.kills:
-        noticed = killed + (SILENT_SECONDS + 2 if fate is signal.SIGSTOP else 1)
-        resumed = min((then for then, _ in soak.noted.resumed if then > killed), default=noticed + RESUME_SECONDS)
-        if killed <= at <= max(resumed, noticed) + GRACE_SECONDS:
+    for kill in soak.kills:
+        late = kill.noticed + RESUME_SECONDS
+        back = min((then for then, _ in soak.noted.resumed if then > kill.at), default=late)
+        if kill.at <= at <= max(back, kill.noticed) + GRACE_SECONDS:
             return True
     return False
+
+
+def resumed(soak: Soak, kill: Kill) -> list[float]:
+    """Seconds from the signal until each lasting stream went on; of the others nobody may be watching any more."""
+    following = min((other.at for other in soak.kills if other.at > kill.at), default=float("inf"))
+    first: dict[str, float] = {}
+    for then, stream in sorted(soak.noted.resumed):
+        if kill.at < then < following:
+            first.setdefault(stream, then - kill.at)
+    return [first.get(stream, float("inf")) for stream in soak.lasting]
+
+
+def spread(seconds: list[float]) -> list[float]:
+    """Median and worst."""
+    return [round(x, 2) for x in (statistics.median(seconds), max(seconds))] if seconds else []
+
+
+def went_on(soak: Soak, bar: float) -> Iterator[tuple[str, object, bool]]:
+    """How soon after which signal, for the report."""
+    for name, fate, both in (
+        ("SIGKILL", signal.SIGKILL, False),
+        ("SIGSTOP", signal.SIGSTOP, False),
+        ("SIGKILL, spare too,", signal.SIGKILL, True),
+        ("SIGSTOP, spare killed,", signal.SIGSTOP, True),
+    ):
+        took = [s for kill in soak.kills if (kill.fate, kill.both) == (fate, both) for s in resumed(soak, kill)]
+        if took:
+            good = max(took) <= (ANEW_SECONDS if both else bar)
+            yield f"from {name} to the next chunk, s, median / worst", spread(took), good
 
 
 def shared(gateway: Gateway) -> int:
@@ -147,10 +210,12 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
                 formats = (*SOCKETS, "img", "h264", "vp8")
                 await asyncio.gather(*(warm.watch(stream, format, 4) for format in formats))
             await warm.call("closed", "DELETE", f"/v1/streams/{stream['id']}")
+        await with_spare(gateway)
         await asyncio.sleep(5)
         soak, rings = Soak(gateway, http), shared(gateway)
         before, figures = await asyncio.to_thread(look, gateway), await asyncio.to_thread(gateway.figures)
-        await soak.run(options.minutes, options.kill_every, options.streams)
+        await soak.run(options.minutes, options.kill_every, options.streams, options.both)
+        spared = await with_spare(gateway)
         after, later = await settled(gateway, before), await asyncio.to_thread(gateway.figures)
     noted = soak.noted
     calm = [at for at, _ in noted.stalls if not disturbed(soak, at)]
@@ -165,20 +230,18 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
     return soak, [
         (
             "engines killed / stopped",
-            [sum(f is s for _, f in soak.kills) for s in (signal.SIGKILL, signal.SIGSTOP)],
+            [sum(kill.fate is fate for kill in soak.kills) for fate in (signal.SIGKILL, signal.SIGSTOP)],
             True,
         ),
+        ("of these with their spares", sum(kill.both for kill in soak.kills), True),
         (
             "engines replaced, as the gateway counts",
             int(later["livereel_engine_restarts_total"]),
             int(later["livereel_engine_restarts_total"]) == len(soak.kills),
         ),
         ("streams that lost their engine, times", len(noted.losses), len(noted.losses) >= len(soak.kills)),
-        (
-            "from the loss to the next chunk, s, median / worst",
-            [round(x, 2) for x in (statistics.median(took), max(took))] if took else [],
-            bool(took) and max(took) <= options.resume,
-        ),
+        ("from the news to the next chunk, s, median / worst", spread(took), True),
+        *went_on(soak, options.resume),
         ("stalls seen in all / outside of a loss", [len(noted.stalls), len(calm)], not calm),
         ("done", dict(noted.done), True),
         ("refused, as stated", dict(noted.refused), True),
@@ -195,7 +258,7 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
         ),
         ("threads before / after", [before.threads, after.threads], after.threads <= before.threads),
         ("descriptors of shared memory before / after", [rings, memory], memory <= rings),
-        ("engine processes", engines, len(engines) == 1),
+        ("processes of engine and spare", engines, spared and len(engines) == 2),
     ]
 
 
@@ -206,6 +269,7 @@ def main() -> int:
     parser.add_argument("--kill-every", type=float, default=180, metavar="S")
     parser.add_argument("--streams", type=int, default=1, help="that last; the engine must have places for them (1)")
     parser.add_argument("--resume", type=float, default=RESUME_SECONDS, metavar="S", help="bar for it (5)")
+    parser.add_argument("--both", action="store_true", help="every third time the spare is killed as well")
     parser.add_argument("--log", action="store_true", help="show the gateway's log")
     options = parser.parse_args()
     if options.kill_every < 30:

@@ -9,13 +9,13 @@ import contextlib
 import ipaddress
 import re
 import ssl
-import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import h11
 
+from server import apart
 from server.media import push
 from server.media.codecs import Coded
 from server.media.destination import Destination, UnreachableError
@@ -31,7 +31,6 @@ KEY_SECONDS = 2.0
 GOODBYE_SECONDS, FINISH_SECONDS = 1.0, 3.0
 """For the process to end, and for the rest of what it sent to arrive."""
 MAX_ANSWER_BYTES = 64 * 1024
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Feed(Protocol):
@@ -74,14 +73,7 @@ async def push_rtmp(where: Destination, address: str, feed: Feed) -> None:
     """Push until the stream is over. Raises `UnreachableError` when the server is not there, or no more."""
     viewer = Viewer("h264", events=False)
     async with _relay(where, address) as port:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.media.push"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            cwd=ROOT,
-            start_new_session=True,
-        )
+        process = await apart.start(Path(push.__file__))
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(push.message(push.Opening(f"rtmp://127.0.0.1:{port}{where.path}", feed.fps)))
         feeding = asyncio.create_task(_feed(feed, viewer, process.stdin))

@@ -1,8 +1,10 @@
-"""The process that pushes one stream out over RTMP: `python -m server.media.push`, started by `server.media.outgoing`.
+"""The process that pushes one stream out over RTMP, started by `server.media.outgoing` and told nothing but that.
 
 libav holds the interpreter's lock while it waits for the network, so this never runs in the gateway. It connects to a
 relay of the gateway's on this machine and nowhere else. Standard input brings msgpack messages, each after its length
 in 4 bytes: an `Opening`, then an `AccessUnit` a frame. Standard output says `live`, then `frame` for each one sent.
+
+It is run by its path and imports nothing of ours.
 """
 
 import io

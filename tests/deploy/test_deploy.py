@@ -14,7 +14,7 @@ import yaml
 
 from server.__main__ import uvicorn_config
 from server.backends.fake import FakeBackend
-from server.backends.local import STOP_SECONDS
+from server.backends.process import STOP_SECONDS
 from server.config import Config
 from server.http import ROUTES
 from server.keys import PREFIX, read_keys

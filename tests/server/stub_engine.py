@@ -1,4 +1,7 @@
-"""A process that speaks the engine's side of the wire, well or badly; started as `stub_engine.py BEHAVIOUR ...`."""
+"""A process that speaks the engine's side of the wire, well or badly; started as `stub_engine.py BEHAVIOUR ...`.
+
+`good+dies` is good at serving, and dies as a spare.
+"""
 
 import argparse
 import itertools
@@ -33,8 +36,9 @@ def main() -> int:
     parser.add_argument("--frames-fd", type=int, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--spare", action="store_true")
     options = parser.parse_args()
-    behaviour = options.behaviour
+    behaviour, _, as_spare = options.behaviour.partition("+")
     end_with(options.parent_pid)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -43,6 +47,22 @@ def main() -> int:
     def send(message: wire.Message, *rest: bytes) -> None:
         socket.send_multipart([wire.encode(message), *rest])
 
+    if options.spare:
+        if as_spare == "dies":
+            return 7
+        if as_spare == "is weak":
+            send(wire.Fault("weights", "dit.safetensors is truncated"))
+            time.sleep(0.1)
+            return 3
+        while as_spare == "loads":
+            send(wire.Heartbeat(1000.0, 0, 0))
+            time.sleep(0.1)
+        send(wire.Waiting(as_spare != "is cold"))
+        if as_spare == "dies waiting":
+            time.sleep(0.1)
+            return 7
+        while not (socket.poll(100) and isinstance(wire.decode_to_engine(socket.recv()), wire.Serve)):
+            send(wire.Heartbeat(1000.0, 0, 0))
     if behaviour == "dies":
         return 7
     if behaviour == "no-weights":
@@ -69,7 +89,8 @@ def main() -> int:
         time.sleep(0.1)
     models = [
         wire.ModelInfo(
-            "mini", WIDTH, HEIGHT, FPS, CHUNK_FRAMES, FIRST_CHUNK_FRAMES, 2, 0.1, 1, f"{options.threads} threads"
+            *("mini", WIDTH, HEIGHT, FPS, CHUNK_FRAMES, FIRST_CHUNK_FRAMES, 2),
+            *(5.0 if options.spare else 0.1, 1, f"{options.threads} threads"),
         )
     ]
     send(wire.Ready(wire.PROTOCOL, os.getpid(), [] if behaviour == "empty" else models))

@@ -58,18 +58,31 @@ def test_a_report_fails_with_one_bad_figure(capsys: pytest.CaptureFixture[str]) 
         (signal.SIGKILL, 100.5, True),
         (signal.SIGKILL, 106.0, True),  # it resumed at 104, and has the grace of three seconds
         (signal.SIGKILL, 108.0, False),
-        (signal.SIGSTOP, 111.0, True),  # nobody has noticed yet
-        (signal.SIGSTOP, 120.0, False),
+        (signal.SIGSTOP, 107.5, True),  # perhaps nobody has noticed before 105
+        (signal.SIGSTOP, 109.0, False),
     ],
 )
 def test_what_a_kill_excuses(fate: signal.Signals, at: float, expected: bool) -> None:
     noted = Noted(resumed=[(50.0, "a"), (104.0, "a")])
-    run = soak.Soak(Gateway("", 0), httpx.AsyncClient(), noted, kills=[(100.0, fate)])
+    run = soak.Soak(Gateway("", 0), httpx.AsyncClient(), noted, kills=[soak.Kill(100.0, fate)])
     assert soak.disturbed(run, at) is expected
 
 
+def test_how_soon_each_lasting_stream_went_on() -> None:
+    kills = [soak.Kill(100.0, signal.SIGKILL), soak.Kill(200.0, signal.SIGKILL), soak.Kill(300.0, signal.SIGSTOP)]
+    noted = Noted(resumed=[(101.0, "a"), (102.0, "b"), (103.0, "b"), (100.5, "brief"), (203.0, "b"), (304.0, "a")])
+    run = soak.Soak(Gateway("", 0), httpx.AsyncClient(), noted, kills=kills, lasting={"a", "b"})
+    assert sorted(soak.resumed(run, kills[0])) == [1.0, 2.0]
+    assert sorted(soak.resumed(run, kills[1])) == [3.0, float("inf")]
+    lines = list(soak.went_on(run, 5.0))
+    assert [(name.split()[1], figures, good) for name, figures, good in lines] == [
+        ("SIGKILL", [2.5, float("inf")], False),
+        ("SIGSTOP", [float("inf")] * 2, False),
+    ]
+
+
 async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
-    backend = LocalBackend("mini", command=COMMAND, backoff_seconds=(0.02, 0.05))
+    backend = LocalBackend("mini", command=COMMAND, backoff_seconds=(60, 60), spare=True, spare_seconds=(0.01, 1))
     async with run_gateway(backend, ready=False) as gateway:
         await gateway.until(lambda: backend.health().ready, 20)
         stream = await gateway.open("a red ball", seed=1, duration_s=4)
@@ -79,13 +92,15 @@ async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
         seen = await watching
         assert seen.pts[:30] == [5625 * frame for frame in range(30)]
         assert len(seen.frames[0][1]) == 16 + 3 * same.width * same.height
-        [pid] = children(os.getpid())
+        await gateway.until(lambda: backend.spare_pid is not None, 20)
+        [pid, spare] = children(os.getpid())
         client = Client(gateway.http, noted)
         os.kill(pid, signal.SIGKILL)
         assert await client.watch(stream, "mjpeg", 20) > 30
         assert not noted.faults
         assert [len(noted.losses), len(noted.resumed)] == [1, 1]
         assert noted.resumed[0][0] > noted.losses[0][0]
+        assert backend.pid == spare
     assert children(os.getpid()) == []
 
 

@@ -17,6 +17,12 @@ def test_what_follows_two_dashes_goes_to_the_engine() -> None:
     assert Config.from_arguments(["--port", "0"], {}).engine_arguments == ()
 
 
+def test_a_spare_unless_it_is_turned_off() -> None:
+    assert Config.from_arguments([], {}).engine_spare == "on"
+    assert Config.from_arguments(["--engine-spare", "off"], {}).engine_spare == "off"
+    assert Config.from_arguments([], {"LIVEREEL_ENGINE_SPARE": "off"}).engine_spare == "off"
+
+
 @pytest.mark.anyio
 async def test_the_engine_gets_them(tmp_path, capfd) -> None:  # type: ignore[no-untyped-def]
     script = tmp_path / "engine.py"

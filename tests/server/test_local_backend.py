@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from engine import wire
-from server.backends import local
+from server.backends import local, process
 from server.backends.base import EngineEvent, Lost
 from server.backends.local import LocalBackend
+from server.bench.gateway import children
 
 pytestmark = pytest.mark.anyio
 
@@ -62,6 +63,15 @@ async def engine(behaviour: str, **options: object) -> AsyncIterator[tuple[Local
     finally:
         await backend.stop()
         assert backend.pid is None
+        assert children(os.getpid()) == []
+
+
+async def spare_of(backend: LocalBackend) -> int:
+    """The process id of the spare, once it waits."""
+    async with asyncio.timeout(15):
+        while (pid := backend.spare_pid) is None:
+            await asyncio.sleep(0.01)
+    return pid
 
 
 def gone(pid: int) -> bool:
@@ -93,7 +103,7 @@ async def test_a_stream_there_and_back() -> None:
 
 
 async def test_the_socket_is_private_and_tidied_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
     async with engine("loads"):
         async with asyncio.timeout(10):
             while not list(tmp_path.glob("*/*")):
@@ -191,7 +201,7 @@ async def test_a_slot_that_does_not_hold_what_was_announced_is_never_shown(behav
 
 
 async def test_slots_are_given_back() -> None:
-    chunks = 5 * local.SLOTS
+    chunks = 5 * process.SLOTS
     async with engine("good") as (backend, heard):
         await heard.until(wire.Ready)
         backend.send(wire.Open("a", "mini", "a ball", 1))
@@ -199,7 +209,7 @@ async def test_slots_are_given_back() -> None:
         await heard.until(wire.Ready, wire.Started, *[wire.Frames] * chunks)
         frames = [event for event in heard.events if isinstance(event, wire.Frames)]
         assert [frame.chunk for frame in frames] == list(range(chunks))
-        assert {frame.slot for frame in frames} <= set(range(local.SLOTS))
+        assert {frame.slot for frame in frames} <= set(range(process.SLOTS))
         assert [frame.generation for frame in frames] == list(range(1, chunks + 1))
 
 
@@ -294,7 +304,7 @@ async def test_a_program_that_does_not_exist() -> None:
 
 
 async def test_stopping_does_not_wait_for_a_stubborn_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
     async with engine("stubborn") as (backend, heard):
         await heard.until(wire.Ready)
         pid = backend.pid
@@ -302,26 +312,182 @@ async def test_stopping_does_not_wait_for_a_stubborn_engine(monkeypatch: pytest.
     assert gone(pid)
 
 
+# the spare
+
+SPARED = {"spare": True, "spare_seconds": (0.01, 0.05), "silent_seconds": 30.0, "backoff_seconds": (60.0, 60.0)}
+"""Whoever waits for a restart, or for ten seconds of silence, fails."""
+
+
+async def test_a_spare_takes_over_at_once() -> None:
+    async with engine("good", **SPARED) as (backend, heard):
+        await heard.until(wire.Ready)
+        first = backend.pid
+        spare = await spare_of(backend)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        assert backend.pid == spare
+        assert backend.health().ready
+        assert backend.health().generation == 2
+        lost, ready = heard.events[1:]
+        assert isinstance(lost, Lost) and lost.retrying
+        # What it measured itself, at low priority and beside another engine, would be five seconds.
+        assert isinstance(ready, wire.Ready) and ready.models[0].chunk_seconds == 0.1
+        backend.send(wire.Open("a", "mini", "a ball", 1))
+        backend.send(wire.Credit("a", 1, 0.5))
+        await heard.until(wire.Ready, Lost, wire.Ready, wire.Started, wire.Frames)
+        assert len(heard.pixels) == 9 * 96
+        assert gone(first)
+        following = await spare_of(backend)
+        assert children(os.getpid()) == [spare, following]
+
+
+async def test_a_stopped_engine_is_given_up_sooner_where_a_spare_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SPARED_SILENT_SECONDS", 0.5)
+    async with engine("good", **SPARED) as (backend, heard):
+        await heard.until(wire.Ready)
+        spare = await spare_of(backend)
+        assert backend.pid is not None
+        os.kill(backend.pid, signal.SIGSTOP)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        assert backend.pid == spare
+
+
+async def test_what_must_load_first_is_no_reason_for_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SPARED_SILENT_SECONDS", 0.3)
+    async with engine("good+is cold", **SPARED) as (backend, heard):
+        await heard.until(wire.Ready)
+        spare, pid = await spare_of(backend), backend.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(1.2)
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(0.3)
+        await heard.until(wire.Ready)
+        os.kill(pid, signal.SIGKILL)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        assert backend.pid == spare
+
+
+@pytest.mark.parametrize("behaviour", ["dies", "is weak", "dies waiting"])
+async def test_a_spare_that_dies_is_replaced_quietly(behaviour: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with engine(f"good+{behaviour}", **{**SPARED, "spare_seconds": (0.01, 10.0)}) as (backend, heard):
+        await heard.until(wire.Ready)
+        pid, pauses = backend.pid, list[float]()
+        async with asyncio.timeout(15):
+            while len(pauses) < 4:
+                await asyncio.sleep(0.02)
+                pauses = [log.args[1] for log in caplog.records if "spare is lost" in log.msg]  # type: ignore[index,misc]
+        assert pauses[:4] == [0.02, 0.04, 0.08, 0.16]
+        assert (backend.pid, backend.health().generation) == (pid, 1)
+        assert backend.health().ready
+        await heard.until(wire.Ready)  # nobody else has heard of it
+
+
+async def test_a_spare_that_dies_with_the_engine_costs_no_second_death() -> None:
+    async with engine("good", **{**SPARED, "backoff_seconds": (0.02, 0.05)}) as (backend, heard):
+        await heard.until(wire.Ready)
+        pids = backend.pid, await spare_of(backend)
+        for pid in pids:
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        assert backend.pid not in pids
+        assert backend.health().generation == 2
+        assert await spare_of(backend) not in pids
+
+
+@pytest.mark.parametrize("why", ["stopped", "not ready"])
+async def test_a_spare_that_cannot_take_over_is_not_relied_on(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
+    behaviour = "good+loads" if why == "not ready" else "good"
+    async with engine(behaviour, **{**SPARED, "backoff_seconds": (0.02, 0.05)}) as (backend, heard):
+        await heard.until(wire.Ready)
+        pid = backend.pid
+        assert pid is not None
+        if why == "stopped":
+            spare = await spare_of(backend)
+            os.kill(spare, signal.SIGSTOP)
+            async with asyncio.timeout(15):
+                while backend.spare_pid:
+                    await asyncio.sleep(0.02)
+        else:
+            async with asyncio.timeout(15):
+                while len(children(os.getpid())) < 2:
+                    await asyncio.sleep(0.02)
+            [_, spare] = children(os.getpid())
+        os.kill(pid, signal.SIGKILL)
+        await heard.until(wire.Ready, Lost, wire.Ready)
+        assert backend.pid not in (pid, spare)
+        assert gone(spare)
+
+
+async def test_with_spares_a_crash_loop_is_one_all_the_same() -> None:
+    async with engine("crashes", **SPARED) as (backend, heard):
+        for times in range(1, 4):
+            await heard.until(*(wire.Ready, wire.Started, Lost) * (times - 1), wire.Ready)
+            await spare_of(backend)
+            backend.send(wire.Open("a", "mini", "a ball", 1))
+            await heard.until(*(wire.Ready, wire.Started, Lost) * times)
+        assert [event.retrying for event in heard.events if isinstance(event, Lost)] == [True, True, False]
+        assert not backend.health().ready
+        async with asyncio.timeout(15):
+            while children(os.getpid()):  # what is given up leaves none
+                await asyncio.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("behaviour", ["good", "good+loads"])
+async def test_stopping_leaves_nothing_of_a_spare(
+    behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    async with engine(behaviour, **SPARED) as (backend, heard):
+        await heard.until(wire.Ready)
+        async with asyncio.timeout(15):
+            while len(children(os.getpid())) < 2:
+                await asyncio.sleep(0.01)
+        if behaviour == "good":
+            await spare_of(backend)
+            assert len(list(tmp_path.iterdir())) == 0  # nobody else is to connect to it
+    assert list(tmp_path.iterdir()) == []
+    assert shared() == []
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_there_is_no_spare_unless_asked_for() -> None:
+    async with engine("good", spare_seconds=(0.0, 0.0)) as (backend, heard):
+        await heard.until(wire.Ready)
+        await asyncio.sleep(0.3)
+        assert children(os.getpid()) == [backend.pid]
+
+
 @pytest.mark.parametrize("stopped", [False, True])
-async def test_the_engine_goes_when_the_gateway_is_killed(stopped: bool) -> None:
+async def test_engine_and_spare_go_when_the_gateway_is_killed(stopped: bool) -> None:
     code = (
         "import asyncio, sys; from server.backends.local import LocalBackend\n"
         "async def main():\n"
-        f"    backend = LocalBackend('good', command={COMMAND!r})\n"
-        "    await backend.start(lambda event, pixels: print(backend.pid, flush=True))\n"
+        f"    backend = LocalBackend('good', command={COMMAND!r}, spare=True, spare_seconds=(0.01, 0.05))\n"
+        "    await backend.start(lambda event, pixels: None)\n"
+        "    while not backend.spare_pid:\n"
+        "        await asyncio.sleep(0.01)\n"
+        "    print(backend.pid, backend.spare_pid, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert parent.stdout is not None
-        pid = int(await asyncio.to_thread(parent.stdout.readline))
-        assert not gone(pid)
-        if stopped:  # it cannot see to it itself
-            os.kill(pid, signal.SIGSTOP)
+        pids = [int(pid) for pid in (await asyncio.to_thread(parent.stdout.readline)).split()]
+        assert len(pids) == 2 and not any(map(gone, pids))
+        if stopped:  # they cannot see to it themselves
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
     finally:
         parent.kill()
         parent.communicate()
     async with asyncio.timeout(5):
-        while not gone(pid):
+        while not all(map(gone, pids)):
             await asyncio.sleep(0.02)

@@ -7,6 +7,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import os
 import socket
 import ssl
 import sys
@@ -28,6 +29,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from server import keys
+from server.bench.gateway import children
 from server.errors import ApiError
 from server.media import destination as destinations
 from server.media.destination import Destination, UnreachableError, destination, public, resolve
@@ -321,6 +323,27 @@ async def test_rtmp(run_gateway: Any, monkeypatch: pytest.MonkeyPatch, capfd: py
         assert (await gateway.http.delete(f"/v1/streams/{stream['id']}/outputs/{output['id']}")).status_code == 204
         await gateway.until(lambda: gateway.streams.get(stream["id"]).session.state == "ended")
     assert SECRET not in "".join(capfd.readouterr())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_the_process_that_pushes_is_told_no_secrets(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVEREEL_TURN_SECRET", "hush")
+    port = free_port()
+    async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
+        stream = await gateway.open()
+        listener = await listen(port, 10)
+        output = (await post(gateway, stream, url=f"rtmp://127.0.0.1:{port}/live/{SECRET}")).json()
+        await reached(gateway, output, "live")
+        [process] = [Path(f"/proc/{pid}") for pid in children(os.getpid()) if pid != listener.pid]
+        command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        opened = {int(each.name): os.readlink(each) for each in (process / "fd").iterdir()}
+        folder = os.readlink(process / "cwd")
+        await asyncio.wait_for(listener.communicate(), 30)
+    assert b"push.py" in command and SECRET.encode() not in command
+    assert {line.split(b"=")[0] for line in environment.split(b"\0") if line} <= {b"LD_LIBRARY_PATH"}
+    assert folder == "/"
+    # Beside the first three: the connection to the relay.
+    assert [name.split(":")[0] for each, name in opened.items() if each > 2] == ["socket"], opened
 
 
 @pytest.mark.parametrize(
