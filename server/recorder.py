@@ -37,6 +37,7 @@ class Recording(msgspec.Struct, kw_only=True):
     id: str
     stream: str
     format: FilmFormat
+    alpha: bool = False
     created_at: float
     owner: str | None = None
     status: Status = "recording"
@@ -88,7 +89,9 @@ class Recorder:
             tape.finish("stream_ended")
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def begin(self, stream: str, owner: str | None, format: FilmFormat, fps: int) -> tuple[Recording, Tape]:
+    def begin(
+        self, stream: str, owner: str | None, format: FilmFormat, fps: int, *, alpha: bool = False
+    ) -> tuple[Recording, Tape]:
         """A new recording, and the tape to give the frames to. Raises `ApiError`."""
         self._store.check_room()
         if len(self._recordings) >= MAX_RECORDINGS:
@@ -97,14 +100,15 @@ class Recorder:
             message = f"{MAX_RUNNING} recordings run at once, and no more: stop one first."
             raise ApiError(429, "too_many_recordings", message, headers={"Retry-After": "10"})
         id = PREFIX + secrets.token_hex(16)
-        recording = Recording(id=id, stream=stream, format=format, created_at=time.time(), owner=owner)
+        now = time.time()
+        recording = Recording(id=id, stream=stream, format=format, alpha=alpha, created_at=now, owner=owner)
         try:
             path = self._store.create(id, recording.suffix)
             self._store.save_record(id, recording)
         except OSError as error:
             self._store.remove(id)
             raise no_room(error) from None
-        tape = self._tapes[id] = Tape(format, fps, Growth(path), lambda: self._store.full)
+        tape = self._tapes[id] = Tape(format, fps, Growth(path), lambda: self._store.full, alpha=alpha)
         self._recordings[id] = recording
         self._metrics.recordings.inc()
         self._tasks[id] = asyncio.create_task(self._run(recording, tape), name=f"recording {id}")
@@ -184,6 +188,7 @@ def shown(recording: Recording) -> dict[str, Any]:
         "stream_id": recording.stream,
         "status": recording.status,
         "format": recording.format,
+        "alpha": recording.alpha,
         "created_at": recording.created_at,
         "ended_at": recording.ended_at,
         "expires_at": recording.expires_at,

@@ -22,8 +22,10 @@ async def start_recording(
     request: Request, response: Response, id: str, body: schemas.CreateRecording
 ) -> dict[str, Any]:
     """Record a stream from now on, or from its first frame. A stream that is recorded counts as watched."""
+    if body.alpha and body.format != "webm":
+        raise ApiError(400, "invalid_value", "`alpha` needs `format` webm: H.264 has no alpha channel.", param="alpha")
     streams = streams_of(request)
-    recording = streams.record(streams.get(id), body.format)
+    recording = streams.record(streams.get(id), body.format, alpha=body.alpha)
     response.headers["Location"] = f"/v1/recordings/{recording.id}"
     return shown(recording)
 

@@ -462,6 +462,9 @@ class CreateRecording(Request):
     """A recording to begin."""
 
     format: Literal["mp4", "webm"] = Field("mp4", description="`mp4` is H.264 as viewers get it, `webm` is VP9.")
+    alpha: StrictBool = Field(
+        False, description="With `webm`: an alpha channel, which is what the stream's matte makes transparent."
+    )
 
 
 class RecordingObject(BaseModel):
@@ -472,6 +475,7 @@ class RecordingObject(BaseModel):
     stream_id: str
     status: Literal["recording", "completed", "failed"]
     format: Literal["mp4", "webm"]
+    alpha: bool = Field(description="Whether it has an alpha channel.")
     created_at: float
     ended_at: float | None
     expires_at: float | None = Field(description="When it is deleted; null until it is over.")

@@ -462,14 +462,15 @@ class Streams:
         if not len(stream.broadcasts[which]):
             stream.broadcasts.pop(which).close()
 
-    def record(self, stream: Stream, format: FilmFormat) -> Recording:
-        """Record the stream from now on, or from its first frame. Raises `ApiError`."""
+    def record(self, stream: Stream, format: FilmFormat, *, alpha: bool = False) -> Recording:
+        """Record the stream from now on, or from its first frame. With `alpha`, which WebM alone can have, the film is
+        transparent where the matte says so. Raises `ApiError`."""
         session = stream.session
         if session.state.over:
             raise stream_ended(session.ended_reason)
         if session.fps is None:
             raise engine_unavailable()
-        recording, tape = self.recorder.begin(session.id, stream.owner, format, session.fps)
+        recording, tape = self.recorder.begin(session.id, stream.owner, format, session.fps, alpha=alpha)
         stream.tapes.add(tape)
         tape.on_end = partial(self._unload, stream, tape)
         self._load(stream, tape)
@@ -945,7 +946,7 @@ class Streams:
             broadcast.show(stream.picture_for(frame, alpha), stream.clock)
         for tape in list(stream.tapes):
             if tape.format == "webm":
-                tape.take(frame)
+                tape.take(frame, matte=stream.matte)
         # A viewer that comes while this is being encoded gets the frame from `attach`.
         audience = list(stream.viewers)
         packets = {which: await packet for which, packet in self._packets(stream, frame).items()}

@@ -73,6 +73,23 @@ def picture(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
     return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
 
 
+def with_alpha(frame: av.VideoFrame, opacity: bytes) -> av.VideoFrame:
+    """A frame in YUV 4:2:0 and its opacity, height x width bytes, as one in YUVA."""
+    made = av.VideoFrame(frame.width, frame.height, "yuva420p")
+    for mine, plane in zip(made.planes, frame.planes, strict=False):
+        mine.update(_padded(bytes(plane), plane.line_size, mine.line_size))
+    made.planes[3].update(_padded(opacity, frame.width, made.planes[3].line_size))
+    return made
+
+
+def _padded(rows: bytes, size: int, line_size: int) -> bytes:
+    """Rows of `size` bytes, cut or filled up to `line_size`."""
+    if size == line_size:
+        return rows
+    cut = (rows[at : at + min(size, line_size)] for at in range(0, len(rows), size))
+    return b"".join(row.ljust(line_size, b"\0") for row in cut)
+
+
 def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
     context = av.CodecContext.create(name, "w")
     assert isinstance(context, VideoCodecContext)

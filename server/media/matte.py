@@ -26,6 +26,10 @@ class Matte:
     tolerance: float
     softness: float
 
+    def opacity(self, rgb: memoryview, width: int, height: int) -> bytes:
+        """Of RGB24, height x width x 3 bytes: height x width bytes, 255 where it is opaque."""
+        return self.of(Image.frombytes("RGB", (width, height), bytes(rgb))).tobytes()
+
     def of(self, picture: Image.Image) -> Image.Image:
         """Of an RGB picture: L, of the same size."""
         luma, *chroma = picture.convert("YCbCr").split()

@@ -18,8 +18,9 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from engine.wire import CLOCK_RATE
-from server.media.codecs import TIME_BASE, Coded, picture
+from server.media.codecs import TIME_BASE, Coded, picture, with_alpha
 from server.media.files import Growth, Mp4File
+from server.media.matte import Matte
 from server.media.packets import Frame
 
 logger = logging.getLogger("livereel.media")
@@ -35,9 +36,9 @@ Reason = Literal["stopped", "stream_ended", "storage_full", "too_slow", "failed"
 
 
 class WebmFile:
-    """VP9 in WebM, encoded as it comes."""
+    """VP9 in WebM, encoded as it comes, with an alpha channel if wanted."""
 
-    def __init__(self, path: Path, width: int, height: int, fps: int) -> None:
+    def __init__(self, path: Path, width: int, height: int, fps: int, *, alpha: bool = False) -> None:
         """`path` is an empty file."""
         self.size = 0
         self._path = path
@@ -46,16 +47,25 @@ class WebmFile:
         options = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "auto-alt-ref": "0", "crf": "24"}
         stream = self._container.add_stream("libvpx-vp9", rate=fps, options={**options, "b": "0"})
         assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuva420p" if alpha else "yuv420p"
+        if alpha:
+            stream.metadata["alpha_mode"] = "1"  # by which players know
         stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK_RATE)
         stream.codec_context.gop_size = 2 * fps
         stream.codec_context.thread_count = 1
         self._stream = stream
+        self._alpha = alpha
 
-    def add(self, rgb: memoryview, pts: int) -> None:
-        """The next frame, height x width x 3 bytes, shown at `pts` in 1/90000 s. Raises OSError or FFmpegError."""
+    def add(self, rgb: memoryview, pts: int, matte: Matte | None) -> None:
+        """The next frame, height x width x 3 bytes, shown at `pts` in 1/90000 s, and what is transparent of it: without
+        a matte nothing. Raises OSError or FFmpegError."""
         self._first = pts if self._first < 0 else self._first
-        shown = picture(rgb, self._stream.width, self._stream.height)
+        width, height = self._stream.width, self._stream.height
+        shown = picture(rgb, width, height)
+        if self._alpha:
+            shown = with_alpha(
+                shown, bytes([255]) * (width * height) if matte is None else matte.opacity(rgb, width, height)
+            )
         shown.pts, shown.time_base = pts - self._first, TIME_BASE
         self._container.mux(self._stream.encode(shown))
         self.size = self._path.stat().st_size
@@ -74,9 +84,11 @@ class WebmFile:
 class Tape:
     """One recording. `take` is called with every frame as it is shown, `run` writes until the end."""
 
-    def __init__(self, format: FilmFormat, fps: int, growth: Growth, full: Callable[[], bool]) -> None:
-        """The file of `growth` is empty; `full` says that there is no room any more."""
-        self.format = format
+    def __init__(
+        self, format: FilmFormat, fps: int, growth: Growth, full: Callable[[], bool], *, alpha: bool = False
+    ) -> None:
+        """The file of `growth` is empty; `full` says that there is no room any more. `alpha` is for WebM."""
+        self.format, self._alpha = format, alpha
         self.frames = 0
         """That were taken."""
         self.lost = 0
@@ -90,8 +102,9 @@ class Tape:
         self._fps = fps
         self._next_index = -1
         self._size = 0, 0
-        self._queue: deque[tuple[int, memoryview | Coded]] = deque()
-        """Presentation time, and what the film takes of the frame; no pixels are kept for the sake of a packet."""
+        self._queue: deque[tuple[int, memoryview | Coded, Matte | None]] = deque()
+        """Presentation time, what the film takes of the frame, and what is transparent; no pixels are kept for the sake
+        of a packet."""
         self._queued_bytes = 0
         self._reason: Reason | None = None
         self._wake = asyncio.Event()
@@ -102,8 +115,8 @@ class Tape:
         """It can begin with nothing but a keyframe."""
         return self.format == "mp4" and not self.frames
 
-    def take(self, frame: Frame, coded: Coded | None = None) -> None:
-        """The frame on screen; for MP4 as it is encoded. Returns at once."""
+    def take(self, frame: Frame, coded: Coded | None = None, matte: Matte | None = None) -> None:
+        """The frame on screen; for MP4 as it is encoded, for WebM with what is transparent. Returns at once."""
         if self._reason is not None or (self.wants_key and not (coded and coded.key)):
             return
         if not self.frames:
@@ -113,7 +126,7 @@ class Tape:
         self._next_index = frame.index + 1
         self.frames += 1
         self.ended_at = frame.pts + CLOCK_RATE // self._fps
-        self._queue.append((frame.pts, coded or frame.rgb))
+        self._queue.append((frame.pts, coded or frame.rgb, matte))
         self._queued_bytes += coded.packet.size if coded else len(frame.rgb)
         if self._queued_bytes > MAX_QUEUE_BYTES:
             self.finish("too_slow")
@@ -162,15 +175,16 @@ class Tape:
         return self._reason
 
     def _begin(self) -> Mp4File | WebmFile:
-        made = Mp4File if self.format == "mp4" else WebmFile
-        return made(self.growth.path, *self._size, self._fps)
+        if self.format == "mp4":
+            return Mp4File(self.growth.path, *self._size, self._fps)
+        return WebmFile(self.growth.path, *self._size, self._fps, alpha=self._alpha)
 
 
-def _write(film: Mp4File | WebmFile, batch: Iterable[tuple[int, memoryview | Coded]]) -> None:
-    for pts, taken in batch:
+def _write(film: Mp4File | WebmFile, batch: Iterable[tuple[int, memoryview | Coded, Matte | None]]) -> None:
+    for pts, taken, matte in batch:
         if isinstance(taken, Coded):
             assert isinstance(film, Mp4File)
             film.add(bytes(taken.packet), pts, key=taken.key)
         else:
             assert isinstance(film, WebmFile)
-            film.add(taken, pts)
+            film.add(taken, pts, matte)

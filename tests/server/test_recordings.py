@@ -16,6 +16,7 @@ from server.backends.fake import FakeBackend
 from server.media import broadcast, tape
 from server.media.codecs import VideoEncoder
 from server.media.files import Growth
+from server.media.matte import Matte
 from server.media.packets import Frame
 from server.media.tape import FilmFormat, Tape
 from server.streams import Stream
@@ -95,6 +96,57 @@ async def test_every_frame_from_the_first_to_the_last(run_gateway: Any, format: 
             assert sum(ImageStat.Stat(gap).mean) / 3 < 6
         part = await gateway.http.get(f"/v1/recordings/{made['id']}/content", headers={"range": "bytes=4-7"})
         assert (part.status_code, part.content) == (206, data[4:8])
+
+
+def with_alpha(data: bytes) -> list[av.VideoFrame]:
+    """The decoder of libvpx knows of alpha channels, FFmpeg's own does not."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        assert stream.metadata["ALPHA_MODE"] == "1"
+        decoder = av.CodecContext.create("libvpx-vp9", "r")
+        return [frame for packet in container.demux(stream) for frame in decoder.decode(packet)]
+
+
+def plane(frame: av.VideoFrame, number: int) -> Image.Image:
+    data = bytes(frame.planes[number])
+    return Image.frombytes("L", (frame.width, frame.height), data, "raw", "L", frame.planes[number].line_size)
+
+
+async def test_webm_is_transparent_where_the_matte_says_so(run_gateway: Any) -> None:
+    backend = FakeBackend(width=132, height=98, chunk_seconds=0.02)
+    async with run_gateway(backend, idle_timeout_s=0.5) as gateway:
+        stream = await gateway.open(duration_s=2)
+        url = f"/v1/streams/{stream['id']}"
+        made = await gateway.http.post(f"{url}/recordings", json={"format": "webm", "alpha": True})
+        assert made.status_code == 201 and made.json()["alpha"] is True
+        # it becomes transparent while it is recorded
+        while live(gateway, stream).last is None or live(gateway, stream).last.index < 8:
+            await asyncio.sleep(0.02)
+        matte = Matte("luma", "#000000", 0.3, 0.2)
+        set_to = {"mode": "luma", "tolerance": matte.tolerance, "softness": matte.softness}
+        assert (await gateway.http.put(f"{url}/matte", json=set_to)).status_code == 200
+        assert (await done(gateway, made.json()))["frames_lost"] == 0
+        shown = with_alpha(await film(gateway, made.json()))
+        assert len(shown) == 32 and shown[0].format.name == "yuva420p"
+        assert plane(shown[0], 3).getextrema() == (255, 255)
+        for index in (20, 31):
+            picture = drawn(backend, live(gateway, stream), index)
+            gap = ImageChops.difference(plane(shown[index], 3), matte.of(picture))
+            assert ImageStat.Stat(gap).mean[0] < 6
+            lowest, highest = plane(shown[index], 3).getextrema()
+            assert lowest < 10 and highest > 200, "it is not the mean that fits"
+            colours = ImageChops.difference(
+                plane(shown[index], 0), picture.convert("L").point(lambda v: 16 + v * 219 // 255)
+            )
+            assert ImageStat.Stat(colours).mean[0] < 6
+
+
+async def test_h264_has_no_alpha_channel(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await gateway.open()
+        asked = {"format": "mp4", "alpha": True}
+        response = await gateway.http.post(f"/v1/streams/{stream['id']}/recordings", json=asked)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "alpha")
 
 
 async def test_mp4_is_what_the_viewers_get(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
