@@ -4,6 +4,7 @@
 references, in plain torch, of the kernels of the same names in `engine.ops.triton.attention`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,6 +71,24 @@ def unpack_values(packed: Tensor, tokens: int) -> Tensor:
     return raw[..., order].permute(0, 3, 1, 2).contiguous().view(packed.dtype)
 
 
+def powers8(x: Tensor) -> Tensor:
+    """2^x for x [..., N], each row's largest raised to 2^8, as float8 e4m3 [..., N]; -inf gives 0.
+
+    An e4m3 number of bits b is 2^(b / 8 - 7) where b is a multiple of 8, and nearly so between: its three bits of
+    mantissa lie on a line. So b is the nearest whole number to 8 (x + 7), and 0 below that.
+    """
+    eighths = (8 * x.float()).round()
+    bits = (eighths - eighths.amax(dim=-1, keepdim=True) + 8 * (8 + 7)).clamp(min=0)
+    return bits.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _look_in_8_bits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As Hopper's kernel sums it, up to what lies below the largest of all keys and above that of a tile."""
+    x = q @ k.transpose(-1, -2) * (math.log2(math.e) * q.shape[-1] ** -0.5)
+    p = powers8(x if mask is None else x.masked_fill(~mask, -math.inf)).float()
+    return p @ v / p.sum(dim=-1, keepdim=True)
+
+
 def _exact(
     q: Tensor,
     k: Tensor,
@@ -82,15 +101,16 @@ def _exact(
     out_dtype: torch.dtype | None,
     out_scale: Tensor | None,
 ) -> Tensor:
-    """Attention in float32 on dequantised inputs; mask bool [B, heads, Sq, Skv]."""
-    out_dtype = out_dtype or (torch.bfloat16 if q.element_size() == 1 else q.dtype)
+    """Attention in float32 on dequantised inputs; mask bool [B, heads, Sq, Skv], which lets every query see a key."""
+    eight = q.element_size() == 1
+    out_dtype = out_dtype or (torch.bfloat16 if eight else q.dtype)
     v = unpack_values(v, k.shape[1]) if packed else v
     q, k, v = q.float(), k.float(), v.float()
     q = q if q_scale is None else q * q_scale[..., None]
     k = k if k_scale is None else k * k_scale[:, None, :, None]
     v = v if v_scale is None else v * v_scale[:, None, :, None]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    out = out.transpose(1, 2).contiguous()
+    look = _look_in_8_bits if eight else F.scaled_dot_product_attention
+    out = look(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2).contiguous()
     return out.to(out_dtype) if out_scale is None else (out / out_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 

@@ -1,6 +1,7 @@
 """Pruned heads, against attention with an explicit mask for every head; and the policy's file."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,10 @@ class Masked(FusedCache):
             q, keys = q * given["q_scale"][..., None], keys * given["k_scale"][:, None, :, None]
             values = values * given["v_scale"][:, None, :, None]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * self.head_dim**-0.5
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        # 8-bit attention rounds its probabilities
+        weights = references.powers8(scores / math.log(2)).float() if given else scores.softmax(-1)
+        weights = weights / weights.sum(-1, keepdim=True)
         return torch.einsum("bhqk,bkhd->bqhd", weights, values).to(dtype)
 
     def mask(self, layer: int, q: Tensor, keys: Tensor) -> Tensor:
@@ -102,7 +106,8 @@ def test_heads_see_what_their_masks_show(config: CacheConfig, float8: bool, keep
     options: dict[str, Any] = {"float8": float8, "keep": keep, "pruned": MIXED}
     expected = roll(Masked(config, DIT, **options))
     found = roll(FusedCache(config, DIT, **options))
-    assert max(apart(found, expected)) < 1e-5
+    # in 8 bits a score between two probabilities may fall to either side
+    assert max(apart(found, expected)) < (1e-2 if float8 else 1e-5)
     # and it is the heads of the policy that leave the past out
     options["pruned"] = frozenset({(0, 0), (1, 0), (1, 1), (1, 2)})
     assert max(apart(roll(FusedCache(config, DIT, **options)), expected)) > 0.1
