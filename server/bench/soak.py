@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,7 @@ class Soak:
     gateway: Gateway
     http: httpx.AsyncClient
     noted: Noted = field(default_factory=Noted)
+    began: float = 0.0
     samples: list[Sample] = field(default_factory=list)
     kills: list[Kill] = field(default_factory=list)
     lasting: set[str] = field(default_factory=set)
@@ -84,6 +86,7 @@ class Soak:
 
     async def run(self, minutes: float, kill_every: float, streams: int, both: bool) -> None:
         """The whole time."""
+        self.began = time.monotonic()
         client = Client(self.http, self.noted)
         lasting = [stream for _ in range(streams) if (stream := await client.open())]
         if len(lasting) < streams:
@@ -243,6 +246,7 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
         ("from the news to the next chunk, s, median / worst", spread(took), True),
         *went_on(soak, options.resume),
         ("stalls seen in all / outside of a loss", [len(noted.stalls), len(calm)], not calm),
+        ("these by minute", dict(sorted(Counter(int((at - soak.began) // 60) for at in calm).items())), True),
         ("done", dict(noted.done), True),
         ("refused, as stated", dict(noted.refused), True),
         ("faults", dict(noted.faults), not noted.faults),
