@@ -461,6 +461,15 @@ class StreamChanged(StreamObject):
 class CreateRecording(Request):
     """A recording to begin."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"alpha": {"const": False}}},
+                {"properties": {"format": {"const": "webm"}}, "required": ["format"]},
+            ]
+        }
+    )
+
     format: Literal["mp4", "webm"] = Field("mp4", description="`mp4` is H.264 as viewers get it, `webm` is VP9.")
     alpha: StrictBool = Field(
         False, description="With `webm`: an alpha channel, which is what the stream's matte makes transparent."
