@@ -28,7 +28,7 @@ from engine.transforms.calibrate import calibrate
 from engine.worker import RECENT_STEPS
 
 START = 10.0
-"""All streams start at once, so that the first chunks of the last ones make the second ones of the others late."""
+"""All streams open in the same instant: what is late by then is of the opening, and told apart."""
 
 
 class NoWords:
