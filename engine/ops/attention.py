@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops.linear import Fixed, quantise
+
 BLOCK = 128
 """Tokens of a block of queries or keys: what sparsity is decided by."""
 
@@ -111,7 +113,7 @@ def _exact(
     v = v if v_scale is None else v * v_scale[:, None, :, None]
     look = _look_in_8_bits if eight else F.scaled_dot_product_attention
     out = look(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2).contiguous()
-    return out.to(out_dtype) if out_scale is None else (out / out_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return out.to(out_dtype) if out_scale is None else quantise(out, Fixed("fp8", out_scale)).data
 
 
 def dense(
@@ -192,7 +194,7 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor |
         [B, Sq, heads, head_dim].
     """
     out = attention(q, k, v)
-    return out if out_scale is None else (out.float() / out_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return out if out_scale is None else quantise(out, Fixed("fp8", out_scale)).data
 
 
 def pool(x: Tensor, block: int = BLOCK) -> Tensor:

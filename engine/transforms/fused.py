@@ -8,7 +8,7 @@ to theirs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
 from engine.ops.fused import Activation, add_norm, rms_norm
 from engine.ops.linear import Fixed, Into, Rows8
-from engine.stream.fused_cache import FusedCache, kernels
+from engine.stream.fused_cache import Asked, FusedCache, kernels
 from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
@@ -67,8 +67,8 @@ class Begun:
 
     residual: Tensor
     added: Added
-    asked: Any
-    """What `FusedCache.write` returned."""
+    asked: Asked | None
+    """Of the block whose keys and values are written."""
     modulation: Tensor
     e: Tensor
     batch: int
@@ -163,6 +163,7 @@ class FusedWan(nn.Module):
         block, eps, residual = self.blocks[layer], self.config.eps, begun.residual
         _, _, gate1, shift2, scale2, gate2 = begun.modulation[layer].unbind(1)
         into = block.o.into
+        assert begun.asked is not None
         own = cache.look(layer, begun.asked, fixed_fp8(into))
         y = block.o(activation(own.flatten(0, 1).flatten(1), into))
         weight, bias = block.text_norm.weight[None], block.text_norm.bias[None]

@@ -192,9 +192,7 @@ class Projection:
         form = self.held.rows
         if form is None or self._seen is not None:
             return None
-        if self.scale is not None:
-            if self._fixed is None or self._fixed.scale is not self.scale:
-                self._fixed = Fixed(form, self.scale)
+        if self._fixed is not None:
             return self._fixed
         return None if self.held.form == "fp8-tensor" else form
 
@@ -211,6 +209,7 @@ class Projection:
         form = self.held.rows
         if form is not None:
             self.scale = seen * (HEADROOM[form] / LARGEST[form])
+            self._fixed = Fixed(form, self.scale)
         else:
             self.scale = seen * (HEADROOM["fp8"] / (LARGEST["fp8"] * E2M1[-1]))
 

@@ -47,13 +47,16 @@ def main() -> int:
     def send(message: wire.Message, *rest: bytes) -> None:
         socket.send_multipart([wire.encode(message), *rest])
 
+    def weak() -> int:
+        send(wire.Fault("weights", "dit.safetensors is truncated"))
+        time.sleep(0.1)
+        return 3
+
     if options.spare:
         if as_spare == "dies":
             return 7
         if as_spare == "is weak":
-            send(wire.Fault("weights", "dit.safetensors is truncated"))
-            time.sleep(0.1)
-            return 3
+            return weak()
         while as_spare == "loads":
             send(wire.Heartbeat(1000.0, 0, 0))
             time.sleep(0.1)
@@ -66,9 +69,7 @@ def main() -> int:
     if behaviour == "dies":
         return 7
     if behaviour == "no-weights":
-        send(wire.Fault("weights", "dit.safetensors is truncated"))
-        time.sleep(0.1)
-        return 3
+        return weak()
     if behaviour == "usage":
         return 2
     if behaviour == "old":

@@ -1,6 +1,6 @@
 import torch
 
-from engine.models.dit import CausalWan, timestep_embedding
+from engine.models.dit import CausalWan, text_lengths, timestep_embedding
 from engine.models.sizes import DiTConfig
 from engine.ops.rope import axis_pairs, rope_angles, rotate
 
@@ -99,3 +99,13 @@ def test_text_may_differ_between_runs_of_frames() -> None:
         one = text.map(lambda x, half=half: x[half : half + 1])
         alone = model(x[:, :, half : half + 1], t[:, :1], one, Blind())
         assert torch.allclose(both[:, :, half : half + 1], alone, atol=1e-5)
+
+
+def test_text_ends_where_its_padding_begins() -> None:
+    text = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    text[0] = 0
+    text[1, 1:] = 0
+    text[2, 4:] = 0
+    text[2, 2] = 0  # not the end yet
+    assert text_lengths(text).tolist() == [0, 1, 4, 6]
+    assert text_lengths(text).dtype == torch.int32
