@@ -23,7 +23,7 @@ from engine.checkpoints.store import StoreError
 from engine.config import PRESETS, Preset
 from engine.ops.rope import rotate
 from engine.pipeline import Pipeline
-from engine.stream import heads
+from engine.stream import pruned_heads as heads
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.accelerate import Speed

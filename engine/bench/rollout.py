@@ -27,7 +27,7 @@ from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
-from engine.stream import heads
+from engine.stream import pruned_heads as heads
 from engine.stream.decoding import Beside, Decoder, FullDecoding, LightDecoding, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk

@@ -20,9 +20,9 @@ from engine.models.sizes import DiTConfig
 from engine.ops import fused
 from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
-from engine.stream import heads as policy
-from engine.stream.heads import Heads
+from engine.stream import pruned_heads as policy
 from engine.stream.kv_cache import CacheConfig, KVCache, Rows
+from engine.stream.pruned_heads import Heads
 
 
 def kernels(device: torch.device) -> Any:

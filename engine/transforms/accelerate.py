@@ -15,11 +15,11 @@ import torch
 from engine.config import Preset
 from engine.models.dit import CausalWan
 from engine.models.sizes import DiTConfig
-from engine.stream import heads
+from engine.stream import pruned_heads as heads
 from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
-from engine.stream.heads import Heads
 from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.pruned_heads import Heads
 from engine.stream.rollout import Transformer
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan

@@ -13,8 +13,8 @@ from engine.bench import errors, rollout
 from engine.bench import heads as bench
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.stream.heads import below
 from engine.stream.kv_cache import CacheConfig
+from engine.stream.pruned_heads import below
 from engine.transforms.accelerate import Speed
 
 

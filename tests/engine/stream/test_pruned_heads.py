@@ -15,10 +15,10 @@ from engine.models.sizes import DiTConfig
 from engine.ops import attention as references
 from engine.ops.attention import BLOCK, unpack_values
 from engine.ops.triton import attention as kernels
-from engine.stream import heads
+from engine.stream import pruned_heads as heads
 from engine.stream.fused_cache import FusedCache
-from engine.stream.heads import Heads
 from engine.stream.kv_cache import CacheConfig
+from engine.stream.pruned_heads import Heads
 
 DIT = DiTConfig(dim=96, ffn_dim=64, num_heads=3, num_layers=3, text_dim=32, in_channels=4, out_channels=4)
 STRADDLING = CacheConfig(chunk=3, window=12, sink=3, rows=8, columns=12)

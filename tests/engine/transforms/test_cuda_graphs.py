@@ -13,8 +13,8 @@ from engine.models.sizes import DiTConfig, LatentStatistics, LightVAEConfig
 from engine.ops import attention as references
 from engine.stream.decoding import LightDecoding
 from engine.stream.fused_cache import FusedCache
-from engine.stream.heads import Heads
 from engine.stream.kv_cache import CacheConfig, KVCache
+from engine.stream.pruned_heads import Heads
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
 from engine.transforms.low_bit import ROLES, Form, Policy
