@@ -407,7 +407,8 @@ class Streams:
         answer = self._lora_answers[event] = asyncio.get_running_loop().create_future()
         self._set_loras(event, strengths)
         try:
-            return await asyncio.wait_for(answer, LORA_SECONDS)
+            async with asyncio.timeout(LORA_SECONDS):
+                return await answer
         except TimeoutError:
             message = "The engine has not said yet whether the LoRAs are applied; it may still do so."
             raise ApiError(504, "engine_timeout", message) from None
@@ -828,7 +829,8 @@ class Streams:
             self._backend.send(wire.Steer(session.id, event, prompt, transition))
         # Without an engine the change waits in `steers` until `_open` hands the stream to the next one.
         try:
-            return await asyncio.wait_for(chunk, STEER_SECONDS)
+            async with asyncio.timeout(STEER_SECONDS):
+                return await chunk
         except TimeoutError:
             message = "The engine has not said yet when the change takes effect; it may still do so."
             raise ApiError(504, "engine_timeout", message) from None
@@ -1110,5 +1112,7 @@ async def _wait_until(wake: asyncio.Event, until: float | None) -> None:
     if until is None:
         await wake.wait()
         return
+    # Python 3.11's `wait_for` forgets that it was cancelled when what it waits for happens in the same turn.
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(wake.wait(), max(0.0, until - time.monotonic()))
+        async with asyncio.timeout(until - time.monotonic()):
+            await wake.wait()

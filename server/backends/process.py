@@ -226,5 +226,6 @@ def _anonymous_memory() -> int:
 
 async def _exits(process: asyncio.subprocess.Process, seconds: float) -> bool:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await process.wait()
     return process.returncode is not None

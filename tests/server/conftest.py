@@ -108,7 +108,8 @@ class Gateway:
         async with self.connect(stream, query) as socket:
             try:
                 while not until(seen):
-                    item = await asyncio.wait_for(socket.recv(), 10)
+                    async with asyncio.timeout(10):
+                        item = await socket.recv()
                     if isinstance(item, str):
                         event = json.loads(item)
                         seen.events.append(event)
@@ -204,7 +205,8 @@ class RtcViewer:
     async def frames(self, count: int) -> list[Any]:
         """The next pictures, decoded."""
         track = await self._track
-        return [await asyncio.wait_for(track.recv(), 10) for _ in range(count)]
+        async with asyncio.timeout(10 * count):
+            return [await track.recv() for _ in range(count)]
 
     async def cannot_go_on(self, kind: int) -> None:
         """Say so, as PLI or FIR."""
