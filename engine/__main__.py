@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 # A thread that waits for its fellows gives its core up early: with few cores, gateway and encoder need them too, and
 # spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from engine import commands
 from engine.config import PRESETS

@@ -40,6 +40,9 @@ SPARED_SILENT_SECONDS = 3.0
 SPARE_SECONDS = (5.0, 300.0)
 """From an engine that is ready to the start of its spare, so that streams come first; it doubles with every spare that
 is lost, up to the second."""
+ASIDE_SECONDS = (0.1, 2.0)
+"""How long a spare prepares and then stands still, in turns, while the engine has work to do."""
+LOOK_SECONDS = 0.02
 FRESH_SECONDS = 2.0
 """A spare that has said nothing for longer is not relied on."""
 HUNG_SECONDS = 20.0
@@ -297,7 +300,11 @@ class LocalBackend:
             else:
                 try:
                     reason = await _first(
-                        self._prepare(spare), self._watch(spare), spare.unread(), self._exit_report(spare)
+                        self._prepare(spare),
+                        self._step_aside(spare),
+                        self._watch(spare),
+                        spare.unread(),
+                        self._exit_report(spare),
                     )
                 finally:
                     if self._spare is spare:
@@ -320,6 +327,27 @@ class LocalBackend:
                     return message
                 case message:
                     return f"it says {type(message).__name__} unasked"
+
+    async def _step_aside(self, spare: EngineProcess) -> str:
+        """Until it is ready, let the spare work only while the engine has nothing to do; and a little in any case.
+
+        The lowest priority is not enough on few cores: a thread of the engine may still wait for the core that the
+        spare has while the other one is free for a moment. Only Linux ends what stands still when its parent dies.
+        """
+        work, rest = ASIDE_SECONDS
+        since = time.monotonic()
+        while sys.platform == "linux":
+            await asyncio.sleep(LOOK_SECONDS)
+            if spare.ready:
+                break
+            now = time.monotonic()
+            if spare.halted and (not self._has_work() or now - since >= rest):
+                spare.go_on()
+                since = now
+            elif not spare.halted and self._has_work() and now - since >= work:
+                spare.halt()
+                since = now
+        return await asyncio.get_running_loop().create_future()
 
     def _spare_waits(self) -> bool:
         """Whether there is a spare that can take over."""

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ class EngineProcess:
         """Whether it has done what it was started for: to serve, or as a spare to wait."""
         self.warm = False
         """Whether it waits, or has waited, with everything loaded: a spare that serves at once."""
+        self.halted = False
         self._process: asyncio.subprocess.Process | None = None
         self._unread = asyncio.Event()
         self._ring: wire.Ring | None = None
@@ -177,19 +179,32 @@ class EngineProcess:
         assert self._process is not None
         await _exits(self._process, STOP_SECONDS)
 
-    def kill(self) -> None:
-        """It is dead or beyond a request."""
+    def halt(self) -> None:
+        """Have it stand still, until `go_on` or its end."""
+        self.halted = True
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `halt`."""
+        self.halted = False
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """It is dead or beyond a request."""
+        self._signal(signal.SIGKILL)
 
     async def end(self) -> None:
         """Make sure that it is gone, and what is its own as well."""
         try:
             process = self._process
             if process is not None and process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
+                self._signal(signal.SIGTERM)
+                self.go_on()
                 if not await _exits(process, STOP_SECONDS):
                     self.kill()
                     await process.wait()

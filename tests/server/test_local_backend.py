@@ -457,6 +457,40 @@ async def test_stopping_leaves_nothing_of_a_spare(
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it prepares whenever it can")
+async def test_a_spare_prepares_while_the_engine_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "ASIDE_SECONDS", (0.1, 0.6))
+
+    async def still(spare: int, seconds: float) -> list[bool]:
+        """Whether it stood still, a hundred times a second."""
+        seen = []
+        for _ in range(round(100 * seconds)):
+            seen.append(Path(f"/proc/{spare}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+            await asyncio.sleep(0.01)
+        return seen
+
+    async with engine("hangs+loads", **{**SPARED, "hung_seconds": 30.0}) as (backend, heard):
+        await heard.until(wire.Ready)
+        async with asyncio.timeout(10):
+            while len(children(os.getpid())) < 2:
+                await asyncio.sleep(0.01)
+        [_, spare] = children(os.getpid())
+        assert not any(await still(spare, 0.5))
+        backend.send(wire.Open("a", "mini", "a ball", 1))
+        backend.send(wire.Credit("a", 1, 0.5))
+        await asyncio.sleep(0.2)
+        seen = await still(spare, 3)
+        assert sum(seen) > 0.7 * len(seen)
+        assert seen.count(False) >= 3  # it gets on all the same
+        backend.send(wire.Close("a"))
+        await asyncio.sleep(0.1)
+        assert not any(await still(spare, 0.5))
+        backend.send(wire.Open("b", "mini", "a ball", 1))
+        backend.send(wire.Credit("b", 1, 0.5))
+        await asyncio.sleep(0.2)
+    assert gone(spare)  # even when it stands still at the end
+
+
 async def test_there_is_no_spare_unless_asked_for() -> None:
     async with engine("good", spare_seconds=(0.0, 0.0)) as (backend, heard):
         await heard.until(wire.Ready)
