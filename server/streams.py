@@ -404,7 +404,8 @@ class Streams:
         if not self._backend.health().ready:
             raise engine_unavailable()
         event = next(self._lora_events)
-        answer = self._lora_answers[event] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[wire.Loras] = asyncio.get_running_loop().create_future()
+        self._lora_answers[event] = answer
         self._set_loras(event, strengths)
         try:
             async with asyncio.timeout(LORA_SECONDS):

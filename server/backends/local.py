@@ -347,7 +347,8 @@ class LocalBackend:
             elif not spare.halted and self._has_work() and now - since >= work:
                 spare.halt()
                 since = now
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     def _spare_waits(self) -> bool:
         """Whether there is a spare that can take over."""
