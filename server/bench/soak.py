@@ -22,7 +22,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +45,8 @@ SPARE_SECONDS = 180.0
 GRACE_SECONDS = 3.0
 """After it has resumed, a stream may still stall until its lead is back."""
 GROWTH_MIB_PER_MINUTE = 1.0
+BEFORE_SECONDS = 5.0
+"""What delays a chunk happens within this time before the stall."""
 
 
 def backend(engine: str) -> Backend:
@@ -83,6 +84,8 @@ class Soak:
     """Streams that are watched from beginning to end."""
     engines: set[int] = field(default_factory=set)
     """Every engine process that has been seen."""
+    stolen: list[tuple[float, float]] = field(default_factory=list)
+    """Every second, by the monotonic clock: processor seconds that the host has given to others until then."""
 
     async def run(self, minutes: float, kill_every: float, streams: int, both: bool) -> None:
         """The whole time."""
@@ -99,6 +102,7 @@ class Soak:
             *(self._visit(Client(self.http, self.noted), lasting, ends_at) for _ in range(4)),
             self._steer(client, lasting, ends_at),
             self._sample(ends_at),
+            self._see_what_is_stolen(ends_at),
             self._kill(kill_every, ends_at, both),
         ]
         await asyncio.gather(*work)
@@ -133,6 +137,16 @@ class Soak:
             self.samples.append(await asyncio.to_thread(look, self.gateway))
             await asyncio.sleep(5)
 
+    async def _see_what_is_stolen(self, ends_at: float) -> None:
+        while time.monotonic() < ends_at:
+            self.stolen.append((time.monotonic(), stolen_seconds()))
+            await asyncio.sleep(1)
+
+    def stolen_before(self, at: float) -> float:
+        """Of the machine's processor time in the seconds before, the part that it did not get."""
+        within = [total for then, total in self.stolen if at - BEFORE_SECONDS - 1 <= then <= at + 1]
+        return (within[-1] - within[0]) / (len(within) - 1) / (os.cpu_count() or 1) if len(within) > 1 else 0.0
+
     async def _kill(self, every: float, ends_at: float, both: bool) -> None:
         for count, fate in enumerate(itertools.cycle((signal.SIGKILL, signal.SIGSTOP)), 1):
             await asyncio.sleep(every)
@@ -157,6 +171,13 @@ async def with_spare(gateway: Gateway) -> bool:
             return True
         await asyncio.sleep(0.5)
     return False
+
+
+def stolen_seconds() -> float:
+    """Processor seconds that a virtual machine was ready to use and did not get since it started; 0 elsewhere."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def disturbed(soak: Soak, at: float) -> bool:
@@ -246,7 +267,16 @@ async def measure(options: argparse.Namespace, gateway: Gateway) -> tuple[Soak, 
         ("from the news to the next chunk, s, median / worst", spread(took), True),
         *went_on(soak, options.resume),
         ("stalls seen in all / outside of a loss", [len(noted.stalls), len(calm)], not calm),
-        ("these by minute", dict(sorted(Counter(int((at - soak.began) // 60) for at in calm).items())), True),
+        (
+            "these, by minute and percent of the processors that the host took then",
+            [(int((at - soak.began) // 60), round(100 * soak.stolen_before(at))) for at in sorted(calm)],
+            True,
+        ),
+        (
+            "processor seconds that the host took, in all",
+            round(soak.stolen[-1][1] - soak.stolen[0][1], 1),
+            True,
+        ),
         ("done", dict(noted.done), True),
         ("refused, as stated", dict(noted.refused), True),
         ("faults", dict(noted.faults), not noted.faults),
