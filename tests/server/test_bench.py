@@ -84,7 +84,7 @@ def test_how_soon_each_lasting_stream_went_on() -> None:
 async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
     backend = LocalBackend("mini", command=COMMAND, backoff_seconds=(60, 60), spare=True, spare_seconds=(0.01, 1))
     async with run_gateway(backend, ready=False) as gateway:
-        await gateway.until(lambda: backend.health().ready, 20)
+        await gateway.until(lambda: backend.spare_pid is not None, 30)
         stream = await gateway.open("a red ball", seed=1, duration_s=4)
         same = FakeBackend()
         noted = Noted()
@@ -92,7 +92,6 @@ async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
         seen = await watching
         assert seen.pts[:30] == [5625 * frame for frame in range(30)]
         assert len(seen.frames[0][1]) == 16 + 3 * same.width * same.height
-        await gateway.until(lambda: backend.spare_pid is not None, 20)
         [pid, spare] = children(os.getpid())
         client = Client(gateway.http, noted)
         os.kill(pid, signal.SIGKILL)
