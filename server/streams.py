@@ -1110,10 +1110,13 @@ def _reject(steer: _Steer, error: Exception) -> None:
 
 
 async def _wait_until(wake: asyncio.Event, until: float | None) -> None:
-    if until is None:
+    """Wait for `wake`, which is set then at the latest: without a task or an exception for every frame of a stream,
+    and, unlike Python 3.11's `wait_for`, never forgetting a cancellation that comes in the same turn."""
+    timer = None
+    if until is not None:
+        timer = asyncio.get_running_loop().call_later(max(0.0, until - time.monotonic()), wake.set)
+    try:
         await wake.wait()
-        return
-    # Python 3.11's `wait_for` forgets that it was cancelled when what it waits for happens in the same turn.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(until - time.monotonic()):
-            await wake.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()

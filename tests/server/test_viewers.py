@@ -27,14 +27,20 @@ def never_reading(gateway: Any, stream: dict[str, Any], query: str) -> socket.so
     )
 
 
-def asking(gateway: Any, request: str) -> socket.socket:
-    """A client that sends this and never reads."""
+def connected(gateway: Any) -> socket.socket:
+    """Its kernel keeps nearly nothing for it. A buffer that may grow (to 32 MiB where Linux is new) can keep a film."""
     host, port = gateway.address.split(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    client.sendall(request.encode())
     client.setblocking(False)
+    return client
+
+
+def asking(gateway: Any, request: str) -> socket.socket:
+    """A client that sends this and never reads."""
+    client = connected(gateway)
+    client.sendall(request.encode())
     return client
 
 
@@ -112,7 +118,8 @@ async def test_a_slow_viewer_gets_new_frames_and_every_event(run_gateway: Any) -
         stream = await gateway.open(duration_s=1.5)
         live = gateway.streams.get(stream["id"])
         events, pts, code = [], [], None
-        async with gateway.connect(stream, "?format=rgb24", max_queue=1, max_size=None) as viewer:
+        slow = connected(gateway)
+        async with gateway.connect(stream, "?format=rgb24", sock=slow, max_queue=1, max_size=None) as viewer:
             try:
                 while True:
                     item = await viewer.recv()
