@@ -45,17 +45,24 @@ async def serve(websocket: WebSocket, streams: Streams) -> None:
         await refuse(websocket, error)
         return
     try:
-        code, reason = await talk(websocket, viewer)
+        ending = await talk(websocket, viewer)
     finally:
         streams.detach(stream, viewer)
         viewer.forget()
+    if ending is None:
+        return
+    code, reason = ending
     if code == TRY_LATER:
         streams.viewer_too_slow()
     await hang_up(websocket, code, reason)
 
 
-async def talk(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
-    """Send what there is until somebody hangs up; returns the close code and why."""
+async def talk(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:
+    """Send what there is until somebody hangs up; returns the close code and why, None when the client has left.
+
+    That it has left is no exception of the tasks here: the exception would hold this frame, and this frame the task,
+    so that the socket and all around it would stay until the garbage collector looks through everything.
+    """
     sender, listener = asyncio.create_task(send_all(websocket, viewer)), asyncio.create_task(listen(websocket))
     try:
         done, _ = await asyncio.wait((sender, listener), return_when=asyncio.FIRST_COMPLETED)
@@ -66,7 +73,7 @@ async def talk(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
         await asyncio.gather(sender, listener, return_exceptions=True)
 
 
-async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
+async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:
     while (item := await viewer.next()) is not None:
         try:
             async with asyncio.timeout(SEND_SECONDS):
@@ -76,18 +83,20 @@ async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str]:
                     await websocket.send_bytes(item)
         except TimeoutError:
             return TRY_LATER, "too slow"
+        except WebSocketDisconnect:
+            return None
     if viewer.overrun:
         return TRY_LATER, "too slow"
     return viewer.close_code or 1000, ""
 
 
-async def listen(websocket: WebSocket) -> tuple[int, str]:
-    """Ignore what the client says, unless it never stops. Ends with `WebSocketDisconnect` when it leaves."""
+async def listen(websocket: WebSocket) -> tuple[int, str] | None:
+    """Ignore what the client says, unless it never stops; None when it leaves."""
     count, since = 0, time.monotonic()
     while True:
         message = await websocket.receive()
         if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
+            return None
         now = time.monotonic()
         if now - since > MESSAGES_SECONDS:
             count, since = 0, now

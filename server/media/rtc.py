@@ -2,8 +2,8 @@
 
 This is the only file that knows aiortc from inside. What it takes from there that is no public interface is pinned by
 `tests/server/test_rtc.py`: the role in DTLS follows the offer, `RTCRtpSender._send_keyframe` is called for PLI and FIR,
-a connection's certificates, `RTCRtpSender._retransmit` is called for each packet of a NACK, and
-`aioice.Connection.get_component_candidates` and `data_received`.
+a connection's certificates, `RTCRtpSender._retransmit` is called for each packet of a NACK, a receiver can do without
+its estimator of the bitrate, and `aioice.Connection.get_component_candidates` and `data_received`.
 """
 
 import asyncio
@@ -117,6 +117,8 @@ class Line:
         self._track = EncodedTrack()
         self._transceiver = self._connection.addTransceiver(self._track, "sendonly")
         self._sender = self._transceiver.sender
+        # Nothing is received. Its thousand counters would wait for the garbage collector, as all of a connection does.
+        self._transceiver.receiver._RTCRtpReceiver__remote_bitrate_estimator = None  # type: ignore[attr-defined]
         self._local = local
         self.viewer = Viewer(first, events=False)
         """What is to be sent; its format is the codec that was agreed upon."""

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from aioice import Connection
 from aioice.ice import StunProtocol
-from aiortc import RTCCertificate, RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
+from aiortc import (
+    RTCCertificate,
+    RTCConfiguration,
+    RTCPeerConnection,
+    RTCRtpReceiver,
+    RTCRtpSender,
+    RTCSessionDescription,
+)
 from aiortc.rtcdtlstransport import generate_certificate
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -21,7 +28,10 @@ async def test_names_taken_from_inside_aiortc() -> None:
     """Nobody promises these: an update that changes them must be noticed here."""
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     assert [type(each) for each in peer._RTCPeerConnection__certificates] == [RTCCertificate]
-    sender = peer.addTransceiver("video", "sendonly").sender
+    transceiver = peer.addTransceiver("video", "sendonly")
+    assert transceiver.receiver._RTCRtpReceiver__remote_bitrate_estimator is not None
+    assert "if self.__remote_bitrate_estimator is not None:" in inspect.getsource(RTCRtpReceiver._handle_rtp_packet)
+    sender = transceiver.sender
     assert not inspect.signature(sender._send_keyframe).parameters
     assert "self._send_keyframe()" in inspect.getsource(RTCRtpSender._handle_rtcp_packet)
     gatherer = sender.transport.transport.iceGatherer

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import os
 import socket
+import weakref
 from typing import Any
 
 import pytest
@@ -140,6 +142,26 @@ async def test_a_slow_viewer_gets_new_frames_and_every_event(run_gateway: Any) -
         assert told[-1]["type"] == "ended"
         assert "livereel_frames_dropped_total" in (metrics := (await gateway.http.get("/metrics")).text)
         assert 'livereel_frames_dropped_total{reason="slow_viewer"} 0.0' not in metrics
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+async def test_nothing_of_a_viewer_waits_for_the_garbage_collector(run_gateway: Any, first: str) -> None:
+    """With hundreds that come and go, the collector would stop the server for some tens of milliseconds each time."""
+    async with run_gateway() as gateway:
+        stream = await gateway.open()
+        live = gateway.streams.get(stream["id"])
+        gc.collect()
+        gc.disable()
+        try:
+            watching = asyncio.create_task(gateway.watch(stream, until=lambda seen: first == "client" and seen.frames))
+            await gateway.until(lambda: bool(live.viewers))
+            viewer = weakref.ref(next(iter(live.viewers)))
+            if first == "server":
+                await gateway.http.delete(f"/v1/streams/{stream['id']}")
+            await watching
+            await gateway.until(lambda: viewer() is None)
+        finally:
+            gc.enable()
 
 
 async def test_clients_that_vanish(run_gateway: Any) -> None:
