@@ -153,7 +153,9 @@ async def test_nothing_of_a_viewer_waits_for_the_garbage_collector(run_gateway: 
         gc.collect()
         gc.disable()
         try:
-            watching = asyncio.create_task(gateway.watch(stream, until=lambda seen: first == "client" and seen.frames))
+            watching = asyncio.create_task(
+                gateway.watch(stream, until=lambda seen: first == "client" and len(seen.frames) > 8)
+            )
             await gateway.until(lambda: bool(live.viewers))
             viewer = weakref.ref(next(iter(live.viewers)))
             if first == "server":

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import gc
 import hashlib
 import hmac
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from server.backends.fake import FakeBackend
 from server.media.broadcast import Broadcast
 from server.media.codecs import VideoEncoder
 from server.media.packets import Frame
+from server.media.rtc import Peer
 
 pytestmark = pytest.mark.anyio
 
@@ -241,6 +244,24 @@ async def test_a_viewer_that_leaves_is_forgotten(run_gateway: Any, rtc_viewer: A
         await gateway.until(lambda: not session.viewers and not session.broadcasts)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
         assert 'livereel_viewers{format="vp8"} 0.0' in (await gateway.http.get("/metrics")).text
+
+
+async def test_nothing_of_a_connection_waits_for_the_garbage_collector(run_gateway: Any, rtc_viewer: Any) -> None:
+    """Most of its 250 KiB the collector does not see, and so would come late."""
+    async with run_gateway() as gateway:
+        stream = await live(gateway)
+        gc.collect()
+        gc.disable()
+        try:
+            async with rtc_viewer(gateway, stream, "VP8", audio=True) as viewer:
+                await viewer.frames(1)
+                [peer] = [weakref.ref(each) for each in gc.get_objects() if type(each) is Peer]
+                connection = weakref.ref(peer()._connection)
+                [transport] = {weakref.ref(each.sender.transport) for each in connection().getTransceivers()}
+                ice = weakref.ref(transport().transport.iceGatherer._connection)
+            await gateway.until(lambda: not any(each() for each in (peer, connection, transport, ice)))
+        finally:
+            gc.enable()
 
 
 async def test_a_session_that_never_connects_is_given_up(
