@@ -49,6 +49,7 @@ from server.recorder import Recorder, Recording
 from server.session import Event, Session, State
 from server.store import Store
 from server.tracing import Chunks, Tracing
+from server.waiting import wait_until
 
 logger = logging.getLogger("livereel.streams")
 
@@ -929,7 +930,7 @@ class Streams:
                     case pacing.Wait():
                         self._encode_ahead(stream)
                         self._grant(stream)
-                        await _wait_until(stream.wake, action.until)
+                        await wait_until(stream.wake, action.until)
         except Exception:
             logger.exception("stream %s failed in the gateway", stream.session.id)
             if not stream.session.state.over:
@@ -1107,16 +1108,3 @@ def _resolve(steer: _Steer, chunk: int) -> None:
 def _reject(steer: _Steer, error: Exception) -> None:
     if not steer.chunk.done():
         steer.chunk.set_exception(error)
-
-
-async def _wait_until(wake: asyncio.Event, until: float | None) -> None:
-    """Wait for `wake`, which is set then at the latest: without a task or an exception for every frame of a stream,
-    and, unlike Python 3.11's `wait_for`, never forgetting a cancellation that comes in the same turn."""
-    timer = None
-    if until is not None:
-        timer = asyncio.get_running_loop().call_later(max(0.0, until - time.monotonic()), wake.set)
-    try:
-        await wake.wait()
-    finally:
-        if timer is not None:
-            timer.cancel()

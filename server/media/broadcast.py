@@ -5,7 +5,6 @@ frames build on, asks for a keyframe; one keyframe answers all who asked meanwhi
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from server.media.packets import Frame, Picture, fmp4_packet
 from server.media.tape import Tape
 from server.media.viewer import Viewer
 from server.metrics import Metrics
+from server.waiting import wait_until
 
 logger = logging.getLogger("livereel.media")
 
@@ -151,10 +151,7 @@ class Broadcast:
             if now >= again:
                 self._metrics.frames_repeated.labels("keyframe" if self._key_wanted else "held").inc()
                 return self._last, self._clock + round((now - self._shown_at) * CLOCK_RATE)
-            # Unlike `wait_for`, this never takes a cancellation for an answer.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(again - now):
-                    await self._wake.wait()
+            await wait_until(self._wake, again)
         return self._pending.popleft()
 
     def _deliver(self, frame: Picture, coded: Coded, *, repeated: bool) -> None:

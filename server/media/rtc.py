@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aioice import Connection
 from aiortc import (
     RTCCertificate,
     RTCConfiguration,
+    RTCDtlsTransport,
     RTCIceServer,
     RTCPeerConnection,
     RTCRtpSender,
@@ -146,7 +148,7 @@ class Line:
         for transceiver in self._connection.getTransceivers():
             transport = transceiver.sender.transport
             transport.remove_all_listeners()
-            ice = transport.transport.iceGatherer._connection
+            ice = _ice_of(transport)
             ice._check_list.clear()
             for ours in ("get_component_candidates", "data_received"):
                 vars(ice).pop(ours, None)
@@ -160,7 +162,7 @@ class Line:
     def _offer_loopback(self) -> None:
         """Let this machine's loopback addresses be tried too, where the other side is local."""
         if self._local:
-            ice = self._sender.transport.transport.iceGatherer._connection
+            ice = _ice_of(self._sender.transport)
             ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
 
     def _on_state(self) -> None:
@@ -169,6 +171,12 @@ class Line:
                 self.connected.set()
             case "failed" | "closed":
                 self.over.set()
+
+
+def _ice_of(transport: RTCDtlsTransport) -> Connection:
+    """aioice's end of it."""
+    connection: Connection = transport.transport.iceGatherer._connection
+    return connection
 
 
 class Peer(Line):
@@ -231,7 +239,7 @@ class Peer(Line):
     def _harden(self) -> None:
         """Put our own hands on what is now known to carry the video: it may be the transport of the sound."""
         self._offer_loopback()
-        ice = self._sender.transport.transport.iceGatherer._connection
+        ice = _ice_of(self._sender.transport)
         receive, retransmit = ice.data_received, self._sender._retransmit
 
         def receive_something(data: bytes, component: int) -> None:

@@ -36,6 +36,7 @@ async def test_names_taken_from_inside_aiortc() -> None:
     assert "self._send_keyframe()" in inspect.getsource(RTCRtpSender._handle_rtcp_packet)
     gatherer = sender.transport.transport.iceGatherer
     assert isinstance(gatherer._connection, Connection)
+    assert gatherer._connection._check_list == []
     assert list(inspect.signature(Connection.get_component_candidates).parameters) == [
         "self",
         "component",
