@@ -55,7 +55,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
         assert (done := run("ip", *words)).returncode == 0, done.stderr
 
     if (made := run("ip", "netns", "add", names[0])).returncode:
-        pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
+        pytest.fail(f"network namespaces are not permitted here, run this as root: {made.stderr.strip()}")
     try:
         ip("netns", "add", names[1])
         ip("link", "add", "wire0", "netns", names[0], "type", "veth", "peer", "name", "wire0", "netns", names[1])
