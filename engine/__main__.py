@@ -104,7 +104,7 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
     try:
         speed = from_arguments(options, device, PRESETS[options.model].dit)
         if speed.fused and options.kv_cache != "exact":
-            raise ValueError("--kv-cache needs --plain; --float8-attention halves the fused model's cache")
+            raise ValueError("--kv-cache needs --plain; --low-bit-attention halves the fused model's cache")
     except ValueError as error:
         link.finish()
         parser.error(str(error))

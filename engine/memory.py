@@ -40,7 +40,7 @@ class Setting:
     exact_text: bool = True
     """False keeps the text encoder's linear layers in 8 bits."""
     exact_cache: bool = True
-    """False keeps keys and values in float8."""
+    """False keeps keys and values in 8 bits."""
     light_vae: bool = False
 
 
@@ -119,7 +119,7 @@ def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
         "--text-encoder-weights int8": lambda s: iter(
             [replace(s, exact_text=False)] if s.exact_text and s.text_on_device else []
         ),
-        "--float8-attention": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
+        "--low-bit-attention": lambda s: iter([replace(s, exact_cache=False)] if s.exact_cache else []),
         "--decoder light": lambda s: iter([] if s.light_vae else [replace(s, light_vae=True)]),
         "shorter window": lambda s: _windows(preset, s),
         "smaller resolution": lambda s: _resolutions(preset, s),

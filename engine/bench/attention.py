@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import attention as reference
+from engine.ops.linear import LARGEST, quantise
 from engine.timing import milliseconds
 
-FP8 = torch.float8_e4m3fn
-MODES = ("bf16 dense", "bf16 sparse", "fp8 dense", "fp8 sparse")
+MODES = ("bf16 dense", "bf16 sparse", "8-bit dense", "8-bit sparse")
 
 
 @dataclass
@@ -54,18 +54,26 @@ def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str,
     q = torch.randn(batch, queries, heads, dim, device=device) * gain[0]
     ring = torch.randn(2, batch, keys + 64, heads, dim, device=device) * gain[1:, None, None]
     k, v = ring[0][:, :keys], ring[1][:, :keys]
-    q_scale = (q.abs().amax(-1) / 448).contiguous()
-    k_scale, v_scale = ((x.abs().amax((1, 3)) / 448).contiguous() for x in (k, v))
-    ring8 = (ring / torch.stack([k_scale, v_scale])[:, :, None, :, None]).to(FP8)
+    # as `engine.ops.fused` makes them: channels of the first chunk's keys evened, a scale for every chunk
+    parts = keys // queries if keys % queries == 0 else 1
+    channels = k[:, : keys // parts].abs().amax(1)
+    rows = quantise(q * channels[:, None], "int8")
+    even = ring[0] / channels[:, None]
+    k_scale = even[:, :keys].unflatten(1, (parts, -1)).abs().amax((2, 4)) / LARGEST["int8"]
+    spread = k_scale.repeat_interleave(keys // parts, dim=1)
+    k8 = torch.zeros(even.shape, dtype=torch.int8, device=device)
+    k8[:, :keys] = (even[:, :keys] / spread[..., None]).round()
+    v_scale = (v.abs().amax((1, 3)) / LARGEST["fp8"]).contiguous()
+    v8 = (v / v_scale[:, None, :, None]).to(torch.float8_e4m3fn)
     ring = ring.to(dtype)
     return Inputs(
         q.to(dtype),
         ring[0][:, :keys],
         ring[1][:, :keys],
-        (q / q_scale[..., None]).to(FP8),
-        ring8[0][:, :keys],
-        reference.pack_values(ring8[1][:, :keys]),
-        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale},
+        rows.data,
+        k8[:, :keys],
+        reference.pack_values(v8),
+        {"q_scale": rows.scale[..., 0].contiguous(), "k_scale": k_scale, "v_scale": v_scale},
     )
 
 
@@ -90,8 +98,8 @@ def call(mode: str, x: Inputs, index: Tensor | None, config: Any = None) -> Tens
     from engine.ops.triton import attention as kernels
 
     listed = index if mode.endswith("sparse") else None
-    q, k, v = (x.q8, x.k8, x.v8) if mode.startswith("fp8") else (x.q, x.k, x.v)
-    extra: dict[str, Any] = {"packed": True, **x.scales} if mode.startswith("fp8") else {}
+    q, k, v = (x.q8, x.k8, x.v8) if mode.startswith("8-bit") else (x.q, x.k, x.v)
+    extra: dict[str, Any] = {"packed": True, **x.scales} if mode.startswith("8-bit") else {}
     if listed is None:
         return kernels.dense(q, k, v, config=config, **extra)
     return kernels.block_sparse(q, k, v, listed, config=config, **extra)
@@ -106,7 +114,7 @@ def candidates(mode: str) -> Iterator[Any]:
     """Configurations worth a try, the likely ones first."""
     from engine.ops.triton.attention import Config
 
-    eight = mode.startswith("fp8")
+    eight = mode.startswith("8-bit")
     for persistent, turns, stages in itertools.product((True, False), (False, True), (4, 3, 2) if eight else (2,)):
         yield Config(specialized=True, persistent=persistent, stages=stages, turns=turns)
     if not mode.endswith("sparse"):
@@ -133,7 +141,7 @@ def check(mode: str, specialized: bool, device: str) -> None:
     """Small odd shapes against the reference, with memory that would show what was never written."""
     from engine.ops.triton import attention as kernels
 
-    eight = mode.startswith("fp8")
+    eight = mode.startswith("8-bit")
     worst = 0.0
     shapes = [(2, 200, 600, 2, 128), (1, 4680, 4680, 3, 128), (1, 328, 1000, 2, 64)]
     if device == "cpu":
@@ -158,8 +166,9 @@ def check(mode: str, specialized: bool, device: str) -> None:
                     for visits in (None, shorter)
                 ]
             worst = max(worst, *(relative(out, right) for out, right in pairs))
-    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities
-    limit = (0.1 if device == "cpu" else 4e-2) if eight else 1e-2
+    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities, which the
+    # plain kernel does in another way
+    limit = (0.1 if device == "cpu" else 4e-2 if specialized else 6e-2) if eight else 1e-2
     print(f"worst relative error {worst:.1e}, limit {limit}")
     if not worst < limit:
         raise SystemExit(1)
@@ -272,7 +281,7 @@ def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[s
             if broken[mode, specialized]:
                 line(f"{mode}, {kind}", f"left out: {broken[mode, specialized][:100]}")
                 continue
-            config = kernels.CONFIGS[specialized, mode.startswith("fp8"), mode.endswith("sparse")]
+            config = kernels.CONFIGS[specialized, mode.startswith("8-bit"), mode.endswith("sparse")]
             if mode.endswith("dense"):
                 row(f"{mode}, {kind}", partial(bind, mode, config, None), flop=full)
                 continue

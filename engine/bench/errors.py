@@ -50,12 +50,12 @@ def variants(device: torch.device) -> Iterator[tuple[str, Speed]]:
     yield "int8 weights alone", replace(fused, low_bit="int8-weights")
     yield "2:4 weights", replace(fused, sparse_weights=frozenset(ROLES))
     yield "2:4 weights, fp8", replace(fused, low_bit="fp8", sparse_weights=frozenset(ROLES))
-    yield "float8 attention", replace(fused, float8_attention=True)
+    yield "8-bit attention", replace(fused, low_bit_attention=True)
     yield "half of the past", replace(fused, keep=0.5)
     yield "a fifth of the past", replace(fused, keep=0.2)
     yield "no context pass", replace(fused, context_pass=False)
-    yield "fp8, float8 attention", replace(fused, low_bit="fp8", float8_attention=True)
-    yield "the same, a fifth of the past", replace(fused, low_bit="fp8", float8_attention=True, keep=0.2)
+    yield "fp8, 8-bit attention", replace(fused, low_bit="fp8", low_bit_attention=True)
+    yield "the same, a fifth of the past", replace(fused, low_bit="fp8", low_bit_attention=True, keep=0.2)
 
 
 def pruning(files: Sequence[Path], preset: Preset, device: torch.device) -> Iterator[tuple[str, Speed]]:

@@ -7,6 +7,7 @@ fixed, and the result comes quantised: a pass of its own for that would cost mos
 Shapes: R rows (tokens), D model width, G groups of R / G rows each (the frames, each with a modulation of its own).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,19 +93,24 @@ def rms_norm(x: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tens
 
 @dataclass(frozen=True)
 class Scales:
-    """How keys and values are stored in float8: (k - key_mean) / key, v / value.
+    """How keys and values are stored in 8 bits: (k - key_mean) / (key_gain key) in int8, v / value in float8 e4m3.
 
     The mean of a head's keys is taken off before they are rounded: it adds the same to all scores of a query, which
-    softmax does not see, and it takes up range (Zhang et al. 2024, SageAttention, arXiv 2410.02367).
-    key_mean float32 [B, heads, head_dim]; key, value float32 [B, heads].
+    softmax does not see, and it takes up range (Zhang et al. 2024, SageAttention, arXiv 2410.02367). What a channel is
+    divided by the queries are multiplied by, so that a strong channel does not cost the others their precision (Xiao
+    et al. 2022, SmoothQuant, arXiv 2211.10438).
+
+    key_mean, key_gain float32 [B, heads, head_dim] and value float32 [B, heads] are those of a scene; key float32
+    [B, P, heads] has a scale for each chunk of a cache, which is found when its keys are written.
     """
 
     key_mean: Tensor
+    key_gain: Tensor
     key: Tensor
     value: Tensor
 
     def calibrate(self, keys: Tensor, values: Tensor, headroom: float = 16.0) -> None:
-        """Set to what keys and values [B, S, heads, head_dim] need, and much more.
+        """Set what is a scene's to what keys and values [B, S, heads, head_dim] need, for values with room.
 
         Later chunks have larger ones, and what is clipped is lost: with half as much again above the first chunk's,
         `mini` went astray within three chunks. Room costs nothing until values fall below 2^-6, since float8 rounds
@@ -112,11 +118,27 @@ class Scales:
         """
         mean = keys.float().mean(dim=1)
         self.key_mean.copy_(mean)
-        for scale, largest in (
-            (self.key, (keys.float() - mean[:, None]).abs().amax(dim=(1, 3))),
-            (self.value, values.float().abs().amax(dim=(1, 3))),
-        ):
-            scale.copy_(largest.clamp(min=1e-12) * (headroom / LARGEST["fp8"]))
+        self.key_gain.copy_((keys.float() - mean[:, None]).abs().amax(dim=1).clamp(min=1e-12))
+        largest = values.float().abs().amax(dim=(1, 3))
+        self.value.copy_(largest.clamp(min=1e-12) * (headroom / LARGEST["fp8"]))
+
+    def even(self, keys: Tensor) -> Tensor:
+        """(k - key_mean) / key_gain of keys [B, S, heads, head_dim], in float32."""
+        return (keys.float() - self.key_mean[:, None]) / self.key_gain[:, None]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What 8-bit attention is made of: queries that are done, and keys whose scale must wait for the last of them.
+
+    q int8 [B, S, heads, head_dim], each vector with q_scale float32 [B, S, heads]; keys [B, S, heads, head_dim], even
+    but not yet rounded; largest float32 [B, heads, S], their largest magnitudes.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    keys: Tensor
+    largest: Tensor
 
 
 def heads(
@@ -130,8 +152,7 @@ def heads(
     values: Tensor,
     *,
     raw_keys: Tensor | None = None,
-    scales: Scales | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """From the joint projection to attention's operands: norm q and k over the width, rotate, store.
 
     Args:
@@ -139,47 +160,86 @@ def heads(
         angles: float32 [S, head_dim / 2, 2], (cos, sin) of every token's rotation.
         keys, values: [B, S, heads, head_dim], where to write the rotated keys and the values: the chunk's slot of a
             cache. raw_keys: where to write the keys before rotation too (a sink), or None.
-        scales: how to store where `keys` and `values` are float8.
 
     Returns:
-        The rotated queries [B, S, heads, head_dim]; with `scales` in float8, each vector with a scale of its own,
-        float32 [B, S, heads].
+        The rotated queries [B, S, heads, head_dim].
     """
     if qkv.is_cuda:
         from engine.ops.triton import fused
 
-        return fused.heads(qkv, bias, norm_q, norm_k, eps, angles, keys, values, raw_keys=raw_keys, scales=scales)
-    wide = qkv.float() if bias is None else qkv.float() + bias.float()
-    shape = keys.shape[2:]
-    q, k, v = wide.chunk(3, dim=-1)
-    q, k = (F.rms_norm(x, (x.shape[-1],), w.float(), eps) for x, w in ((q, norm_q), (k, norm_k)))
-    q, k, v = (x.unflatten(-1, shape) for x in (q, k, v))
+        return fused.heads(qkv, bias, norm_q, norm_k, eps, angles, keys, values, raw_keys=raw_keys)
+    q, k, v = _normed(qkv, bias, norm_q, norm_k, eps, keys.shape[2:])
     if raw_keys is not None:
         raw_keys.copy_(k)
-    store(rotate(k, angles), keys, None if scales is None else scales.key, None if scales is None else scales.key_mean)
-    store(v, values, None if scales is None else scales.value)
-    if scales is None:
-        return rotate(q, angles).to(qkv.dtype), None
-    rows = quantise(rotate(q, angles), "fp8")
-    return rows.data, rows.scale[..., 0]
+    keys.copy_(rotate(k, angles))
+    values.copy_(v)
+    return rotate(q, angles).to(qkv.dtype)
 
 
-def store(x: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None = None) -> None:
-    """Write x to `out`, both [B, S, heads, head_dim]; in float8 as (x - mean) / scale, clamped to its range."""
-    if scale is None:
-        out.copy_(x)
+def heads8(
+    qkv: Tensor,
+    bias: Tensor | None,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    eps: float,
+    angles: Tensor,
+    scales: Scales,
+    *,
+    raw_keys: Tensor | None = None,
+) -> Operands:
+    """`heads` on the way to 8 bits, values left to `pack_values`; `store_keys` rounds the keys."""
+    if qkv.is_cuda:
+        from engine.ops.triton import fused
+
+        return fused.heads8(qkv, bias, norm_q, norm_k, eps, angles, scales, raw_keys=raw_keys)
+    q, k, _ = _normed(qkv, bias, norm_q, norm_k, eps, scales.key_mean.shape[1:])
+    if raw_keys is not None:
+        raw_keys.copy_(k)
+    rows = quantise(rotate(q, angles) * scales.key_gain[:, None], "int8")
+    even = scales.even(rotate(k, angles))
+    return Operands(rows.data, rows.scale[..., 0], even.to(qkv.dtype), largest(even))
+
+
+def _normed(
+    qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float, shape: Sequence[int]
+) -> list[Tensor]:
+    """Queries, keys and values, float32 [B, S, heads, head_dim], the first two normed."""
+    wide = qkv.float() if bias is None else qkv.float() + bias.float()
+    q, k, v = wide.chunk(3, dim=-1)
+    q, k = (F.rms_norm(x, (x.shape[-1],), w.float(), eps) for x, w in ((q, norm_q), (k, norm_k)))
+    return [x.unflatten(-1, shape) for x in (q, k, v)]
+
+
+def largest(keys: Tensor) -> Tensor:
+    """The largest magnitude of each vector of [B, S, heads, head_dim], float32 [B, heads, S]."""
+    return keys.float().abs().amax(dim=-1).transpose(1, 2).contiguous()
+
+
+def store_keys(keys: Tensor, largest: Tensor, out: Tensor, scale: Tensor) -> None:
+    """Round even keys [B, S, heads, head_dim] to int8 `out`, and write their scale, float32 [B, heads]: what brings
+    the `largest` [B, heads, S] of a head to the format's."""
+    if keys.is_cuda:
+        from engine.ops.triton import fused
+
+        fused.store_keys(keys, largest, out, scale)
         return
-    wide = x.float() if mean is None else x.float() - mean[:, None]
-    out.copy_((wide / scale[:, None, :, None]).clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(out.dtype))
+    scale.copy_(largest.amax(dim=-1).clamp(min=1e-12) / LARGEST["int8"])
+    # keys may have been rounded since their largest was found
+    out.copy_((keys.float() / scale[:, None, :, None]).round().clamp(-LARGEST["int8"], LARGEST["int8"]))
 
 
-def store_turned(
-    x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None = None, mean: Tensor | None = None
-) -> None:
-    """`store` of x rotated by angles float32 [S, head_dim / 2, 2]; all of [B, S, heads, head_dim]."""
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None = None, part: int = 0) -> None:
+    """Write x rotated by angles float32 [S, head_dim / 2, 2] to `out`; both [B, S, heads, head_dim].
+
+    With `scales` in int8, and its scale to `scales.key[:, part]`.
+    """
     if x.is_cuda:
         from engine.ops.triton import fused
 
-        fused.store_turned(x, angles, out, scale, mean)
+        fused.store_turned(x, angles, out, scales, part)
         return
-    store(rotate(x, angles), out, scale, mean)
+    if scales is None:
+        out.copy_(rotate(x, angles))
+        return
+    even = scales.even(rotate(x, angles))
+    store_keys(even, largest(even), out, scales.key[:, part])

@@ -1,8 +1,8 @@
 """The rolling KV cache of the fused transformer: operands go straight from the projection into their slot.
 
 Same ring, same sink, same positions as `KVCache`, which it must agree with. What differs: the joint projection of a
-chunk is normalised, rotated and stored by one pass; with `float8` keys and values are rounded once, when they are
-written, with scales that the first chunk of a scene sets; and a chunk may look at a part of the past only.
+chunk is normalised, rotated and stored by one pass; with `low_bit` keys (int8) and values (float8) are rounded once,
+when they are written, and a scene's first chunk says around what; and a chunk may look at a part of the past only.
 
 Sparse: keys are grouped in blocks of 128 tokens. For every head and block of queries, the blocks of the past whose mean
 key scores best against the mean query are seen, together with all of the sink and of the current chunk. Pruned heads,
@@ -48,7 +48,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class Asked:
-    """The queries of a chunk, [B, S, heads, head_dim], in float8 with a scale each, [B, S, heads]; and where the cache
+    """The queries of a chunk, [B, S, heads, head_dim], in int8 with a scale each, [B, S, heads]; and where the cache
     is not to be read, the exact keys and values to look at."""
 
     q: Tensor
@@ -67,7 +67,7 @@ class FusedCache(KVCache):
         batch: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        float8: bool = False,
+        low_bit: bool = False,
         keep: float = 1.0,
         pruned: Heads = frozenset(),
     ) -> None:
@@ -84,15 +84,22 @@ class FusedCache(KVCache):
             batch=batch,
             device=device,
             dtype=dtype,
-            stored=torch.float8_e4m3fn if float8 else dtype,
+            stored=torch.int8 if low_bit else dtype,
         )
         self.keep, self.dtype = keep, dtype
+        self._key_shape = heads, head_dim
         self.scales: list[Scales] | None = None
-        self._key_scales: Tensor | None = None
-        if float8:
-            self._key_means = torch.zeros(layers, batch, heads, head_dim, device=device)
-            self._key_scales, values = (torch.ones(layers, batch, heads, device=device) for _ in range(2))
-            self.scales = [Scales(*layer) for layer in zip(self._key_means, self._key_scales, values, strict=True)]
+        self._scales: Scales | None = None
+        """Of all layers, [layers, ...]."""
+        if low_bit:
+            mean, gain = (torch.ones(layers, batch, heads, head_dim, device=device) for _ in range(2))
+            self._scales = Scales(
+                mean,
+                gain,
+                key=torch.ones(layers, batch, self.sink_slots + self.ring_slots, heads, device=device),
+                value=torch.ones(layers, batch, heads, device=device),
+            )
+            self.scales = [Scales(*layer) for layer in zip(*vars(self._scales).values(), strict=True)]
             # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
             tokens = -(-self.keys.data.shape[2] // 16) * 16
             self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device, dtype=torch.float8_e4m3fn)
@@ -134,30 +141,28 @@ class FusedCache(KVCache):
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
+        projected = qkv, bias, norm_q, norm_k, eps, self._angles
         if self.scales is None:
-            values = self.values.data[layer]
-            q, _ = fused.heads(
-                qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], values[:, span], raw_keys=raw
-            )
-            return Asked(q)
+            return Asked(fused.heads(*projected, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
 
-        scales, packed = self.scales[layer], self.packed[layer]
-        new_values = torch.empty_like(keys[:, span])
+        scales = self.scales[layer]
+        shape = self._key_shape
         if self.written:
-            q, q_scale = fused.heads(
-                qkv, bias, norm_q, norm_k, eps, self._angles, keys[:, span], new_values, raw_keys=raw, scales=scales
-            )
-            self._kernels.pack_values(new_values, packed, span.start)
-            return Asked(q, q_scale)
+            made = fused.heads8(*projected, scales, raw_keys=raw)
+            fused.store_keys(made.keys, made.largest, keys[:, span], scales.key[:, self.slot])
+            values = qkv[..., 2 * shape[0] * shape[1] :].unflatten(-1, shape)
+            own_bias = None if bias is None else bias[2 * shape[0] * shape[1] :]
+            self._kernels.pack_values(values, self.packed[layer], span.start, scales.value, own_bias)
+            return Asked(made.q, made.q_scale)
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
-            torch.empty(new_values.shape, dtype=qkv.dtype, device=self.device) for _ in range(2)
+            torch.empty((*qkv.shape[:2], *shape), dtype=qkv.dtype, device=self.device) for _ in range(2)
         )
-        q, _ = fused.heads(qkv, bias, norm_q, norm_k, eps, self._angles, exact_keys, exact_values, raw_keys=raw)
+        q = fused.heads(*projected, exact_keys, exact_values, raw_keys=raw)
         scales.calibrate(exact_keys, exact_values)
-        fused.store(exact_keys, keys[:, span], scales.key, scales.key_mean)
-        fused.store(exact_values, new_values, scales.value)
-        self._kernels.pack_values(new_values, packed, span.start)
+        even = scales.even(exact_keys)
+        fused.store_keys(even, fused.largest(even), keys[:, span], scales.key[:, self.slot])
+        self._kernels.pack_values(exact_values, self.packed[layer], span.start, scales.value)
         return Asked(q, exact=(exact_keys, exact_values))
 
     def look(self, layer: int, asked: Asked, out_scale: Tensor | None = None) -> Tensor:
@@ -171,7 +176,12 @@ class FusedCache(KVCache):
         if self.scales is None:
             return self._look(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
         scales = self.scales[layer]
-        given = {"q_scale": asked.q_scale, "k_scale": scales.key, "v_scale": scales.value, "out_scale": out_scale}
+        given = {
+            "q_scale": asked.q_scale,
+            "k_scale": scales.key[:, : self.filled // self.chunk_tokens],
+            "v_scale": scales.value,
+            "out_scale": out_scale,
+        }
         return self._look(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
 
     def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
@@ -193,7 +203,8 @@ class FusedCache(KVCache):
         if heads == q.shape[2]:
             return self._listed_pruned(past).always, None
         if kept < past:
-            # in float8 the mean key that was taken off and the scales change all scores of a head alike, or nearly
+            # in 8 bits the mean key that was taken off changes all scores of a query alike, and so do, nearly, the
+            # scales of queries
             index = self._kernels.choose_blocks(
                 self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
             )
@@ -226,15 +237,19 @@ class FusedCache(KVCache):
             span = self._span(self.slot)
             first, last = span.start // BLOCK, -(-span.stop // BLOCK)
             tokens = self.keys.data[:, :, first * BLOCK : last * BLOCK].flatten(0, 1)
-            self.pooled[:, :, first:last] = self._kernels.pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
+            how = (BLOCK,) if self._scales is None else (
+                BLOCK, self._scales.key.flatten(0, 1), self.chunk_tokens, first * BLOCK
+            )  # fmt: skip
+            self.pooled[:, :, first:last] = self._kernels.pool(tokens, *how).unflatten(0, self.keys.data.shape[:2])
         super().advance()
 
     def _turn_sink(self, angles: Tensor) -> None:
-        raw = self.raw_sink.flatten(0, 1)
-        keys = self.keys.data[:, :, : raw.shape[1]].flatten(0, 1)
-        how = () if self._key_scales is None else (self._key_scales.flatten(0, 1), self._key_means.flatten(0, 1))
-        fused.store_turned(raw, angles, keys, *how)
+        scales = None if self._scales is None else Scales(*(x.flatten(0, 1) for x in vars(self._scales).values()))
+        for slot in range(self.sink_slots):
+            span = self._span(slot)
+            raw, keys = (x[:, :, span].flatten(0, 1) for x in (self.raw_sink, self.keys.data))
+            fused.store_turned(raw, angles[span], keys, scales, slot)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        scales = [x for layer in self.scales or () for x in (layer.key_mean, layer.key, layer.value)]
-        return (*super()._tensors(), self.pooled, *scales, *((self.packed,) if self.scales else ()))
+        eight = () if self._scales is None else (*vars(self._scales).values(), self.packed)
+        return (*super()._tensors(), self.pooled, *eight)

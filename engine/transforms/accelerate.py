@@ -35,8 +35,8 @@ class Speed:
     """The passes between matrix products fused, on a GPU by kernels; everything below needs it."""
     low_bit: Form | None = None
     """Projections of the blocks in fewer bits."""
-    float8_attention: bool = False
-    """Keys, values and queries in float8."""
+    low_bit_attention: bool = False
+    """Queries and keys in int8, values in float8."""
     keep: float = 1.0
     """Share of the past that each block of queries looks at; below 1, models should have been trained for it."""
     graphs: bool = False
@@ -56,7 +56,7 @@ class Speed:
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
         needs = {
             "low_bit": self.low_bit is not None,
-            "float8_attention": self.float8_attention,
+            "low_bit_attention": self.low_bit_attention,
             "keep": self.keep < 1,
             "graphs": self.graphs,
             "sparse_weights": bool(self.sparse_weights),
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROLE",
         help=f"projections with 2:4 sparse weights, of {', '.join(ROLES)} (default: those that this device speeds up)",
     )
-    group.add_argument("--float8-attention", action="store_true", help="keys, values and queries in float8")
+    group.add_argument("--low-bit-attention", action="store_true", help="queries and keys in int8, values in float8")
     group.add_argument(
         "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
     )
@@ -117,11 +117,11 @@ def from_arguments(options: argparse.Namespace, device: torch.device, dit: DiTCo
     wanted = options.sparse_weights
     sparse: frozenset[Role] | Literal["faster"] = frozenset(wanted or ()) if wanted or wanted is None else "faster"
     pruned = frozenset() if options.pruned_heads is None else heads.load(options.pruned_heads, dit)
-    coarse = options.low_bit is not None or options.float8_attention or options.keep != 1 or bool(sparse or pruned)
+    coarse = options.low_bit is not None or options.low_bit_attention or options.keep != 1 or bool(sparse or pruned)
     return Speed(
         fused=exact.fused or (coarse and not options.plain),
         low_bit=options.low_bit,
-        float8_attention=options.float8_attention,
+        low_bit_attention=options.low_bit_attention,
         keep=options.keep,
         graphs=exact.graphs,
         context_pass=not options.no_context_pass,
@@ -181,7 +181,7 @@ def accelerate(
 
         return Served(wan, wan, decoder, new_cache, speed.context_pass)
     if kv_precision != "exact":
-        raise ValueError(f"a KV cache in {kv_precision} needs the unfused model: use float8_attention instead")
+        raise ValueError(f"a KV cache in {kv_precision} needs the unfused model: use low_bit_attention instead")
     if speed.graphs and device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and the model is on the {device.type.upper()}")
 
@@ -194,7 +194,7 @@ def accelerate(
             batch=batch,
             device=device,
             dtype=dtype,
-            float8=speed.float8_attention,
+            low_bit=speed.low_bit_attention,
             keep=speed.keep,
             pruned=speed.pruned_heads,
         )

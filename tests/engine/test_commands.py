@@ -187,7 +187,7 @@ def test_memory_of_the_public_models() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_memory_of_the_cache_is_the_caches_own(exact: bool) -> None:
     preset = PRESETS["longlive-1.3b"]
-    cache = FusedCache(preset.cache(), preset.dit, device="meta", dtype=torch.bfloat16, float8=not exact)
+    cache = FusedCache(preset.cache(), preset.dit, device="meta", dtype=torch.bfloat16, low_bit=not exact)
     setting = replace(memory.default(preset), exact_cache=exact)
     assert memory.parts(preset, setting)["KV cache"] == pytest.approx(cache.bytes(), rel=1e-3)  # but for the scales
 
@@ -206,7 +206,7 @@ def test_remedies() -> None:
     preset = PRESETS["self-forcing-1.3b"]
     setting = memory.default(preset)
     needed = memory.total(preset, setting)
-    text, cache, light = ["--text-encoder cpu"], ["--float8-attention"], ["--decoder light"]
+    text, cache, light = ["--text-encoder cpu"], ["--low-bit-attention"], ["--decoder light"]
     window, resolution = ["shorter window of 18"], ["smaller resolution of 720x416"]
     weights = ["--text-encoder-weights int8"]
     assert memory.remedies(preset, setting, needed - (300 << 20)) == [text, weights, cache, light, window, resolution]

@@ -109,7 +109,7 @@ def _plan_on(
     )
 
 
-@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
+@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments", "span", "scale_batch"])
 def _attend(
     q_desc,
     k_desc,
@@ -130,6 +130,8 @@ def _attend(
     keys,
     listed,
     segments,
+    span,
+    scale_batch,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -159,8 +161,6 @@ def _attend(
             batch = tile // (tiles_q * heads)
             row = tile_q * BM + rows
             multiplier = tl.full([BM], 1.0, tl.float32) * scale
-            if SCALED_K:
-                multiplier = multiplier * tl.load(k_scale + batch * heads + head)
             if SCALED_Q:
                 multiplier *= tl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
             blocks = index
@@ -174,13 +174,15 @@ def _attend(
             edge = tl.minimum(first + EDGE, end)
             for step in range(first, edge):
                 m, total, acc = _step(
-                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
-                    BN, D, PACKED, SPARSE, SHIFT, True,
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier,
+                    k_scale, batch * scale_batch + head, span, heads, m, total, acc,
+                    BN, D, PACKED, SCALED_K, SPARSE, SHIFT, True,
                 )  # fmt: skip
             for step in range(edge, end):
                 m, total, acc = _step(
-                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
-                    BN, D, PACKED, SPARSE, SHIFT, False,
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier,
+                    k_scale, batch * scale_batch + head, span, heads, m, total, acc,
+                    BN, D, PACKED, SCALED_K, SPARSE, SHIFT, False,
                 )  # fmt: skip
             if slot < 0:
                 acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -192,7 +194,7 @@ def _attend(
                 inside = (row < queries)[:, None] & (columns < D)[None, :]
                 tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
             else:
-                tl.store(stats + slot * 2 * BM + rows, m * multiplier)
+                tl.store(stats + slot * 2 * BM + rows, m)
                 tl.store(stats + slot * 2 * BM + BM + rows, total)
                 tl.store(parts + slot * (BM * D) + rows[:, None] * D + columns[None, :], acc)
 
@@ -208,12 +210,17 @@ def _step(
     batch,
     head,
     multiplier,
+    k_scale,
+    scale_at,
+    span,
+    heads,
     m,
     total,
     acc,
     BN: tl.constexpr,
     D: tl.constexpr,
     PACKED: tl.constexpr,
+    SCALED_K: tl.constexpr,
     SPARSE: tl.constexpr,
     SHIFT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -227,12 +234,15 @@ def _step(
         # from the end, so that only a first step meets the end of the keys
         at = ((keys + BN - 1) // BN - 1 - step) * BN
     k = k_desc.load([batch, at, head, 0]).reshape(BN, D)
-    s = tl.dot(q, k.T)
+    s = tl.dot(q, k.T).to(tl.float32) * multiplier[:, None]
+    key = at + tl.arange(0, BN)
+    if SCALED_K:
+        s *= tl.load(k_scale + scale_at + tl.minimum(key, keys - 1) // span * heads)[None, :]
     if MASKED:
-        s = tl.where((at + tl.arange(0, BN) < keys)[None, :], s, -float("inf"))
+        s = tl.where((key < keys)[None, :], s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s * multiplier[:, None] - (new * multiplier - SHIFT)[:, None])
-    alpha = tl.exp2((m - new) * multiplier)
+    p = tl.exp2(s - (new - SHIFT)[:, None])
+    alpha = tl.exp2(m - new)
     total = total * alpha + tl.sum(p, 1)
     if PACKED:
         p = p.reshape(BM, BN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BM, BN)
@@ -335,9 +345,16 @@ def _run(
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     parts = torch.empty((slots, bm, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((slots, 2, bm), dtype=torch.float32, device=q.device)
-    for scale in (q_scale, k_scale, v_scale, out_scale):
+    for scale in (q_scale, v_scale, out_scale):
         if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
             raise ValueError("scales are contiguous float32")
+    span = keys
+    if k_scale is not None:
+        span = keys // k_scale.shape[1]
+        if k_scale.dtype != torch.float32 or not k_scale[0].is_contiguous():
+            raise ValueError("scales of keys are float32, those of one batch contiguous")
+        if span * k_scale.shape[1] != keys or span < min(bn, keys):
+            raise ValueError(f"{keys} keys cannot have {k_scale.shape[1]} scales: equal shares of at least {bn}")
     if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
         raise ValueError("index is contiguous int32")
     launch = _launch_specialized if config.specialized else _launch
@@ -361,6 +378,8 @@ def _run(
             "keys": keys,
             "listed": 0 if index is None else index.shape[-1],
             "segments": work.shape[1],
+            "span": span,
+            "scale_batch": 0 if k_scale is None else k_scale.stride(0),
             "BN": bn,
             "D": dim,
             "PACKED": packed,
@@ -405,7 +424,12 @@ def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], a
 
     from engine.ops.triton import hopper
 
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+    element = {
+        torch.bfloat16: gl.bfloat16,
+        torch.float16: gl.float16,
+        torch.float8_e4m3fn: gl.float8e4nv,
+        torch.int8: gl.int8,
+    }
     blocks = _blocks(config, arguments["D"], arguments["PACKED"], 64)
     unused = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), "stats") | {"index": "work"}
     pointers = {name: arguments[other] for name, other in unused.items() if arguments[name] is None}
@@ -532,8 +556,8 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor |
 
 @triton.jit(do_not_specialize=["tokens", "start"])
 def _pack(
-    v, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
-    D: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr,
+    v, bias, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
+    D: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """TOKENS columns of one head's packed values, turned in registers and written as whole rows."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -544,6 +568,8 @@ def _pack(
     inside = ((token >= 0) & (token < tokens))[:, None] & (columns < D)[None, :]
     source = v + batch * batch_v + head * head_v + token.to(tl.int64)[:, None] * token_v + columns[None, :]
     x = tl.load(source, mask=inside, other=0)
+    if BIAS:
+        x = x.to(tl.float32) + tl.load(bias + head * D + columns).to(tl.float32)[None, :]
     if SCALED:
         x = x.to(tl.float32) / tl.load(scale + batch * heads + head)
         x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(out.dtype.element_ty)
@@ -558,44 +584,60 @@ def _pack(
         tl.store(target, x, mask=((mine >= 0) & (mine < tokens))[None, :] & (columns < D)[:, None])
 
 
-def pack_values(v: Tensor, out: Tensor | None = None, start: int = 0, scale: Tensor | None = None) -> Tensor:
+def pack_values(
+    v: Tensor,
+    out: Tensor | None = None,
+    start: int = 0,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """See `engine.ops.attention.pack_values`."""
     batch, tokens, heads, dim = v.shape
     if out is None:
         dtype = v.dtype if scale is None else torch.float8_e4m3fn
         size = triton.cdiv(start + tokens, 16) * 16
         out = torch.zeros((batch, heads, dim, size), dtype=dtype, device=v.device)
+    if bias is not None and (scale is None or not bias.is_contiguous()):
+        raise ValueError("a bias is contiguous, and added to values that are to be scaled")
     # as integers, 8-bit floats are only moved
     moved = scale is None and v.element_size() == 1
     size = 64
     _pack[(triton.cdiv(start % 16 + tokens, size), heads, batch)](
-        v.view(torch.uint8) if moved else v, out.view(torch.uint8) if moved else out, scale,
+        v.view(torch.uint8) if moved else v, bias, out.view(torch.uint8) if moved else out, scale,
         v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2), heads, tokens, start,
-        D=dim, TOKENS=size, SCALED=scale is not None, num_warps=4,
+        D=dim, TOKENS=size, BIAS=bias is not None, SCALED=scale is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+def _pool(
+    x, out, scale, batch_x, token_x, head_x, scale_batch, tokens, heads, first, span,
+    D: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     block, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, D)
     inside = (token < tokens)[:, None] & (columns < D)[None, :]
     source = x + batch * batch_x + head * head_x + token.to(tl.int64)[:, None] * token_x + columns[None, :]
-    total = tl.sum(tl.load(source, mask=inside, other=0.0).to(tl.float32), 0)
+    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        at = batch * scale_batch + (first + token) // span * heads + head
+        value *= tl.load(scale + at, mask=token < tokens, other=0.0)[:, None]
     size = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
-    tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, total / size)
+    tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, tl.sum(value, 0) / size)
 
 
-def pool(x: Tensor, block: int = BLOCK) -> Tensor:
+def pool(x: Tensor, block: int = BLOCK, scale: Tensor | None = None, span: int = 1, first: int = 0) -> Tensor:
     """See `engine.ops.attention.pool`."""
     batch, tokens, heads, dim = x.shape
     blocks = triton.cdiv(tokens, block)
     out = torch.empty((batch, blocks, heads, dim), dtype=torch.float32, device=x.device)
+    assert scale is None or scale[0].is_contiguous()
     _pool[(blocks, heads, batch)](
-        x, out, x.stride(0), x.stride(1), x.stride(2), tokens, heads, D=dim, BLOCK=block, num_warps=4
-    )
+        x, out, scale, x.stride(0), x.stride(1), x.stride(2), 0 if scale is None else scale.stride(0),
+        tokens, heads, first, span, D=dim, BLOCK=block, SCALED=scale is not None, num_warps=4,
+    )  # fmt: skip
     return out
 
 

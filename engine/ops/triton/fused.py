@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.fused import Activation, Scales
+from engine.ops.fused import Activation, Operands, Scales
 from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
 from engine.ops.sparse import UNIT
 
@@ -207,11 +207,10 @@ def _rotated(x, angles, token, HEADS: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _rounded_keys(k, mean, scale, batch, head, at, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """Keys of one token as `Scales` says that they are stored."""
+def _even(k, mean, gain, batch, at, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """`Scales.even` of one token's keys."""
     k -= tl.load(mean + batch * COUNT * SIZE + at, mask=mask, other=0.0)
-    k /= tl.load(scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
-    return tl.minimum(tl.maximum(k, -448.0), 448.0)
+    return k / tl.load(gain + batch * COUNT * SIZE + at, mask=mask, other=1.0)
 
 
 @triton.jit
@@ -232,49 +231,48 @@ def _normed(
 
 
 @triton.jit
-def _put_queries(q, queries, query_scales, row, width, head, at, mask, FP8: tl.constexpr, COUNT: tl.constexpr):
-    if FP8:
+def _put_queries(
+    q, queries, query_scales, gain, row, width, batch, head, at, mask, EIGHT: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    if EIGHT:
+        q *= tl.load(gain + batch * width + at, mask=mask, other=0.0)
         largest = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12)
-        tl.store(queries + row * width + at, (q * (448.0 / largest)[:, None]).to(tl.float8e4nv), mask=mask)
-        tl.store(query_scales + row * COUNT + head, largest / 448.0, mask=head < COUNT)
-    else:
-        tl.store(queries + row * width + at, q.to(queries.dtype.element_ty), mask=mask)
+        q = tl.floor(q * (127.0 / largest)[:, None] + 0.5)
+        tl.store(query_scales + row * COUNT + head, largest / 127.0, mask=head < COUNT)
+    tl.store(queries + row * width + at, q.to(queries.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _put_keys(
-    k, keys, raw, angles, token, key_mean, key_scale, batch, head, at, mask,
-    RAW: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    k, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head, at, mask,
+    RAW: tl.constexpr, EIGHT: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     if RAW:
         tl.store(raw + at, k.to(raw.dtype.element_ty), mask=mask)
     k = _rotated(k, angles, token, HEADS, PAIRS)
-    if FP8:
-        k = _rounded_keys(k, key_mean, key_scale, batch, head, at, mask, COUNT, 2 * PAIRS)
+    if EIGHT:
+        k = _even(k, key_mean, key_gain, batch, at, mask, COUNT, 2 * PAIRS)
+        tl.store(largest + (batch * COUNT + head) * tokens + token, tl.max(tl.abs(k), axis=1), mask=head < COUNT)
     tl.store(keys + at, k.to(keys.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _put_values(
-    x, bias, values, value_scale, batch, head, at, mask, BIAS: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr
-):  # fmt: skip
+def _put_values(x, bias, values, at, mask, BIAS: tl.constexpr):
     v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         v += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
-    if FP8:
-        v /= tl.load(value_scale + batch * COUNT + head, mask=head < COUNT, other=1.0)[:, None]
-        v = tl.minimum(tl.maximum(v, -448.0), 448.0)
     tl.store(values + at, v.to(values.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _heads(
-    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_scale, value_scale,
+    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_gain, largest,
     tokens, width, eps, key_batch, key_token, value_batch, value_token, raw_batch, raw_token,
-    BIAS: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
+    BIAS: tl.constexpr, RAW: tl.constexpr, EIGHT: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
     REST: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token: COUNT heads of 2 PAIRS, in two parts of HEADS and REST heads, each a power of two."""
+    """One token: COUNT heads of 2 PAIRS, in two parts of HEADS and REST heads, each a power of two. On the way to 8
+    bits (EIGHT) values are left where they are."""
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     size: tl.constexpr = 2 * PAIRS
@@ -287,8 +285,8 @@ def _heads(
     q, q_r = _normed(base, bias, norm_q, width, eps, at, at_r, mask, mask_r, BIAS)
     q = _rotated(q, angles, token, HEADS, PAIRS)
     q_r = _rotated(q_r, angles, token, REST, PAIRS)
-    _put_queries(q, queries, query_scales, row, width, head, at, mask, FP8, COUNT)
-    _put_queries(q_r, queries, query_scales, row, width, head_r, at_r, mask_r, FP8, COUNT)
+    _put_queries(q, queries, query_scales, key_gain, row, width, batch, head, at, mask, EIGHT, COUNT)
+    _put_queries(q_r, queries, query_scales, key_gain, row, width, batch, head_r, at_r, mask_r, EIGHT, COUNT)
 
     bias_k, bias_v = bias, bias
     if BIAS:
@@ -297,20 +295,51 @@ def _heads(
         raw += batch * raw_batch + token * raw_token
     k, k_r = _normed(base + width, bias_k, norm_k, width, eps, at, at_r, mask, mask_r, BIAS)
     keys += batch * key_batch + token * key_token
-    _put_keys(k, keys, raw, angles, token, key_mean, key_scale, batch, head, at, mask, RAW, FP8, COUNT, HEADS, PAIRS)
     _put_keys(
-        k_r, keys, raw, angles, token, key_mean, key_scale, batch, head_r, at_r, mask_r, RAW, FP8, COUNT, REST, PAIRS
-    )
-    values += batch * value_batch + token * value_token
-    _put_values(base + 2 * width, bias_v, values, value_scale, batch, head, at, mask, BIAS, FP8, COUNT)
-    _put_values(base + 2 * width, bias_v, values, value_scale, batch, head_r, at_r, mask_r, BIAS, FP8, COUNT)
+        k, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head, at, mask,
+        RAW, EIGHT, COUNT, HEADS, PAIRS,
+    )  # fmt: skip
+    _put_keys(
+        k_r, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head_r, at_r, mask_r,
+        RAW, EIGHT, COUNT, REST, PAIRS,
+    )  # fmt: skip
+    if not EIGHT:
+        values += batch * value_batch + token * value_token
+        _put_values(base + 2 * width, bias_v, values, at, mask, BIAS)
+        _put_values(base + 2 * width, bias_v, values, at_r, mask_r, BIAS)
+
+
+@triton.jit
+def _store_keys(
+    keys, largest, out, scale, tokens, out_batch, out_token, scale_batch,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    most = tl.zeros([READ], tl.float32)
+    for start in range(0, tokens, READ):
+        other = start + tl.arange(0, READ)
+        most = tl.maximum(most, tl.load(largest + (batch * COUNT + head) * tokens + other, other < tokens, 0.0))
+    found = tl.maximum(tl.max(most, 0), 1e-12) / 127.0
+    if tile == 0:
+        tl.store(scale + batch * scale_batch + head, found)
+    token = tile * ROWS + tl.arange(0, ROWS)
+    column = head * SIZE + tl.arange(0, SIZE)
+    mask = (token < tokens)[:, None] & (column < COUNT * SIZE)[None, :]
+    k = tl.load(keys + (batch * tokens + token)[:, None] * (COUNT * SIZE) + column[None, :], mask, 0.0).to(tl.float32)
+    k = tl.floor(k * (1.0 / found) + 0.5)
+    # keys may have been rounded since their largest was found
+    k = tl.minimum(tl.maximum(k, -127.0), 127.0)
+    at = batch * out_batch + token[:, None].to(tl.int64) * out_token + column[None, :]
+    tl.store(out + at, k.to(tl.int8), mask)
 
 
 @triton.jit
 def _store_turned(
-    x, angles, out, mean, scale, x_batch, x_token, out_batch, out_token,
-    FP8: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    x, angles, out, mean, gain, scale, largest, tokens, x_batch, x_token, out_batch, out_token, scale_batch,
+    EIGHT: tl.constexpr, MEASURE: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """One token. In 8 bits it is first measured, and stored when the scale is known."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     size: tl.constexpr = 2 * PAIRS
     head = tl.arange(0, HEADS)
@@ -318,9 +347,15 @@ def _store_turned(
     mask = (head < COUNT)[:, None]
     k = tl.load(x + batch * x_batch + token * x_token + at, mask=mask, other=0.0).to(tl.float32)
     k = _rotated(k, angles, token, HEADS, PAIRS)
-    if FP8:
-        k = _rounded_keys(k, mean, scale, batch, head, at, mask, COUNT, size)
-    tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
+    if EIGHT:
+        k = _even(k, mean, gain, batch, at, mask, COUNT, size)
+    if MEASURE:
+        tl.store(largest + (batch * COUNT + head) * tokens + token, tl.max(tl.abs(k), axis=1), mask=head < COUNT)
+    else:
+        if EIGHT:
+            k /= tl.load(scale + batch * scale_batch + head, mask=head < COUNT, other=1.0)[:, None]
+            k = tl.floor(k + 0.5)
+        tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
 
 
 def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
@@ -399,6 +434,33 @@ def rms_norm(x: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tens
     return out
 
 
+def _launch_heads(
+    qkv: Tensor,
+    bias: Tensor | None,
+    norms: tuple[Tensor, Tensor],
+    eps: float,
+    angles: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    raw_keys: Tensor | None,
+    eight: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> None:
+    """`eight`: scales of the queries, mean and gain of the keys, and where their largest are to go."""
+    batch, tokens, count, size = keys.shape
+    for x in (keys, values, raw_keys):
+        assert x is None or (x.stride(3) == 1 and x.stride(2) == size)
+    assert qkv.is_contiguous() and angles.is_contiguous()
+    query_scales, mean, gain, largest = eight or (None, None, None, None)
+    strides = [(0, 0) if x is None else (x.stride(0), x.stride(1)) for x in (keys, values, raw_keys)]
+    _heads[(batch * tokens,)](
+        qkv, bias, *norms, angles, queries, query_scales, keys, values, raw_keys, mean, gain, largest,
+        tokens, count * size, eps, *(stride for pair in strides for stride in pair),
+        BIAS=bias is not None, RAW=raw_keys is not None, EIGHT=eight is not None, COUNT=count,
+        HEADS=_parts(count)["BLOCK"], REST=_parts(count)["REST"], PAIRS=size // 2, num_warps=_warps(count * size),
+    )  # fmt: skip
+
+
 def heads(
     qkv: Tensor,
     bias: Tensor | None,
@@ -410,35 +472,65 @@ def heads(
     values: Tensor,
     *,
     raw_keys: Tensor | None,
-    scales: Scales | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
+    queries = torch.empty(keys.shape, dtype=qkv.dtype, device=qkv.device)
+    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, queries, keys, values, raw_keys, None)
+    return queries
+
+
+def heads8(
+    qkv: Tensor,
+    bias: Tensor | None,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    eps: float,
+    angles: Tensor,
+    scales: Scales,
+    *,
+    raw_keys: Tensor | None,
+) -> Operands:
+    shape = (*qkv.shape[:2], *scales.key_mean.shape[1:])
+    batch, tokens, count, _ = shape
+    q = torch.empty(shape, dtype=STORED["int8"], device=qkv.device)
+    q_scale = torch.empty(batch, tokens, count, device=qkv.device)
+    keys = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    largest = torch.empty(batch, count, tokens, device=qkv.device)
+    eight = q_scale, scales.key_mean, scales.key_gain, largest
+    assert all(x.is_contiguous() for x in eight)
+    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, q, keys, None, raw_keys, eight)
+    return Operands(q, q_scale, keys, largest)
+
+
+def store_keys(keys: Tensor, largest: Tensor, out: Tensor, scale: Tensor) -> None:
     batch, tokens, count, size = keys.shape
-    for x in (keys, values, *(() if raw_keys is None else (raw_keys,))):
-        assert x.stride(3) == 1 and x.stride(2) == size
-    assert qkv.is_contiguous() and angles.is_contiguous()
-    queries = torch.empty(
-        batch, tokens, count, size, dtype=qkv.dtype if scales is None else STORED["fp8"], device=qkv.device
-    )
-    query_scales = None if scales is None else torch.empty(batch, tokens, count, device=qkv.device)
-    mean: Any = None if scales is None else scales.key_mean
-    raw_strides = (0, 0) if raw_keys is None else (raw_keys.stride(0), raw_keys.stride(1))
-    _heads[(batch * tokens,)](
-        qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw_keys,
-        mean, None if scales is None else scales.key, None if scales is None else scales.value,
-        tokens, count * size, eps, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *raw_strides,
-        BIAS=bias is not None, RAW=raw_keys is not None, FP8=scales is not None, COUNT=count,
-        HEADS=_parts(count)["BLOCK"], REST=_parts(count)["REST"], PAIRS=size // 2, num_warps=_warps(count * size),
+    assert keys.is_contiguous() and largest.is_contiguous()
+    assert out.stride(3) == 1 and out.stride(2) == size and (scale.stride(1) == 1 or count == 1)
+    rows = 64
+    _store_keys[(triton.cdiv(tokens, rows), count, batch)](
+        keys, largest, out, scale, tokens, out.stride(0), out.stride(1), scale.stride(0),
+        COUNT=count, SIZE=size, ROWS=rows, READ=1024, num_warps=4,
     )  # fmt: skip
-    return queries, query_scales
 
 
-def store_turned(x: Tensor, angles: Tensor, out: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None, part: int) -> None:
     batch, tokens, count, size = x.shape
-    for part in (x, out):
-        assert part.stride(3) == 1 and part.stride(2) == size
-    assert angles.is_contiguous() and all(part is None or part.is_contiguous() for part in (scale, mean))
-    _store_turned[(tokens, batch)](
-        x, angles, out, mean, scale, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-        FP8=scale is not None, COUNT=count, HEADS=triton.next_power_of_2(count), PAIRS=size // 2,
-        num_warps=_warps(count * size),
-    )  # fmt: skip
+    for tensor in (x, out):
+        assert tensor.stride(3) == 1 and tensor.stride(2) == size
+    assert angles.is_contiguous()
+    mean: Any = None if scales is None else scales.key_mean
+    gain: Any = None if scales is None else scales.key_gain
+    scale: Any = None if scales is None else scales.key[:, part]
+    largest: Any = None if scales is None else torch.empty(batch, count, tokens, device=x.device)
+    assert scales is None or (mean.is_contiguous() and gain.is_contiguous() and scales.key[0].is_contiguous())
+
+    def run(*, measure: bool) -> None:
+        _store_turned[(tokens, batch)](
+            x, angles, out, mean, gain, scale, largest, tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+            0 if scale is None else scale.stride(0), EIGHT=scales is not None, MEASURE=measure, COUNT=count,
+            HEADS=triton.next_power_of_2(count), PAIRS=size // 2, num_warps=_warps(count * size),
+        )  # fmt: skip
+
+    if scales is not None:
+        run(measure=True)
+        scale.copy_(largest.amax(dim=-1).clamp(min=1e-12) / LARGEST["int8"])
+    run(measure=False)

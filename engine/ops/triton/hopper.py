@@ -118,6 +118,33 @@ def _values(v_ring, stage, BN: gl.constexpr, D: gl.constexpr, PACKED: gl.constex
 
 
 @gluon.jit
+def _key_scale(k_scale, token, keys, span, heads, BN: gl.constexpr, SCALED: gl.constexpr):
+    """Of a step's keys: the scale of the first, how many share it, and by how much that of the others is larger.
+
+    `k_scale` points at the head's scale of the first `span` keys.
+    """
+    if SCALED:
+        part = token // span
+        scale = gl.load(k_scale + part * heads)
+        following = gl.load(k_scale + gl.minimum(part + 1, (keys - 1) // span) * heads)
+        return scale, (part + 1) * span - token, following / scale
+    else:
+        return 1.0, keys, 1.0
+
+
+@gluon.jit
+def _scored(s, own, ratio, BN: gl.constexpr, SCALED: gl.constexpr):
+    """Products of 8-bit queries and keys as floats, all as if they had the first key's scale; see `_key_scale`."""
+    # whole numbers below 2^24 stay exact
+    s = s.to(gl.float32)
+    if SCALED:  # noqa: SIM102 (known when this is compiled, unlike the other)
+        if own < BN:
+            first = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout)) < own
+            s = gl.where(gl.expand_dims(first, 0), s, s * ratio)
+    return s
+
+
+@gluon.jit
 def _softmax(s, m, multiplier, SHIFT: gl.constexpr):
     """Powers of the scores, the new maximum, and what older sums shrink by."""
     new = gl.maximum(m, gl.max(s, 1))
@@ -209,12 +236,13 @@ def _attend_group(
     GROUP: gl.constexpr, q_ring, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-    scale, heads, tiles_q, queries, keys, listed, segments,
+    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
     SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_ring.dtype
+    score: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
     depth: gl.constexpr = 256 // dtype.primitive_bitwidth
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, depth])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, depth])
@@ -234,21 +262,21 @@ def _attend_group(
         )
         row = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, score_rows)
         multiplier = gl.full([64], 1.0, gl.float32, score_rows) * scale
-        if SCALED_K:
-            multiplier = multiplier * gl.load(k_scale + batch * heads + head)
+        own_scale = k_scale + batch * scale_batch + head
         if SCALED_Q:
             multiplier *= gl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
         if PACKED:
             multiplier *= 8.0
         m = gl.full([64], -float("inf"), gl.float32, score_rows)
         acc = gl.zeros([64, D], gl.float32, out_layout)
-        empty = gl.zeros([64, BN], gl.float32, score_layout)
+        empty = gl.zeros([64, BN], score, score_layout)
         if PACKED:
             total = gl.zeros([64, 8], gl.float32, sum_layout)
         else:
             total = _row_sums(empty, BN)
         if end > first:
             token = _token(blocks, first, keys, BN, SPARSE)
+            key_scale, own, ratio = _key_scale(own_scale, token, keys, span, heads, BN, SCALED_K)
             mbarrier.wait(q_full.index(GROUP), loaded & 1)
             loaded += 1
             stage = at % STAGES
@@ -257,20 +285,26 @@ def _attend_group(
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
             inside = token + gl.arange(0, BN, gl.SliceLayout(0, score_layout)) < keys
-            s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
             if PACKED:
-                p, m, alpha = _softmax8(s, m, multiplier, SHIFT)
+                s = _scored(s, own, ratio, BN, SCALED_K)
+                s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
+                p, m, alpha = _softmax8(s, m, multiplier * key_scale, SHIFT)
             else:
+                s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
                 p, m, alpha = _softmax(s, m, multiplier, SHIFT)
                 total = _row_sums(p, BN)
             held = _held(p, BN, PACKED)
             # what `acc` shrinks by before the next product is added
             shrink = gl.full([64], 1.0, gl.float32, out_rows)
-            for _ in range(first + 1, end):
+            for step in range(first + 1, end):
                 stage_v = at % STAGES
                 phase_v = (at // STAGES) & 1
                 at += 1
                 stage = at % STAGES
+                if SCALED_K:
+                    # fetched before there is anything to wait for
+                    token = _token(blocks, step, keys, BN, SPARSE)
+                    key_scale, own, ratio = _key_scale(own_scale, token, keys, span, heads, BN, SCALED_K)
                 weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
                 mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
                 if TURNS:
@@ -297,7 +331,8 @@ def _attend_group(
                 s = warpgroup_mma_wait(2 if PACKED else 1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 if PACKED:
-                    p, m, alpha = _softmax8(s, m, multiplier, SHIFT)
+                    s = _scored(s, own, ratio, BN, SCALED_K)
+                    p, m, alpha = _softmax8(s, m, multiplier * key_scale, SHIFT)
                 else:
                     p, m, alpha = _softmax(s, m, multiplier, SHIFT)
                     total = total * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)
@@ -360,11 +395,11 @@ def _attend_group(
                 gl.store(gl.expand_dims(target, 1) + columns, acc)
 
 
-@gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
+@gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments", "span", "scale_batch"])
 def attend(
     q_desc, k_desc, v_desc,
     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-    scale, heads, tiles_q, queries, keys, listed, segments,
+    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
     SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
@@ -406,7 +441,7 @@ def attend(
                     gl.constexpr(0), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
                     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-                    scale, heads, tiles_q, queries, keys, listed, segments,
+                    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
                     SPARSE, SHIFT, TURNS,
                 ),
@@ -417,7 +452,7 @@ def attend(
                     gl.constexpr(1), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
                     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-                    scale, heads, tiles_q, queries, keys, listed, segments,
+                    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
                     SPARSE, SHIFT, TURNS,
                 ),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.ops import attention as reference
+from engine.ops.linear import quantise
 
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
@@ -19,8 +20,10 @@ from engine.ops.triton.attention import Config  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 FP8 = torch.float8_e4m3fn
-# in the interpreter 8-bit probabilities are cut off, not rounded
+# In the interpreter 8-bit probabilities are cut off, not rounded. Compiled, the kernel with warps of one task each
+# makes them as the reference does; the other one takes exponentials, which differ from these by 3 %, and rounds them.
 EIGHT_BITS = 4e-2 if GPU else 0.1
+PORTABLE = 6e-2 if GPU else 0.1
 
 
 def relative(out, exact):
@@ -36,16 +39,20 @@ def inputs(batch, queries, keys, heads, dim, dtype=torch.float16):
     return q, ring[0][:, :keys], ring[1][:, :keys]
 
 
-def quantised(x, scale):
-    return (x.float() / scale).to(FP8)
-
-
-def eight_bits(q, k, v):
-    q_scale = (q.float().abs().amax(-1) / 448).contiguous()
-    k_scale, v_scale = ((x.float().abs().amax((1, 3)) / 448).contiguous() for x in (k, v))
-    k8, v8 = (quantised(x, s[:, None, :, None]) for x, s in ((k, k_scale), (v, v_scale)))
-    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-    return quantised(q, q_scale[..., None]), k8, v8, scales
+def eight_bits(q, k, v, parts=2):
+    """Queries and keys in int8, keys with a scale for each part, which differ; values in float8."""
+    rows = quantise(q.float(), "int8")
+    shares = torch.arange(parts, device=DEVICE) / 2 + 1
+    k_scale = k.float().unflatten(1, (parts, -1)).abs().amax((2, 4)) / 127 * shares[:, None]
+    spread = k_scale.repeat_interleave(k.shape[1] // parts, dim=1)[..., None]
+    v_scale = (v.float().abs().amax((1, 3)) / 448).contiguous()
+    scales = {"q_scale": rows.scale[..., 0].contiguous(), "k_scale": k_scale, "v_scale": v_scale}
+    return (
+        rows.data,
+        (k.float() / spread).round().to(torch.int8),
+        (v.float() / v_scale[:, None, :, None]).to(FP8),
+        scales,
+    )
 
 
 def test_plan_covers_every_step_once():
@@ -113,7 +120,7 @@ def test_the_result_can_come_in_8_bits():
         (reference.dense(q, k, v, out_scale=scale), reference.dense(q, k, v)),
     ):
         assert made.dtype == FP8
-        assert relative(made.float() * scale, exact.float().clamp(-448 * 0.004, 448 * 0.004)) < 1.5 * EIGHT_BITS
+        assert relative(made.float() * scale, exact.float().clamp(-448 * 0.004, 448 * 0.004)) < 1.5 * PORTABLE
 
 
 def test_packed_values_come_back():
@@ -134,9 +141,13 @@ def test_packed_values_come_back():
 def test_values_are_packed_and_quantised_at_once(start):
     _, _, v = inputs(2, 16, 200, 2, 64, torch.float32)
     scale = (v.abs().amax((1, 3)) / 448).contiguous()
-    packed, right = (f(v, None, start, scale) for f in (kernels.pack_values, reference.pack_values))
-    assert packed.dtype == FP8 and packed.shape == right.shape
-    assert relative(packed, right) < (1e-6 if GPU else 0.1)
+    bias = torch.linspace(-1, 1, 128, device=DEVICE)
+    for more in ((), (bias,)):
+        packed, right = (f(v, None, start, scale, *more) for f in (kernels.pack_values, reference.pack_values))
+        assert packed.dtype == FP8 and packed.shape == right.shape
+        assert relative(packed, right) < (1e-6 if GPU else 0.1)
+    moved = reference.pack_values(v + bias.view(2, 64), None, start, scale)
+    assert torch.equal(right.view(torch.uint8), moved.view(torch.uint8))
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -146,12 +157,16 @@ def test_dense_in_8_bits(persistent):
     config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
     out = kernels.dense(q8, k8, v8, **scales, out_dtype=torch.float32, config=config)
     exact = reference.dense(q8, k8, v8, **scales, out_dtype=torch.float32)
-    assert relative(out, exact) < EIGHT_BITS
+    assert relative(out, exact) < PORTABLE
     packed = kernels.dense(
         q8, k8, kernels.pack_values(v8), packed=True, **scales, out_dtype=torch.float32, config=config
     )
     assert torch.equal(packed, out)
-    assert relative(out, reference.dense(q, k, v)) < 2 * EIGHT_BITS
+    assert relative(out, reference.dense(q, k, v)) < PORTABLE
+    for parts in (5, 4):
+        wrong = scales | {"k_scale": scales["k_scale"][:, :1].repeat(1, parts, 1)}
+        with pytest.raises(ValueError, match=f"72 keys cannot have {parts} scales"):
+            kernels.dense(q8, k8, v8, **wrong, config=config)
 
 
 @pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
@@ -168,17 +183,16 @@ def test_all_blocks_are_dense(block_n, persistent):
 @pytest.mark.parametrize("visits", [None, [3, 1]])
 def test_block_sparse(eight, visits):
     q, k, v = inputs(1, 200, 600, 2, 64, torch.float32 if eight else torch.float16)
-    q8, k8, v8, scales = eight_bits(q, k, v)
+    scales = {}
     if eight:
-        q, k, v = q8, k8, v8
-    scales = scales if eight else {}
+        q, k, v, scales = eight_bits(q, k, v, parts=3)
     generator = torch.Generator().manual_seed(1)
     index = torch.rand(1, 2, 2, 5, generator=generator).argsort(-1)[..., :3].sort(-1, descending=True).values
     index = index.int().contiguous().to(DEVICE)
     for config in (Config(), Config(persistent=True, block_n=64)):
         out = kernels.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32, config=config)
         exact = reference.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32)
-        assert relative(out, exact) < (EIGHT_BITS if eight else 2e-3)
+        assert relative(out, exact) < (PORTABLE if eight else 2e-3)
     if visits:
         assert torch.equal(
             exact[:, :, 1],
@@ -205,7 +219,7 @@ def test_specialized(eight, dim, persistent, turns):
         q, k, v = inputs(2, queries, keys, heads, dim, torch.float32 if eight else torch.bfloat16)
         scales = {}
         if eight:
-            q, k, v, scales = eight_bits(q, k, v)
+            q, k, v, scales = eight_bits(q, k, v, parts=2 if keys == 328 else 3)
         limit = EIGHT_BITS if eight else 1e-2
         out = kernels.dense(q, k, v, **scales, config=config)
         assert relative(out, reference.dense(q, k, v, **scales)) < limit
@@ -230,7 +244,8 @@ def test_in_a_graph():
         index = kernels.choose_blocks(kernels.pool(q), kernels.pool(k), always, 7, 38)
         scale = torch.full((1, 2), 0.01, device=DEVICE)
         packed = kernels.pack_values(v, None, 0, scale)
-        eight = kernels.block_sparse(q.to(FP8), k.to(FP8), packed, index, v_scale=scale, packed=True)
+        q8, k8 = ((20 * x).round().to(torch.int8) for x in (q, k))
+        eight = kernels.block_sparse(q8, k8, packed, index, v_scale=scale, packed=True)
         return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
 
     attend()
@@ -248,6 +263,14 @@ def test_pool():
     x, *_ = inputs(2, 300, 16, 2, 64)
     view = x[:, 8:]
     torch.testing.assert_close(kernels.pool(view), reference.pool(view), rtol=1e-5, atol=1e-5)
+    # int8 keys of which each 100 have a scale of their own
+    rows, scale = (20 * view.float()).round().to(torch.int8), torch.rand(2, 4, 2).to(DEVICE)
+    found, right = (f(rows, 128, scale, 100, 64) for f in (kernels.pool, reference.pool))
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    by_hand = (rows[:, :36].float() * scale[:, :1, :, None]).sum(1) + (
+        rows[:, 36:128].float() * scale[:, 1:2, :, None]
+    ).sum(1)
+    torch.testing.assert_close(right[:, 0], by_hand / 128, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 5])

@@ -41,10 +41,13 @@ class Masked(FusedCache):
         filled, dtype = self.filled, given.get("out_dtype") or q.dtype
         if given:
             values = unpack_values(values, filled)
-        mask = self.mask(layer, q.float(), keys.float())
-        q, keys, values = q.float(), keys.float(), values.float()
+        keys = keys.float()
         if given:
-            q, keys = q * given["q_scale"][..., None], keys * given["k_scale"][:, None, :, None]
+            keys = keys * given["k_scale"].repeat_interleave(self.chunk_tokens, dim=1)[..., None]
+        mask = self.mask(layer, q.float(), keys)
+        q, values = q.float(), values.float()
+        if given:
+            q = q * given["q_scale"][..., None]
             values = values * given["v_scale"][:, None, :, None]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * self.head_dim**-0.5
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -99,15 +102,15 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("config", [STRADDLING, ALIGNED, replace(STRADDLING, sink=0)], ids=["sink", "aligned", "none"])
-@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_heads_see_what_their_masks_show(config: CacheConfig, float8: bool, keep: float) -> None:
+def test_heads_see_what_their_masks_show(config: CacheConfig, low_bit: bool, keep: float) -> None:
     """In every state of the ring: while it fills, when it is full, and after it has rolled over."""
-    options: dict[str, Any] = {"float8": float8, "keep": keep, "pruned": MIXED}
+    options: dict[str, Any] = {"low_bit": low_bit, "keep": keep, "pruned": MIXED}
     expected = roll(Masked(config, DIT, **options))
     found = roll(FusedCache(config, DIT, **options))
     # in 8 bits a score between two probabilities may fall to either side
-    assert max(apart(found, expected)) < (1e-2 if float8 else 1e-5)
+    assert max(apart(found, expected)) < (1e-2 if low_bit else 1e-5)
     # and it is the heads of the policy that leave the past out
     options["pruned"] = frozenset({(0, 0), (1, 0), (1, 1), (1, 2)})
     assert max(apart(roll(FusedCache(config, DIT, **options)), expected)) > 0.1
@@ -121,12 +124,12 @@ def test_heads_in_a_batch(keep: float) -> None:
     assert max(apart(found, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_layers_without_pruned_heads_are_as_they_were(float8: bool, keep: float) -> None:
+def test_layers_without_pruned_heads_are_as_they_were(low_bit: bool, keep: float) -> None:
     """Bit for bit, and so are the other heads of a layer, but for the order in which their keys are summed."""
-    plain = roll(FusedCache(STRADDLING, DIT, float8=float8, keep=keep))
-    pruned = roll(FusedCache(STRADDLING, DIT, float8=float8, keep=keep, pruned=frozenset({(1, 0)})))
+    plain = roll(FusedCache(STRADDLING, DIT, low_bit=low_bit, keep=keep))
+    pruned = roll(FusedCache(STRADDLING, DIT, low_bit=low_bit, keep=keep, pruned=frozenset({(1, 0)})))
     for layer in (0, 2):
         assert all(torch.equal(a, b) for a, b in zip(plain[layer::3], pruned[layer::3], strict=True))
     assert max(apart([x[:, :, 1:] for x in pruned[1::3]], [x[:, :, 1:] for x in plain[1::3]])) < 1e-5
@@ -188,22 +191,22 @@ class Compiled:
         return call
 
 
-@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_kernels_take_the_lists(float8: bool, keep: float) -> None:
+def test_kernels_take_the_lists(low_bit: bool, keep: float) -> None:
     """In a state of the ring in which the unfinished block is of the past."""
     seen = []
     for module in (references, Compiled()):
-        cache = FusedCache(STRADDLING, replace(DIT, dim=192), float8=float8, keep=keep, pruned=MIXED)
+        cache = FusedCache(STRADDLING, replace(DIT, dim=192), low_bit=low_bit, keep=keep, pruned=MIXED)
         roll(cache, 5)
         cache._kernels = module
         seen.append([x.float() for x in roll(cache, 1, 5)])
     # the kernels round 8-bit probabilities, the interpreter cuts them off, and a GPU rounds float32 products
-    assert max(apart(*seen)) < (0.1 if float8 else 1e-2)
+    assert max(apart(*seen)) < (0.1 if low_bit else 1e-2)
 
 
 def test_snapshot_and_reset() -> None:
-    options: dict[str, Any] = {"float8": True, "keep": 0.5, "pruned": MIXED}
+    options: dict[str, Any] = {"low_bit": True, "keep": 0.5, "pruned": MIXED}
     cache = FusedCache(STRADDLING, DIT, **options)
     roll(cache, 3)
     saved = cache.snapshot()

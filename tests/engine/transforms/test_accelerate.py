@@ -30,18 +30,18 @@ def frames(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
-@pytest.mark.parametrize("float8_attention", [False, True])
+@pytest.mark.parametrize("low_bit_attention", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("context_pass", [True, False])
 def test_every_legal_set(
-    build: Build, toy: Preset, low_bit: Form | None, float8_attention: bool, keep: float, context_pass: bool
+    build: Build, toy: Preset, low_bit: Form | None, low_bit_attention: bool, keep: float, context_pass: bool
 ) -> None:
     """The toy's untrained frames are noise around grey, so only their distance is looked at."""
-    speed = Speed(True, low_bit, float8_attention, keep, context_pass=context_pass)
+    speed = Speed(True, low_bit, low_bit_attention, keep, context_pass=context_pass)
     expected = frames(build(toy, speed=Speed(context_pass=context_pass)))
     found = frames(build(toy, speed=speed))
     assert found.shape == expected.shape
-    limit = 0.01 if low_bit is None and not float8_attention and keep == 1 else 2.0
+    limit = 0.01 if low_bit is None and not low_bit_attention and keep == 1 else 2.0
     assert (found - expected).abs().mean() < limit
 
 
@@ -56,7 +56,7 @@ def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -
     "options",
     [
         {"low_bit": "fp8"},
-        {"float8_attention": True},
+        {"low_bit_attention": True},
         {"keep": 0.5},
         {"graphs": True},
         {"pruned_heads": frozenset({(0, 0)})},
@@ -221,19 +221,19 @@ def test_a_policy_without_heads_changes_nothing(build: Build, wide: Preset, tmp_
 
 
 @pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
-@pytest.mark.parametrize("float8_attention", [False, True])
+@pytest.mark.parametrize("low_bit_attention", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_pruned_heads_beside_every_transform(
-    build: Build, wide: Preset, tmp_path: Path, low_bit: Form | None, float8_attention: bool, keep: float
+    build: Build, wide: Preset, tmp_path: Path, low_bit: Form | None, low_bit_attention: bool, keep: float
 ) -> None:
     """They change the latents, by the file's heads, and again in the same way."""
     file = tmp_path / "heads.json"
     file.write_text('{"1": [0]}')
     words = ["--pruned-heads", str(file), "--keep", str(keep)]
     words += ["--low-bit", low_bit] if low_bit else []
-    words += ["--float8-attention"] if float8_attention else []
+    words += ["--low-bit-attention"] if low_bit_attention else []
     speed = from_arguments(options(*words), torch.device("cpu"), wide.dit)
-    assert speed == Speed(True, low_bit, float8_attention, keep, pruned_heads=frozenset({(1, 0)}))
+    assert speed == Speed(True, low_bit, low_bit_attention, keep, pruned_heads=frozenset({(1, 0)}))
     found = latents(build(wide, speed=speed), 4)
     assert torch.equal(found, latents(build(wide, speed=speed), 4))
     expected = latents(build(wide, speed=replace(speed, pruned_heads=frozenset())), 4)

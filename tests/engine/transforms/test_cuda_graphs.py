@@ -81,11 +81,11 @@ def test_fused_kernels_give_the_models_flow() -> None:
         ("nvfp4", {}, 0.25),
         ("fp8-weights", {}, 0.06),
         ("int8-weights", {}, 0.04),
-        (None, {"float8": True}, 0.08),
+        (None, {"low_bit": True}, 0.08),
         (None, {"keep": 0.5}, 0.5),
         (None, {"pruned": PRUNED}, 0.5),
-        ("fp8", {"float8": True, "keep": 0.5}, 0.5),
-        ("fp8", {"float8": True, "keep": 0.5, "pruned": PRUNED}, 0.5),
+        ("fp8", {"low_bit": True, "keep": 0.5}, 0.5),
+        ("fp8", {"low_bit": True, "keep": 0.5, "pruned": PRUNED}, 0.5),
     ],
 )
 def test_transforms_alone_and_together(form: str | None, options: dict[str, object], limit: float) -> None:
@@ -95,7 +95,7 @@ def test_transforms_alone_and_together(form: str | None, options: dict[str, obje
     assert 1e-4 < worst < limit
 
 
-@pytest.mark.parametrize("options", [{}, {"float8": True}, {"keep": 0.5}, {"float8": True, "keep": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"low_bit": True}, {"keep": 0.5}, {"low_bit": True, "keep": 0.5}])
 def test_kernels_see_with_pruned_heads_what_the_references_see(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +123,7 @@ def test_every_form_can_be_recorded(policy: Policy) -> None:
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"float8": True}, {"keep": 0.5}, {"float8": True, "keep": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"low_bit": True}, {"keep": 0.5}, {"low_bit": True, "keep": 0.5}])
 @pytest.mark.parametrize("pruned", [frozenset(), PRUNED])
 def test_graphs_repeat_what_they_recorded(options: dict[str, object], pruned: Heads) -> None:
     model = FusedWan(wan(), Policy("fp8"))
