@@ -166,8 +166,8 @@ def check(mode: str, specialized: bool, device: str) -> None:
                     for visits in (None, shorter)
                 ]
             worst = max(worst, *(relative(out, right) for out, right in pairs))
-    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities, which the
-    # plain kernel does in another way
+    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities, which
+    # the plain kernel does in another way
     limit = (0.1 if device == "cpu" else 4e-2 if specialized else 6e-2) if eight else 1e-2
     print(f"worst relative error {worst:.1e}, limit {limit}")
     if not worst < limit:

@@ -133,18 +133,6 @@ def _key_scale(k_scale, token, keys, span, heads, BN: gl.constexpr, SCALED: gl.c
 
 
 @gluon.jit
-def _scored(s, own, ratio, BN: gl.constexpr, SCALED: gl.constexpr):
-    """Products of 8-bit queries and keys as floats, all as if they had the first key's scale; see `_key_scale`."""
-    # whole numbers below 2^24 stay exact
-    s = s.to(gl.float32)
-    if SCALED:  # noqa: SIM102 (known when this is compiled, unlike the other)
-        if own < BN:
-            first = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout)) < own
-            s = gl.where(gl.expand_dims(first, 0), s, s * ratio)
-    return s
-
-
-@gluon.jit
 def _softmax(s, m, multiplier, SHIFT: gl.constexpr):
     """Powers of the scores, the new maximum, and what older sums shrink by."""
     new = gl.maximum(m, gl.max(s, 1))
@@ -163,56 +151,104 @@ WHOLE: gl.constexpr = gl.constexpr(1.5 * 2**23)
 
 
 @gluon.jit
-def _softmax8(s, m, multiplier, SHIFT: gl.constexpr):
-    """`_softmax` with the powers as float8 e4m3, in whose bits eighths of an octave are counted: 8 (log2 p + 7).
+def _zero(multiplier, PRODUCTS: gl.constexpr):
+    """What 8-bit products are added to, what that becomes when they are multiplied, and by what they then are.
 
-    So the multiplication that scales a score also makes its power, with mantissas on a line from 1 to 2 instead of a
-    curve (Schraudolph 1999, "A fast, compact approximation of the exponential function"). Beside what is lost by
-    rounding to 3 bits of mantissa that is little: 3.2 % instead of 2.6 % of each power, and no exponential is taken.
-    `multiplier` and `m` are in eighths of an octave, `m` in whole ones, or -inf.
-
-    Returns floats whose low 16 bits are a signed number, below 0 where the power is 0.
+    Whole numbers are summed on top of the bits of a float32 that is a whole number near `WHOLE`, so that the bits of
+    the sum are a float32 too, and nothing is converted. Of all such numbers one is taken whose multiple is nearly
+    whole, since it must be taken off again without rounding.
     """
-    new = gl.maximum(m, (gl.max(s, 1) * multiplier + WHOLE) - WHOLE)
-    p = s * gl.expand_dims(multiplier, 1) + gl.expand_dims((WHOLE + 8.0 * (SHIFT + 7.0)) - new, 1)
-    return p, new, gl.exp2((m - new) * 0.125)
+    if PRODUCTS == gl.int32:  # noqa: SIM300
+        # so it is within 2^21 of `WHOLE`, and products of 128 channels within 2^21 of it: all between 2^23 and 2^24,
+        # where float32 has whole numbers only
+        multiplier = gl.maximum(multiplier, 2.5e-7)
+        multiple = (WHOLE * multiplier + WHOLE) - WHOLE
+        return multiple / multiplier, multiple, multiplier
+    else:
+        return 0.0 * multiplier, 0.0 * multiplier, multiplier
 
 
 @gluon.jit
-def _held(p, BN: gl.constexpr, PACKED: gl.constexpr):
-    """Probabilities as they are kept until their product: 8-bit ones four to an int32 [64, BN / 4].
-
-    As separate bytes they would take a register each, and a third of the loop's instructions to pack.
-    """
-    if PACKED:
-        # in the order of packed values nothing moves between threads
-        p = p.reshape([64, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, BN // 4, 2, 2])
-        even, odd = gl.split(p)
-        first, third = gl.split(even)
-        second, fourth = gl.split(odd)
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, zero;
-            mov.b32 zero, 0;
-            prmt.b32 low, $1, $2, 0x5410;
-            prmt.b32 high, $3, $4, 0x5410;
-            max.relu.s16x2 low, low, zero;
-            max.relu.s16x2 high, high, zero;
-            prmt.b32 $0, low, high, 0x6420;
-            }""",
-            "=r,r,r,r,r",
-            [first, second, third, fourth],
-            dtype=gl.int32,
-            is_pure=True,
-            pack=1,
-        )
+def _score(q, keys, zero, empty):
+    """Start a product of queries and keys on top of `zero`."""
+    if empty.dtype == gl.int32:
+        start = gl.expand_dims(zero.to(gl.int32, bitcast=True), 1).broadcast_to(empty.shape)
+        return warpgroup_mma(q, keys, gl.convert_layout(start, empty.type.layout, assert_trivial=True), is_async=True)
     else:
-        return p
+        return warpgroup_mma(q, keys, empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _eighths(s, m, zero, multiple, multiplier, own, ratio, BN: gl.constexpr, SCALED: gl.constexpr):
+    """Of products on top of `zero`: scores beside the maximum `m` in whole eighths of an octave, above `WHOLE`."""
+    s = s.to(gl.float32, bitcast=True)
+    if SCALED:  # noqa: SIM102 (known when this is compiled, unlike the other)
+        if own < BN:
+            first = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout)) < own
+            other = (s - gl.expand_dims(zero, 1)) * ratio + gl.expand_dims(zero, 1)
+            s = gl.where(gl.expand_dims(first, 0), s, other)
+    return s * gl.expand_dims(multiplier, 1) + gl.expand_dims((WHOLE - multiple) - m, 1)
+
+
+@gluon.jit
+def _larger16(a, b):
+    """The larger ones of two pairs of int16."""
+    return gl.inline_asm_elementwise("max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _powers8(t, m, BN: gl.constexpr, FIRST: gl.constexpr):
+    """Powers of two as float8 e4m3, the largest of all 2^8, four to an int32 [64, BN / 4]; the new maximum, and what
+    older sums shrink by.
+
+    In the bits of an e4m3 number eighths of an octave are counted: 8 (log2 p + 7). So the multiplication that scales a
+    score also makes its power, with mantissas on a line from 1 to 2 instead of a curve (Schraudolph 1999, "A fast,
+    compact approximation of the exponential function"). Beside what is lost by rounding to 3 bits of mantissa that is
+    little: 3.2 % instead of 2.6 % of each power, and no exponential is taken.
+
+    The low 16 bits of `t` are a score beside `m`, the maximum so far, both in whole eighths of an octave. From here on
+    they are worked on in pairs. As separate bytes the result would take a register each, and a third of the loop's
+    instructions to pack; in the order of packed values nothing moves between threads.
+    """
+    t = t.reshape([64, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, BN // 4, 2, 2])
+    even, odd = gl.split(t)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    low = gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
+    )
+    high = gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [third, fourth], dtype=gl.int32, is_pure=True, pack=1
+    )
+    pair = gl.reduce(_larger16(low, high), 1, _larger16)
+    rise = gl.maximum((pair << 16) >> 16, pair >> 16)
+    if not FIRST:
+        rise = gl.maximum(rise, 0)
+    down = (8 * (8 + 7) - rise) & 0xFFFF
+    down = gl.expand_dims(down | (down << 16), 1)
+    powers = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, zero;
+        mov.b32 zero, 0;
+        add.s16x2 low, $1, $3;
+        add.s16x2 high, $2, $3;
+        max.relu.s16x2 low, low, zero;
+        max.relu.s16x2 high, high, zero;
+        prmt.b32 $0, low, high, 0x6420;
+        }""",
+        "=r,r,r,r",
+        [low, high, down.broadcast_to(low.shape)],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+    risen = gl.convert_layout(rise.to(gl.float32), m.type.layout)
+    return powers, m + risen, gl.exp2(risen * -0.125)
 
 
 @gluon.jit
 def _operand(held, zero, dtype: gl.constexpr, layout: gl.constexpr, BN: gl.constexpr, PACKED: gl.constexpr):
-    """What `_held` keeps, as the left operand of a product."""
+    """Probabilities as they are kept until their product, 8-bit ones four to an int32, as its left operand."""
     if PACKED:
         held = gl.convert_layout(
             gl.expand_dims(held, 2).broadcast_to([64, BN // 4, 4]).reshape([64, BN]), layout, assert_trivial=True
@@ -267,7 +303,7 @@ def _attend_group(
             multiplier *= gl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
         if PACKED:
             multiplier *= 8.0
-        m = gl.full([64], -float("inf"), gl.float32, score_rows)
+        m = gl.full([64], 0.0 if PACKED else -float("inf"), gl.float32, score_rows)
         acc = gl.zeros([64, D], gl.float32, out_layout)
         empty = gl.zeros([64, BN], score, score_layout)
         if PACKED:
@@ -281,19 +317,19 @@ def _attend_group(
             loaded += 1
             stage = at % STAGES
             mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
-            s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
+            zero, multiple, factor = _zero(multiplier * key_scale, score)
+            s = _score(q, _keys(k_ring, stage, BN, D), zero, empty)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
             inside = token + gl.arange(0, BN, gl.SliceLayout(0, score_layout)) < keys
             if PACKED:
-                s = _scored(s, own, ratio, BN, SCALED_K)
-                s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
-                p, m, alpha = _softmax8(s, m, multiplier * key_scale, SHIFT)
+                t = _eighths(s, m, zero, multiple, factor, own, ratio, BN, SCALED_K)
+                t = gl.where(gl.expand_dims(inside, 0), t, WHOLE - 16384.0)
+                held, m, alpha = _powers8(t, m, BN, True)
             else:
                 s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
-                p, m, alpha = _softmax(s, m, multiplier, SHIFT)
-                total = _row_sums(p, BN)
-            held = _held(p, BN, PACKED)
+                held, m, alpha = _softmax(s, m, multiplier, SHIFT)
+                total = _row_sums(held, BN)
             # what `acc` shrinks by before the next product is added
             shrink = gl.full([64], 1.0, gl.float32, out_rows)
             for step in range(first + 1, end):
@@ -305,13 +341,14 @@ def _attend_group(
                     # fetched before there is anything to wait for
                     token = _token(blocks, step, keys, BN, SPARSE)
                     key_scale, own, ratio = _key_scale(own_scale, token, keys, span, heads, BN, SCALED_K)
+                    zero, multiple, factor = _zero(multiplier * key_scale, score)
                 weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
                 mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
                 if TURNS:
                     # one group's products run while the other is at its softmax
                     mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
                     turns += 1
-                s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
+                s = _score(q, _keys(k_ring, stage, BN, D), zero, empty)
                 mbarrier.wait(v_full.index(stage_v), phase_v)
                 values = _values(v_ring, stage_v, BN, D, PACKED)
                 if PACKED:
@@ -331,13 +368,12 @@ def _attend_group(
                 s = warpgroup_mma_wait(2 if PACKED else 1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 if PACKED:
-                    s = _scored(s, own, ratio, BN, SCALED_K)
-                    p, m, alpha = _softmax8(s, m, multiplier * key_scale, SHIFT)
+                    t = _eighths(s, m, zero, multiple, factor, own, ratio, BN, SCALED_K)
+                    held, m, alpha = _powers8(t, m, BN, False)
                 else:
-                    p, m, alpha = _softmax(s, m, multiplier, SHIFT)
+                    held, m, alpha = _softmax(s, m, multiplier, SHIFT)
                     total = total * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)
-                    total += _row_sums(p, BN)
-                held = _held(p, BN, PACKED)
+                    total += _row_sums(held, BN)
                 # ptxas would wait for the product before it takes the exponentials. It moves nothing over a branch, and
                 # this one, on a barrier that has long been passed, costs a few cycles
                 mbarrier.wait(q_full.index(GROUP), (loaded - 1) & 1)

@@ -245,7 +245,8 @@ def test_in_a_graph():
         scale = torch.full((1, 2), 0.01, device=DEVICE)
         packed = kernels.pack_values(v, None, 0, scale)
         q8, k8 = ((20 * x).round().to(torch.int8) for x in (q, k))
-        eight = kernels.block_sparse(q8, k8, packed, index, v_scale=scale, packed=True)
+        k_scale = torch.full((1, 1, 2), 1 / 400, device=DEVICE)
+        eight = kernels.block_sparse(q8, k8, packed, index, k_scale=k_scale, v_scale=scale, packed=True)
         return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
 
     attend()
