@@ -118,8 +118,7 @@ def _exact(
     v = unpack_values(v, k.shape[1]) if packed else v
     q, k, v = q.float(), k.float(), v.float()
     q = q if q_scale is None else q * q_scale[..., None]
-    if k_scale is not None:
-        k = k * k_scale.repeat_interleave(k.shape[1] // k_scale.shape[1], dim=1)[..., None]
+    k = k if k_scale is None else k * k_scale[:, None, :, None]
     v = v if v_scale is None else v * v_scale[:, None, :, None]
     look = _look_in_8_bits if eight else F.scaled_dot_product_attention
     out = look(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2).contiguous()
@@ -145,8 +144,7 @@ def dense(
         k, v: [B, Skv, heads, head_dim]; k of q's dtype, v too, but float8_e4m3fn beside int8; any strides but the
             last, which is 1.
         q_scale: float32 [B, Sq, heads], what 8-bit queries are to be multiplied by; None for 1.
-        k_scale: float32 [B, P, heads], the same for keys, of which each P-th part has a scale of its own.
-        v_scale: float32 [B, heads], the same for values.
+        k_scale, v_scale: float32 [B, heads], the same for keys and values.
         packed: v is [B, heads, head_dim, tokens], as `pack_values` made it.
         out_dtype: by default q's, and bfloat16 for 8-bit q.
         out_scale: float32 [1]; given, the result is float8_e4m3fn, to be multiplied by it.
@@ -209,19 +207,15 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor |
     return out if out_scale is None else quantise(out, Fixed("fp8", out_scale)).data
 
 
-def pool(x: Tensor, block: int = BLOCK, scale: Tensor | None = None, span: int = 1, first: int = 0) -> Tensor:
+def pool(x: Tensor, block: int = BLOCK) -> Tensor:
     """Mean of each `block` tokens, the last one over those that are there.
 
     Args:
         x: [B, S, heads, head_dim]; any strides but the last, which is 1.
-        scale: float32 [B, P, heads], what each `span` tokens are to be multiplied by; x begins at the `first` of them.
 
     Returns:
         float32 [B, ceil(S / block), heads, head_dim].
     """
-    if scale is not None:
-        token = torch.arange(first, first + x.shape[1], device=x.device)
-        x = x.float() * scale[:, token // span, :, None]
     return torch.cat([part.float().mean(1, keepdim=True) for part in x.split(block, 1)], 1)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops.linear import LARGEST, Into, Rows8, quantise
-from engine.ops.rope import rotate
+from engine.ops.rope import axis_pairs, rotate
 
 Activation = Tensor | Rows8
 
@@ -91,54 +91,49 @@ def rms_norm(x: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tens
     return F.rms_norm(wide, (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
+KEY_ROOM = 1.5
+"""By how much keys may outgrow those of a scene's first chunk before they are clipped."""
+VALUE_ROOM = 16.0
+
+
 @dataclass(frozen=True)
 class Scales:
-    """How keys and values are stored in 8 bits: (k - key_mean) / (key_gain key) in int8, v / value in float8 e4m3.
+    """How a scene's keys and values are stored in 8 bits: (k - key_mean) / key_gain in int8, v / value in float8 e4m3.
 
     The mean of a head's keys is taken off before they are rounded: it adds the same to all scores of a query, which
     softmax does not see, and it takes up range (Zhang et al. 2024, SageAttention, arXiv 2410.02367). What a channel is
     divided by the queries are multiplied by, so that a strong channel does not cost the others their precision (Xiao
     et al. 2022, SmoothQuant, arXiv 2211.10438).
 
-    key_mean, key_gain float32 [B, heads, head_dim] and value float32 [B, heads] are those of a scene; key float32
-    [B, P, heads] has a scale for each chunk of a cache, which is found when its keys are written.
+    Both are of rotated keys, and must hold for all later ones. So channels that turn with time keep their mean, which
+    turns with them, and the two channels that turn into each other have one gain.
+
+    key_mean, key_gain float32 [B, heads, head_dim]; value float32 [B, heads].
     """
 
     key_mean: Tensor
     key_gain: Tensor
-    key: Tensor
     value: Tensor
 
-    def calibrate(self, keys: Tensor, values: Tensor, headroom: float = 16.0) -> None:
-        """Set what is a scene's to what keys and values [B, S, heads, head_dim] need, for values with room.
+    def calibrate(self, keys: Tensor, values: Tensor) -> None:
+        """Set to what rotated keys and values [B, S, heads, head_dim] need, and more, since later ones are larger.
 
-        Later chunks have larger ones, and what is clipped is lost: with half as much again above the first chunk's,
-        `mini` went astray within three chunks. Room costs nothing until values fall below 2^-6, since float8 rounds
-        in proportion.
+        Room costs values nothing until they fall below 2^-6, since float8 rounds in proportion. It costs keys a bit for
+        every doubling.
         """
-        mean = keys.float().mean(dim=1)
+        keys = keys.float()
+        mean = keys.mean(dim=1)
+        mean[..., : 2 * axis_pairs(keys.shape[-1])[0]] = 0
+        pairs = (keys - mean[:, None]).unflatten(-1, (-1, 2)).norm(dim=-1).amax(dim=1)
         self.key_mean.copy_(mean)
-        self.key_gain.copy_((keys.float() - mean[:, None]).abs().amax(dim=1).clamp(min=1e-12))
+        self.key_gain.copy_(pairs.clamp(min=1e-12).repeat_interleave(2, dim=-1) * (KEY_ROOM / LARGEST["int8"]))
         largest = values.float().abs().amax(dim=(1, 3))
-        self.value.copy_(largest.clamp(min=1e-12) * (headroom / LARGEST["fp8"]))
+        self.value.copy_(largest.clamp(min=1e-12) * (VALUE_ROOM / LARGEST["fp8"]))
 
-    def even(self, keys: Tensor) -> Tensor:
-        """(k - key_mean) / key_gain of keys [B, S, heads, head_dim], in float32."""
-        return (keys.float() - self.key_mean[:, None]) / self.key_gain[:, None]
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What 8-bit attention is made of: queries that are done, and keys whose scale must wait for the last of them.
-
-    q int8 [B, S, heads, head_dim], each vector with q_scale float32 [B, S, heads]; keys [B, S, heads, head_dim], even
-    but not yet rounded; largest float32 [B, heads, S], their largest magnitudes.
-    """
-
-    q: Tensor
-    q_scale: Tensor
-    keys: Tensor
-    largest: Tensor
+    def store_keys(self, keys: Tensor, out: Tensor) -> None:
+        """Write rotated keys to int8 `out`, both [B, S, heads, head_dim]."""
+        even = (keys.float() - self.key_mean[:, None]) / self.key_gain[:, None]
+        out.copy_(even.round().clamp(-LARGEST["int8"], LARGEST["int8"]))
 
 
 def heads(
@@ -183,21 +178,30 @@ def heads8(
     norm_k: Tensor,
     eps: float,
     angles: Tensor,
+    keys: Tensor,
     scales: Scales,
     *,
     raw_keys: Tensor | None = None,
-) -> Operands:
-    """`heads` on the way to 8 bits, values left to `pack_values`; `store_keys` rounds the keys."""
+) -> tuple[Tensor, Tensor]:
+    """`heads` in 8 bits; values are left to `pack_values`.
+
+    Args:
+        keys: int8 [B, S, heads, head_dim], where to write; the others as in `heads`.
+
+    Returns:
+        The rotated queries times `scales.key_gain`, int8 [B, S, heads, head_dim], each vector with a scale of its own,
+        float32 [B, S, heads].
+    """
     if qkv.is_cuda:
         from engine.ops.triton import fused
 
-        return fused.heads8(qkv, bias, norm_q, norm_k, eps, angles, scales, raw_keys=raw_keys)
-    q, k, _ = _normed(qkv, bias, norm_q, norm_k, eps, scales.key_mean.shape[1:])
+        return fused.heads8(qkv, bias, norm_q, norm_k, eps, angles, keys, scales, raw_keys=raw_keys)
+    q, k, _ = _normed(qkv, bias, norm_q, norm_k, eps, keys.shape[2:])
     if raw_keys is not None:
         raw_keys.copy_(k)
+    scales.store_keys(rotate(k, angles), keys)
     rows = quantise(rotate(q, angles) * scales.key_gain[:, None], "int8")
-    even = scales.even(rotate(k, angles))
-    return Operands(rows.data, rows.scale[..., 0], even.to(qkv.dtype), largest(even))
+    return rows.data, rows.scale[..., 0]
 
 
 def _normed(
@@ -210,36 +214,14 @@ def _normed(
     return [x.unflatten(-1, shape) for x in (q, k, v)]
 
 
-def largest(keys: Tensor) -> Tensor:
-    """The largest magnitude of each vector of [B, S, heads, head_dim], float32 [B, heads, S]."""
-    return keys.float().abs().amax(dim=-1).transpose(1, 2).contiguous()
-
-
-def store_keys(keys: Tensor, largest: Tensor, out: Tensor, scale: Tensor) -> None:
-    """Round even keys [B, S, heads, head_dim] to int8 `out`, and write their scale, float32 [B, heads]: what brings
-    the `largest` [B, heads, S] of a head to the format's."""
-    if keys.is_cuda:
-        from engine.ops.triton import fused
-
-        fused.store_keys(keys, largest, out, scale)
-        return
-    scale.copy_(largest.amax(dim=-1).clamp(min=1e-12) / LARGEST["int8"])
-    # keys may have been rounded since their largest was found
-    out.copy_((keys.float() / scale[:, None, :, None]).round().clamp(-LARGEST["int8"], LARGEST["int8"]))
-
-
-def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None = None, part: int = 0) -> None:
-    """Write x rotated by angles float32 [S, head_dim / 2, 2] to `out`; both [B, S, heads, head_dim].
-
-    With `scales` in int8, and its scale to `scales.key[:, part]`.
-    """
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None = None) -> None:
+    """Write x rotated by angles float32 [S, head_dim / 2, 2] to `out`; both [B, S, heads, head_dim]. With `scales` in
+    int8."""
     if x.is_cuda:
         from engine.ops.triton import fused
 
-        fused.store_turned(x, angles, out, scales, part)
-        return
-    if scales is None:
+        fused.store_turned(x, angles, out, scales)
+    elif scales is None:
         out.copy_(rotate(x, angles))
-        return
-    even = scales.even(rotate(x, angles))
-    store_keys(even, largest(even), out, scales.key[:, part])
+    else:
+        scales.store_keys(rotate(x, angles), out)

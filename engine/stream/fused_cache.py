@@ -87,18 +87,12 @@ class FusedCache(KVCache):
             stored=torch.int8 if low_bit else dtype,
         )
         self.keep, self.dtype = keep, dtype
-        self._key_shape = heads, head_dim
         self.scales: list[Scales] | None = None
         self._scales: Scales | None = None
         """Of all layers, [layers, ...]."""
         if low_bit:
             mean, gain = (torch.ones(layers, batch, heads, head_dim, device=device) for _ in range(2))
-            self._scales = Scales(
-                mean,
-                gain,
-                key=torch.ones(layers, batch, self.sink_slots + self.ring_slots, heads, device=device),
-                value=torch.ones(layers, batch, heads, device=device),
-            )
+            self._scales = Scales(mean, gain, torch.ones(layers, batch, heads, device=device))
             self.scales = [Scales(*layer) for layer in zip(*vars(self._scales).values(), strict=True)]
             # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
             tokens = -(-self.keys.data.shape[2] // 16) * 16
@@ -145,24 +139,22 @@ class FusedCache(KVCache):
         if self.scales is None:
             return Asked(fused.heads(*projected, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
 
-        scales = self.scales[layer]
-        shape = self._key_shape
+        scales, packed = self.scales[layer], self.packed[layer]
+        width, shape = qkv.shape[-1] // 3, keys.shape[2:]
         if self.written:
-            made = fused.heads8(*projected, scales, raw_keys=raw)
-            fused.store_keys(made.keys, made.largest, keys[:, span], scales.key[:, self.slot])
-            values = qkv[..., 2 * shape[0] * shape[1] :].unflatten(-1, shape)
-            own_bias = None if bias is None else bias[2 * shape[0] * shape[1] :]
-            self._kernels.pack_values(values, self.packed[layer], span.start, scales.value, own_bias)
-            return Asked(made.q, made.q_scale)
+            asked = Asked(*fused.heads8(*projected, keys[:, span], scales, raw_keys=raw))
+            values = qkv[..., 2 * width :].unflatten(-1, shape)
+            own_bias = None if bias is None else bias[2 * width :]
+            self._kernels.pack_values(values, packed, span.start, scales.value, own_bias)
+            return asked
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
             torch.empty((*qkv.shape[:2], *shape), dtype=qkv.dtype, device=self.device) for _ in range(2)
         )
         q = fused.heads(*projected, exact_keys, exact_values, raw_keys=raw)
         scales.calibrate(exact_keys, exact_values)
-        even = scales.even(exact_keys)
-        fused.store_keys(even, fused.largest(even), keys[:, span], scales.key[:, self.slot])
-        self._kernels.pack_values(exact_values, self.packed[layer], span.start, scales.value)
+        scales.store_keys(exact_keys, keys[:, span])
+        self._kernels.pack_values(exact_values, packed, span.start, scales.value)
         return Asked(q, exact=(exact_keys, exact_values))
 
     def look(self, layer: int, asked: Asked, out_scale: Tensor | None = None) -> Tensor:
@@ -176,12 +168,7 @@ class FusedCache(KVCache):
         if self.scales is None:
             return self._look(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
         scales = self.scales[layer]
-        given = {
-            "q_scale": asked.q_scale,
-            "k_scale": scales.key[:, : self.filled // self.chunk_tokens],
-            "v_scale": scales.value,
-            "out_scale": out_scale,
-        }
+        given = {"q_scale": asked.q_scale, "v_scale": scales.value, "out_scale": out_scale}
         return self._look(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
 
     def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
@@ -237,18 +224,14 @@ class FusedCache(KVCache):
             span = self._span(self.slot)
             first, last = span.start // BLOCK, -(-span.stop // BLOCK)
             tokens = self.keys.data[:, :, first * BLOCK : last * BLOCK].flatten(0, 1)
-            how = (BLOCK,) if self._scales is None else (
-                BLOCK, self._scales.key.flatten(0, 1), self.chunk_tokens, first * BLOCK
-            )  # fmt: skip
-            self.pooled[:, :, first:last] = self._kernels.pool(tokens, *how).unflatten(0, self.keys.data.shape[:2])
+            self.pooled[:, :, first:last] = self._kernels.pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
         super().advance()
 
     def _turn_sink(self, angles: Tensor) -> None:
+        raw = self.raw_sink.flatten(0, 1)
+        keys = self.keys.data[:, :, : raw.shape[1]].flatten(0, 1)
         scales = None if self._scales is None else Scales(*(x.flatten(0, 1) for x in vars(self._scales).values()))
-        for slot in range(self.sink_slots):
-            span = self._span(slot)
-            raw, keys = (x[:, :, span].flatten(0, 1) for x in (self.raw_sink, self.keys.data))
-            fused.store_turned(raw, angles[span], keys, scales, slot)
+        fused.store_turned(raw, angles, keys, scales)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         eight = () if self._scales is None else (*vars(self._scales).values(), self.packed)

@@ -51,8 +51,8 @@ CONFIGS: dict[tuple[bool, bool, bool], Config] = {
     # (Hopper, 8 bits, sparse)
     (True, False, False): Config(specialized=True, persistent=True, stages=2),
     (True, False, True): Config(specialized=True, persistent=True, stages=2, turns=True),
-    (True, True, False): Config(specialized=True, persistent=True, stages=4),
-    (True, True, True): Config(specialized=True, persistent=True, stages=2),
+    (True, True, False): Config(specialized=True, persistent=True, stages=2, turns=True),
+    (True, True, True): Config(specialized=True, persistent=True, stages=2, turns=True),
     (False, False, False): Config(stages=2),
     (False, False, True): Config(stages=2),
     (False, True, False): Config(stages=2),
@@ -109,7 +109,7 @@ def _plan_on(
     )
 
 
-@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments", "span", "scale_batch"])
+@triton.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def _attend(
     q_desc,
     k_desc,
@@ -130,8 +130,6 @@ def _attend(
     keys,
     listed,
     segments,
-    span,
-    scale_batch,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -161,6 +159,8 @@ def _attend(
             batch = tile // (tiles_q * heads)
             row = tile_q * BM + rows
             multiplier = tl.full([BM], 1.0, tl.float32) * scale
+            if SCALED_K:
+                multiplier = multiplier * tl.load(k_scale + batch * heads + head)
             if SCALED_Q:
                 multiplier *= tl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
             blocks = index
@@ -174,15 +174,13 @@ def _attend(
             edge = tl.minimum(first + EDGE, end)
             for step in range(first, edge):
                 m, total, acc = _step(
-                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier,
-                    k_scale, batch * scale_batch + head, span, heads, m, total, acc,
-                    BN, D, PACKED, SCALED_K, SPARSE, SHIFT, True,
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
+                    BN, D, PACKED, SPARSE, SHIFT, True,
                 )  # fmt: skip
             for step in range(edge, end):
                 m, total, acc = _step(
-                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier,
-                    k_scale, batch * scale_batch + head, span, heads, m, total, acc,
-                    BN, D, PACKED, SCALED_K, SPARSE, SHIFT, False,
+                    q, k_desc, v_desc, blocks, step, keys, batch, head, multiplier, m, total, acc,
+                    BN, D, PACKED, SPARSE, SHIFT, False,
                 )  # fmt: skip
             if slot < 0:
                 acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -210,17 +208,12 @@ def _step(
     batch,
     head,
     multiplier,
-    k_scale,
-    scale_at,
-    span,
-    heads,
     m,
     total,
     acc,
     BN: tl.constexpr,
     D: tl.constexpr,
     PACKED: tl.constexpr,
-    SCALED_K: tl.constexpr,
     SPARSE: tl.constexpr,
     SHIFT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -235,11 +228,8 @@ def _step(
         at = ((keys + BN - 1) // BN - 1 - step) * BN
     k = k_desc.load([batch, at, head, 0]).reshape(BN, D)
     s = tl.dot(q, k.T).to(tl.float32) * multiplier[:, None]
-    key = at + tl.arange(0, BN)
-    if SCALED_K:
-        s *= tl.load(k_scale + scale_at + tl.minimum(key, keys - 1) // span * heads)[None, :]
     if MASKED:
-        s = tl.where((key < keys)[None, :], s, -float("inf"))
+        s = tl.where((at + tl.arange(0, BN) < keys)[None, :], s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - (new - SHIFT)[:, None])
     alpha = tl.exp2(m - new)
@@ -345,16 +335,9 @@ def _run(
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     parts = torch.empty((slots, bm, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((slots, 2, bm), dtype=torch.float32, device=q.device)
-    for scale in (q_scale, v_scale, out_scale):
+    for scale in (q_scale, k_scale, v_scale, out_scale):
         if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
             raise ValueError("scales are contiguous float32")
-    span = keys
-    if k_scale is not None:
-        span = keys // k_scale.shape[1]
-        if k_scale.dtype != torch.float32 or not k_scale[0].is_contiguous():
-            raise ValueError("scales of keys are float32, those of one batch contiguous")
-        if span * k_scale.shape[1] != keys or span < min(bn, keys):
-            raise ValueError(f"{keys} keys cannot have {k_scale.shape[1]} scales: equal shares of at least {bn}")
     if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
         raise ValueError("index is contiguous int32")
     launch = _launch_specialized if config.specialized else _launch
@@ -378,8 +361,6 @@ def _run(
             "keys": keys,
             "listed": 0 if index is None else index.shape[-1],
             "segments": work.shape[1],
-            "span": span,
-            "scale_batch": 0 if k_scale is None else k_scale.stride(0),
             "BN": bn,
             "D": dim,
             "PACKED": packed,
@@ -611,33 +592,25 @@ def pack_values(
 
 
 @triton.jit
-def _pool(
-    x, out, scale, batch_x, token_x, head_x, scale_batch, tokens, heads, first, span,
-    D: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
     block, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, D)
     inside = (token < tokens)[:, None] & (columns < D)[None, :]
     source = x + batch * batch_x + head * head_x + token.to(tl.int64)[:, None] * token_x + columns[None, :]
-    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        at = batch * scale_batch + (first + token) // span * heads + head
-        value *= tl.load(scale + at, mask=token < tokens, other=0.0)[:, None]
+    total = tl.sum(tl.load(source, mask=inside, other=0.0).to(tl.float32), 0)
     size = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
-    tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, tl.sum(value, 0) / size)
+    tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, total / size)
 
 
-def pool(x: Tensor, block: int = BLOCK, scale: Tensor | None = None, span: int = 1, first: int = 0) -> Tensor:
+def pool(x: Tensor, block: int = BLOCK) -> Tensor:
     """See `engine.ops.attention.pool`."""
     batch, tokens, heads, dim = x.shape
     blocks = triton.cdiv(tokens, block)
     out = torch.empty((batch, blocks, heads, dim), dtype=torch.float32, device=x.device)
-    assert scale is None or scale[0].is_contiguous()
     _pool[(blocks, heads, batch)](
-        x, out, scale, x.stride(0), x.stride(1), x.stride(2), 0 if scale is None else scale.stride(0),
-        tokens, heads, first, span, D=dim, BLOCK=block, SCALED=scale is not None, num_warps=4,
-    )  # fmt: skip
+        x, out, x.stride(0), x.stride(1), x.stride(2), tokens, heads, D=dim, BLOCK=block, num_warps=4
+    )
     return out
 
 

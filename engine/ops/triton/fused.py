@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.fused import Activation, Operands, Scales
+from engine.ops.fused import Activation, Scales
 from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
 from engine.ops.sparse import UNIT
 
@@ -207,10 +207,11 @@ def _rotated(x, angles, token, HEADS: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _even(k, mean, gain, batch, at, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """`Scales.even` of one token's keys."""
+def _stored(k, mean, gain, batch, at, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Keys of one token as `Scales` says that they are stored, but in float32."""
     k -= tl.load(mean + batch * COUNT * SIZE + at, mask=mask, other=0.0)
-    return k / tl.load(gain + batch * COUNT * SIZE + at, mask=mask, other=1.0)
+    k = tl.floor(k / tl.load(gain + batch * COUNT * SIZE + at, mask=mask, other=1.0) + 0.5)
+    return tl.minimum(tl.maximum(k, -127.0), 127.0)
 
 
 @triton.jit
@@ -244,15 +245,14 @@ def _put_queries(
 
 @triton.jit
 def _put_keys(
-    k, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head, at, mask,
+    k, keys, raw, angles, token, key_mean, key_gain, batch, at, mask,
     RAW: tl.constexpr, EIGHT: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     if RAW:
         tl.store(raw + at, k.to(raw.dtype.element_ty), mask=mask)
     k = _rotated(k, angles, token, HEADS, PAIRS)
     if EIGHT:
-        k = _even(k, key_mean, key_gain, batch, at, mask, COUNT, 2 * PAIRS)
-        tl.store(largest + (batch * COUNT + head) * tokens + token, tl.max(tl.abs(k), axis=1), mask=head < COUNT)
+        k = _stored(k, key_mean, key_gain, batch, at, mask, COUNT, 2 * PAIRS)
     tl.store(keys + at, k.to(keys.dtype.element_ty), mask=mask)
 
 
@@ -266,13 +266,13 @@ def _put_values(x, bias, values, at, mask, BIAS: tl.constexpr):
 
 @triton.jit
 def _heads(
-    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_gain, largest,
+    qkv, bias, norm_q, norm_k, angles, queries, query_scales, keys, values, raw, key_mean, key_gain,
     tokens, width, eps, key_batch, key_token, value_batch, value_token, raw_batch, raw_token,
     BIAS: tl.constexpr, RAW: tl.constexpr, EIGHT: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
     REST: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token: COUNT heads of 2 PAIRS, in two parts of HEADS and REST heads, each a power of two. On the way to 8
-    bits (EIGHT) values are left where they are."""
+    """One token: COUNT heads of 2 PAIRS, in two parts of HEADS and REST heads, each a power of two. In 8 bits (EIGHT)
+    values are left where they are."""
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     size: tl.constexpr = 2 * PAIRS
@@ -296,11 +296,11 @@ def _heads(
     k, k_r = _normed(base + width, bias_k, norm_k, width, eps, at, at_r, mask, mask_r, BIAS)
     keys += batch * key_batch + token * key_token
     _put_keys(
-        k, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head, at, mask,
+        k, keys, raw, angles, token, key_mean, key_gain, batch, at, mask,
         RAW, EIGHT, COUNT, HEADS, PAIRS,
     )  # fmt: skip
     _put_keys(
-        k_r, keys, raw, angles, token, tokens, key_mean, key_gain, largest, batch, head_r, at_r, mask_r,
+        k_r, keys, raw, angles, token, key_mean, key_gain, batch, at_r, mask_r,
         RAW, EIGHT, COUNT, REST, PAIRS,
     )  # fmt: skip
     if not EIGHT:
@@ -310,36 +310,10 @@ def _heads(
 
 
 @triton.jit
-def _store_keys(
-    keys, largest, out, scale, tokens, out_batch, out_token, scale_batch,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, READ: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens of one head."""
-    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    most = tl.zeros([READ], tl.float32)
-    for start in range(0, tokens, READ):
-        other = start + tl.arange(0, READ)
-        most = tl.maximum(most, tl.load(largest + (batch * COUNT + head) * tokens + other, other < tokens, 0.0))
-    found = tl.maximum(tl.max(most, 0), 1e-12) / 127.0
-    if tile == 0:
-        tl.store(scale + batch * scale_batch + head, found)
-    token = tile * ROWS + tl.arange(0, ROWS)
-    column = head * SIZE + tl.arange(0, SIZE)
-    mask = (token < tokens)[:, None] & (column < COUNT * SIZE)[None, :]
-    k = tl.load(keys + (batch * tokens + token)[:, None] * (COUNT * SIZE) + column[None, :], mask, 0.0).to(tl.float32)
-    k = tl.floor(k * (1.0 / found) + 0.5)
-    # keys may have been rounded since their largest was found
-    k = tl.minimum(tl.maximum(k, -127.0), 127.0)
-    at = batch * out_batch + token[:, None].to(tl.int64) * out_token + column[None, :]
-    tl.store(out + at, k.to(tl.int8), mask)
-
-
-@triton.jit
 def _store_turned(
-    x, angles, out, mean, gain, scale, largest, tokens, x_batch, x_token, out_batch, out_token, scale_batch,
-    EIGHT: tl.constexpr, MEASURE: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    x, angles, out, mean, gain, x_batch, x_token, out_batch, out_token,
+    EIGHT: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token. In 8 bits it is first measured, and stored when the scale is known."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     size: tl.constexpr = 2 * PAIRS
     head = tl.arange(0, HEADS)
@@ -348,14 +322,8 @@ def _store_turned(
     k = tl.load(x + batch * x_batch + token * x_token + at, mask=mask, other=0.0).to(tl.float32)
     k = _rotated(k, angles, token, HEADS, PAIRS)
     if EIGHT:
-        k = _even(k, mean, gain, batch, at, mask, COUNT, size)
-    if MEASURE:
-        tl.store(largest + (batch * COUNT + head) * tokens + token, tl.max(tl.abs(k), axis=1), mask=head < COUNT)
-    else:
-        if EIGHT:
-            k /= tl.load(scale + batch * scale_batch + head, mask=head < COUNT, other=1.0)[:, None]
-            k = tl.floor(k + 0.5)
-        tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
+        k = _stored(k, mean, gain, batch, at, mask, COUNT, size)
+    tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
 
 
 def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
@@ -434,6 +402,13 @@ def rms_norm(x: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tens
     return out
 
 
+def _of_keys(scales: Scales | None) -> tuple[Any, Any]:
+    if scales is None:
+        return None, None
+    assert scales.key_mean.is_contiguous() and scales.key_gain.is_contiguous()
+    return scales.key_mean, scales.key_gain
+
+
 def _launch_heads(
     qkv: Tensor,
     bias: Tensor | None,
@@ -444,17 +419,18 @@ def _launch_heads(
     keys: Tensor,
     values: Tensor | None,
     raw_keys: Tensor | None,
-    eight: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    eight: tuple[Tensor, Scales] | None,
 ) -> None:
-    """`eight`: scales of the queries, mean and gain of the keys, and where their largest are to go."""
+    """`eight`: where scales of the queries are to go, and those of the keys."""
     batch, tokens, count, size = keys.shape
     for x in (keys, values, raw_keys):
         assert x is None or (x.stride(3) == 1 and x.stride(2) == size)
     assert qkv.is_contiguous() and angles.is_contiguous()
-    query_scales, mean, gain, largest = eight or (None, None, None, None)
+    query_scales, scales = eight or (None, None)
+    mean, gain = _of_keys(scales)
     strides = [(0, 0) if x is None else (x.stride(0), x.stride(1)) for x in (keys, values, raw_keys)]
     _heads[(batch * tokens,)](
-        qkv, bias, *norms, angles, queries, query_scales, keys, values, raw_keys, mean, gain, largest,
+        qkv, bias, *norms, angles, queries, query_scales, keys, values, raw_keys, mean, gain,
         tokens, count * size, eps, *(stride for pair in strides for stride in pair),
         BIAS=bias is not None, RAW=raw_keys is not None, EIGHT=eight is not None, COUNT=count,
         HEADS=_parts(count)["BLOCK"], REST=_parts(count)["REST"], PAIRS=size // 2, num_warps=_warps(count * size),
@@ -485,52 +461,25 @@ def heads8(
     norm_k: Tensor,
     eps: float,
     angles: Tensor,
+    keys: Tensor,
     scales: Scales,
     *,
     raw_keys: Tensor | None,
-) -> Operands:
-    shape = (*qkv.shape[:2], *scales.key_mean.shape[1:])
-    batch, tokens, count, _ = shape
-    q = torch.empty(shape, dtype=STORED["int8"], device=qkv.device)
-    q_scale = torch.empty(batch, tokens, count, device=qkv.device)
-    keys = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    largest = torch.empty(batch, count, tokens, device=qkv.device)
-    eight = q_scale, scales.key_mean, scales.key_gain, largest
-    assert all(x.is_contiguous() for x in eight)
-    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, q, keys, None, raw_keys, eight)
-    return Operands(q, q_scale, keys, largest)
+) -> tuple[Tensor, Tensor]:
+    queries = torch.empty(keys.shape, dtype=STORED["int8"], device=qkv.device)
+    query_scales = torch.empty(keys.shape[:3], device=qkv.device)
+    eight = query_scales, scales
+    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, queries, keys, None, raw_keys, eight)
+    return queries, query_scales
 
 
-def store_keys(keys: Tensor, largest: Tensor, out: Tensor, scale: Tensor) -> None:
-    batch, tokens, count, size = keys.shape
-    assert keys.is_contiguous() and largest.is_contiguous()
-    assert out.stride(3) == 1 and out.stride(2) == size and (scale.stride(1) == 1 or count == 1)
-    rows = 64
-    _store_keys[(triton.cdiv(tokens, rows), count, batch)](
-        keys, largest, out, scale, tokens, out.stride(0), out.stride(1), scale.stride(0),
-        COUNT=count, SIZE=size, ROWS=rows, READ=1024, num_warps=4,
-    )  # fmt: skip
-
-
-def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None, part: int) -> None:
+def store_turned(x: Tensor, angles: Tensor, out: Tensor, scales: Scales | None) -> None:
     batch, tokens, count, size = x.shape
-    for tensor in (x, out):
-        assert tensor.stride(3) == 1 and tensor.stride(2) == size
+    for part in (x, out):
+        assert part.stride(3) == 1 and part.stride(2) == size
     assert angles.is_contiguous()
-    mean: Any = None if scales is None else scales.key_mean
-    gain: Any = None if scales is None else scales.key_gain
-    scale: Any = None if scales is None else scales.key[:, part]
-    largest: Any = None if scales is None else torch.empty(batch, count, tokens, device=x.device)
-    assert scales is None or (mean.is_contiguous() and gain.is_contiguous() and scales.key[0].is_contiguous())
-
-    def run(*, measure: bool) -> None:
-        _store_turned[(tokens, batch)](
-            x, angles, out, mean, gain, scale, largest, tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-            0 if scale is None else scale.stride(0), EIGHT=scales is not None, MEASURE=measure, COUNT=count,
-            HEADS=triton.next_power_of_2(count), PAIRS=size // 2, num_warps=_warps(count * size),
-        )  # fmt: skip
-
-    if scales is not None:
-        run(measure=True)
-        scale.copy_(largest.amax(dim=-1).clamp(min=1e-12) / LARGEST["int8"])
-    run(measure=False)
+    _store_turned[(tokens, batch)](
+        x, angles, out, *_of_keys(scales), x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        EIGHT=scales is not None, COUNT=count, HEADS=triton.next_power_of_2(count), PAIRS=size // 2,
+        num_warps=_warps(count * size),
+    )  # fmt: skip

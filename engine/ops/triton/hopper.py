@@ -118,21 +118,6 @@ def _values(v_ring, stage, BN: gl.constexpr, D: gl.constexpr, PACKED: gl.constex
 
 
 @gluon.jit
-def _key_scale(k_scale, token, keys, span, heads, BN: gl.constexpr, SCALED: gl.constexpr):
-    """Of a step's keys: the scale of the first, how many share it, and by how much that of the others is larger.
-
-    `k_scale` points at the head's scale of the first `span` keys.
-    """
-    if SCALED:
-        part = token // span
-        scale = gl.load(k_scale + part * heads)
-        following = gl.load(k_scale + gl.minimum(part + 1, (keys - 1) // span) * heads)
-        return scale, (part + 1) * span - token, following / scale
-    else:
-        return 1.0, keys, 1.0
-
-
-@gluon.jit
 def _softmax(s, m, multiplier, SHIFT: gl.constexpr):
     """Powers of the scores, the new maximum, and what older sums shrink by."""
     new = gl.maximum(m, gl.max(s, 1))
@@ -151,43 +136,13 @@ WHOLE: gl.constexpr = gl.constexpr(1.5 * 2**23)
 
 
 @gluon.jit
-def _zero(multiplier, PRODUCTS: gl.constexpr):
-    """What 8-bit products are added to, what that becomes when they are multiplied, and by what they then are.
+def _eighths(s, m, multiplier):
+    """Products of 8-bit queries and keys as scores beside the maximum `m`, in whole eighths of an octave above `WHOLE`.
 
-    Whole numbers are summed on top of the bits of a float32 that is a whole number near `WHOLE`, so that the bits of
-    the sum are a float32 too, and nothing is converted. Of all such numbers one is taken whose multiple is nearly
-    whole, since it must be taken off again without rounding.
+    `multiplier` and `m` are in eighths of an octave, `m` in whole ones.
     """
-    if PRODUCTS == gl.int32:  # noqa: SIM300
-        # so it is within 2^21 of `WHOLE`, and products of 128 channels within 2^21 of it: all between 2^23 and 2^24,
-        # where float32 has whole numbers only
-        multiplier = gl.maximum(multiplier, 2.5e-7)
-        multiple = (WHOLE * multiplier + WHOLE) - WHOLE
-        return multiple / multiplier, multiple, multiplier
-    else:
-        return 0.0 * multiplier, 0.0 * multiplier, multiplier
-
-
-@gluon.jit
-def _score(q, keys, zero, empty):
-    """Start a product of queries and keys on top of `zero`."""
-    if empty.dtype == gl.int32:
-        start = gl.expand_dims(zero.to(gl.int32, bitcast=True), 1).broadcast_to(empty.shape)
-        return warpgroup_mma(q, keys, gl.convert_layout(start, empty.type.layout, assert_trivial=True), is_async=True)
-    else:
-        return warpgroup_mma(q, keys, empty, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _eighths(s, m, zero, multiple, multiplier, own, ratio, BN: gl.constexpr, SCALED: gl.constexpr):
-    """Of products on top of `zero`: scores beside the maximum `m` in whole eighths of an octave, above `WHOLE`."""
-    s = s.to(gl.float32, bitcast=True)
-    if SCALED:  # noqa: SIM102 (known when this is compiled, unlike the other)
-        if own < BN:
-            first = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout)) < own
-            other = (s - gl.expand_dims(zero, 1)) * ratio + gl.expand_dims(zero, 1)
-            s = gl.where(gl.expand_dims(first, 0), s, other)
-    return s * gl.expand_dims(multiplier, 1) + gl.expand_dims((WHOLE - multiple) - m, 1)
+    # whole numbers below 2^24 stay exact
+    return s.to(gl.float32) * gl.expand_dims(multiplier, 1) + gl.expand_dims(WHOLE - m, 1)
 
 
 @gluon.jit
@@ -272,7 +227,7 @@ def _attend_group(
     GROUP: gl.constexpr, q_ring, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
+    scale, heads, tiles_q, queries, keys, listed, segments,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
     SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
@@ -298,7 +253,8 @@ def _attend_group(
         )
         row = tile_q * 128 + GROUP * 64 + gl.arange(0, 64, score_rows)
         multiplier = gl.full([64], 1.0, gl.float32, score_rows) * scale
-        own_scale = k_scale + batch * scale_batch + head
+        if SCALED_K:
+            multiplier = multiplier * gl.load(k_scale + batch * heads + head)
         if SCALED_Q:
             multiplier *= gl.load(q_scale + (batch * queries + row) * heads + head, mask=row < queries, other=1.0)
         if PACKED:
@@ -312,18 +268,16 @@ def _attend_group(
             total = _row_sums(empty, BN)
         if end > first:
             token = _token(blocks, first, keys, BN, SPARSE)
-            key_scale, own, ratio = _key_scale(own_scale, token, keys, span, heads, BN, SCALED_K)
             mbarrier.wait(q_full.index(GROUP), loaded & 1)
             loaded += 1
             stage = at % STAGES
             mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
-            zero, multiple, factor = _zero(multiplier * key_scale, score)
-            s = _score(q, _keys(k_ring, stage, BN, D), zero, empty)
+            s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
             inside = token + gl.arange(0, BN, gl.SliceLayout(0, score_layout)) < keys
             if PACKED:
-                t = _eighths(s, m, zero, multiple, factor, own, ratio, BN, SCALED_K)
+                t = _eighths(s, m, multiplier)
                 t = gl.where(gl.expand_dims(inside, 0), t, WHOLE - 16384.0)
                 held, m, alpha = _powers8(t, m, BN, True)
             else:
@@ -332,23 +286,18 @@ def _attend_group(
                 total = _row_sums(held, BN)
             # what `acc` shrinks by before the next product is added
             shrink = gl.full([64], 1.0, gl.float32, out_rows)
-            for step in range(first + 1, end):
+            for _ in range(first + 1, end):
                 stage_v = at % STAGES
                 phase_v = (at // STAGES) & 1
                 at += 1
                 stage = at % STAGES
-                if SCALED_K:
-                    # fetched before there is anything to wait for
-                    token = _token(blocks, step, keys, BN, SPARSE)
-                    key_scale, own, ratio = _key_scale(own_scale, token, keys, span, heads, BN, SCALED_K)
-                    zero, multiple, factor = _zero(multiplier * key_scale, score)
                 weights = _operand(held, queries >> 31, dtype, operand, BN, PACKED)
                 mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
                 if TURNS:
                     # one group's products run while the other is at its softmax
                     mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
                     turns += 1
-                s = _score(q, _keys(k_ring, stage, BN, D), zero, empty)
+                s = warpgroup_mma(q, _keys(k_ring, stage, BN, D), empty, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage_v), phase_v)
                 values = _values(v_ring, stage_v, BN, D, PACKED)
                 if PACKED:
@@ -368,8 +317,7 @@ def _attend_group(
                 s = warpgroup_mma_wait(2 if PACKED else 1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 if PACKED:
-                    t = _eighths(s, m, zero, multiple, factor, own, ratio, BN, SCALED_K)
-                    held, m, alpha = _powers8(t, m, BN, False)
+                    held, m, alpha = _powers8(_eighths(s, m, multiplier), m, BN, False)
                 else:
                     held, m, alpha = _softmax(s, m, multiplier, SHIFT)
                     total = total * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)
@@ -431,11 +379,11 @@ def _attend_group(
                 gl.store(gl.expand_dims(target, 1) + columns, acc)
 
 
-@gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments", "span", "scale_batch"])
+@gluon.jit(do_not_specialize=["heads", "tiles_q", "queries", "keys", "listed", "segments"])
 def attend(
     q_desc, k_desc, v_desc,
     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
+    scale, heads, tiles_q, queries, keys, listed, segments,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     SCALED_Q: gl.constexpr, SCALED_K: gl.constexpr, SCALED_V: gl.constexpr, SCALED_OUT: gl.constexpr,
     SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
@@ -477,7 +425,7 @@ def attend(
                     gl.constexpr(0), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
                     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-                    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
+                    scale, heads, tiles_q, queries, keys, listed, segments,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
                     SPARSE, SHIFT, TURNS,
                 ),
@@ -488,7 +436,7 @@ def attend(
                     gl.constexpr(1), q_ring, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, ones,
                     out, parts, stats, work, q_scale, k_scale, v_scale, out_scale, index,
-                    scale, heads, tiles_q, queries, keys, listed, segments, span, scale_batch,
+                    scale, heads, tiles_q, queries, keys, listed, segments,
                     BN, D, STAGES, PACKED, SCALED_Q, SCALED_K, SCALED_V, SCALED_OUT,
                     SPARSE, SHIFT, TURNS,
                 ),

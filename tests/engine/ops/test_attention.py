@@ -39,20 +39,13 @@ def inputs(batch, queries, keys, heads, dim, dtype=torch.float16):
     return q, ring[0][:, :keys], ring[1][:, :keys]
 
 
-def eight_bits(q, k, v, parts=2):
-    """Queries and keys in int8, keys with a scale for each part, which differ; values in float8."""
+def eight_bits(q, k, v):
+    """Queries and keys in int8, values in float8."""
     rows = quantise(q.float(), "int8")
-    shares = torch.arange(parts, device=DEVICE) / 2 + 1
-    k_scale = k.float().unflatten(1, (parts, -1)).abs().amax((2, 4)) / 127 * shares[:, None]
-    spread = k_scale.repeat_interleave(k.shape[1] // parts, dim=1)[..., None]
-    v_scale = (v.float().abs().amax((1, 3)) / 448).contiguous()
-    scales = {"q_scale": rows.scale[..., 0].contiguous(), "k_scale": k_scale, "v_scale": v_scale}
-    return (
-        rows.data,
-        (k.float() / spread).round().to(torch.int8),
-        (v.float() / v_scale[:, None, :, None]).to(FP8),
-        scales,
-    )
+    k_scale, v_scale = ((x.float().abs().amax((1, 3)) / most).contiguous() for x, most in ((k, 127), (v, 448)))
+    k8 = (k.float() / k_scale[:, None, :, None]).round().to(torch.int8)
+    v8 = (v.float() / v_scale[:, None, :, None]).to(FP8)
+    return rows.data, k8, v8, {"q_scale": rows.scale[..., 0].contiguous(), "k_scale": k_scale, "v_scale": v_scale}
 
 
 def test_plan_covers_every_step_once():
@@ -163,10 +156,6 @@ def test_dense_in_8_bits(persistent):
     )
     assert torch.equal(packed, out)
     assert relative(out, reference.dense(q, k, v)) < PORTABLE
-    for parts in (5, 4):
-        wrong = scales | {"k_scale": scales["k_scale"][:, :1].repeat(1, parts, 1)}
-        with pytest.raises(ValueError, match=f"72 keys cannot have {parts} scales"):
-            kernels.dense(q8, k8, v8, **wrong, config=config)
 
 
 @pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
@@ -185,7 +174,7 @@ def test_block_sparse(eight, visits):
     q, k, v = inputs(1, 200, 600, 2, 64, torch.float32 if eight else torch.float16)
     scales = {}
     if eight:
-        q, k, v, scales = eight_bits(q, k, v, parts=3)
+        q, k, v, scales = eight_bits(q, k, v)
     generator = torch.Generator().manual_seed(1)
     index = torch.rand(1, 2, 2, 5, generator=generator).argsort(-1)[..., :3].sort(-1, descending=True).values
     index = index.int().contiguous().to(DEVICE)
@@ -219,7 +208,7 @@ def test_specialized(eight, dim, persistent, turns):
         q, k, v = inputs(2, queries, keys, heads, dim, torch.float32 if eight else torch.bfloat16)
         scales = {}
         if eight:
-            q, k, v, scales = eight_bits(q, k, v, parts=2 if keys == 328 else 3)
+            q, k, v, scales = eight_bits(q, k, v)
         limit = EIGHT_BITS if eight else 1e-2
         out = kernels.dense(q, k, v, **scales, config=config)
         assert relative(out, reference.dense(q, k, v, **scales)) < limit
@@ -245,7 +234,7 @@ def test_in_a_graph():
         scale = torch.full((1, 2), 0.01, device=DEVICE)
         packed = kernels.pack_values(v, None, 0, scale)
         q8, k8 = ((20 * x).round().to(torch.int8) for x in (q, k))
-        k_scale = torch.full((1, 1, 2), 1 / 400, device=DEVICE)
+        k_scale = torch.full((1, 2), 1 / 400, device=DEVICE)
         eight = kernels.block_sparse(q8, k8, packed, index, k_scale=k_scale, v_scale=scale, packed=True)
         return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
 
@@ -264,14 +253,8 @@ def test_pool():
     x, *_ = inputs(2, 300, 16, 2, 64)
     view = x[:, 8:]
     torch.testing.assert_close(kernels.pool(view), reference.pool(view), rtol=1e-5, atol=1e-5)
-    # int8 keys of which each 100 have a scale of their own
-    rows, scale = (20 * view.float()).round().to(torch.int8), torch.rand(2, 4, 2).to(DEVICE)
-    found, right = (f(rows, 128, scale, 100, 64) for f in (kernels.pool, reference.pool))
-    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
-    by_hand = (rows[:, :36].float() * scale[:, :1, :, None]).sum(1) + (
-        rows[:, 36:128].float() * scale[:, 1:2, :, None]
-    ).sum(1)
-    torch.testing.assert_close(right[:, 0], by_hand / 128, rtol=1e-5, atol=1e-5)
+    whole = (20 * view.float()).round().to(torch.int8)
+    torch.testing.assert_close(kernels.pool(whole), reference.pool(whole), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 5])

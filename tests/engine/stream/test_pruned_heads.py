@@ -41,11 +41,8 @@ class Masked(FusedCache):
         filled, dtype = self.filled, given.get("out_dtype") or q.dtype
         if given:
             values = unpack_values(values, filled)
-        keys = keys.float()
-        if given:
-            keys = keys * given["k_scale"].repeat_interleave(self.chunk_tokens, dim=1)[..., None]
-        mask = self.mask(layer, q.float(), keys)
-        q, values = q.float(), values.float()
+        q, keys, values = q.float(), keys.float(), values.float()
+        mask = self.mask(layer, q, keys)
         if given:
             q = q * given["q_scale"][..., None]
             values = values * given["v_scale"][:, None, :, None]
