@@ -8,7 +8,7 @@ would have filled the last round only partly. A tile whose keys were shared out 
 
 Softmax runs in powers of two; scales of 8-bit inputs are part of its multiplier and of the last division, so they
 cost nothing. Probabilities are raised to 256 before they become 8-bit, and so is their sum. On Hopper 8-bit ones are
-made without exponentials (`engine.ops.triton.hopper`), from scores of a row that lie within 4096 powers of two.
+made without exponentials (`engine.ops.triton.hopper`), from scores that lie within 2,000 powers of two of 0.
 """
 
 import math
