@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 5
+PROTOCOL = 6
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -41,9 +41,11 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: int
     """Denoising steps of a chunk; a stream that is late can be given fewer, see `SetSteps`."""
     chunk_seconds: float
-    """Time to generate one chunk, measured while warming up; admission divides playback time by it."""
+    """Time from one chunk to the next, measured while warming up; admission divides playback time by it."""
     parameters: int
     description: str
+    promised: float = 0.9
+    """Part of the engine's time that admission may promise; the rest absorbs what takes longer than usual."""
 
 
 # gateway -> engine

@@ -2,8 +2,8 @@
 
 Pure: times are seconds of any one monotonic clock, handed in. A stream's cost is the share of the engine that it
 needs to play at 1:1: the time to generate a chunk over the time that the chunk plays. Streams are admitted while their
-costs add up to at most `SHARE` of the engine; one stream alone is always admitted, so that a model slower than real
-time still plays, with stalls.
+costs add up to at most what the engine says may be promised of it; one stream alone is always admitted, so that a
+model slower than real time still plays, with stalls.
 
 Streams may have owners, and a priority that weighs an owner's share. The next place goes to the owner with the fewest
 live streams for his priority. Among equals they take turns, three of priority 3 for one of priority 1; within a turn
@@ -18,9 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-SHARE = 0.9
-"""Part of the engine that may be promised; the rest absorbs jitter."""
-
 RETRY_SECONDS = (1, 60)
 """Bounds of Retry-After. The upper one also stands for 'nobody knows', when endless streams hold the engine."""
 
@@ -30,10 +27,10 @@ def cost(chunk_seconds: float, chunk_frames: int, fps: int) -> float:
     return chunk_seconds * fps / chunk_frames
 
 
-def capacity(stream_cost: float) -> int:
-    """How many streams of this cost play at 1:1 at once."""
+def capacity(stream_cost: float, promised: float = 0.9) -> int:
+    """How many streams of this cost play at 1:1 at once, where such a part of the engine may be promised."""
     # The tiny term keeps 0.9 / 0.3 at 3: floating point makes it 2.9999999999999996.
-    return max(1, math.floor(SHARE / stream_cost + 1e-9)) if stream_cost > 0 else 1_000_000
+    return max(1, math.floor(promised / stream_cost + 1e-9)) if stream_cost > 0 else 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +76,7 @@ class Admission:
     def __init__(self, queue_limit: int) -> None:
         self._queue_limit = queue_limit
         self._costs: Mapping[str, float] = {}
+        self._promised = 0.9
         self._live: dict[str, _Live] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._turns: dict[str | None, Fraction] = {}
@@ -86,9 +84,10 @@ class Admission:
         whoever was served last, so that nobody comes back with turns to spare."""
         self._last_turn = Fraction(0)
 
-    def set_costs(self, costs: Mapping[str, float]) -> None:
-        """The engine's models and their costs, measured while it warmed up. Follow with `admit`."""
-        self._costs = costs
+    def set_costs(self, costs: Mapping[str, float], promised: float = 0.9) -> None:
+        """The engine's models and their costs, measured while it warmed up, and the part of the engine that may be
+        promised. Follow with `admit`."""
+        self._costs, self._promised = costs, promised
 
     def request(
         self,
@@ -191,7 +190,7 @@ class Admission:
             return False
         if not self._live:
             return True
-        return self.load + self._costs[model] <= SHARE + 1e-9
+        return self.load + self._costs[model] <= self._promised + 1e-9
 
     def _fits_next(self, model: str) -> bool:
         # Only with an empty queue (a limit of 0) may a newcomer go straight in; otherwise the head goes first.

@@ -306,7 +306,7 @@ async def list_models(request: Request) -> dict[str, Any]:
                 "object": "model",
                 **{name: getattr(info, name) for name in schemas.MODEL_FIELDS},
                 "real_time_factor": share,
-                "capacity": admission.capacity(share),
+                "capacity": admission.capacity(share, info.promised),
                 "default": info.name == streams.default_model,
             }
         )

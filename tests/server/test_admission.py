@@ -29,6 +29,19 @@ def test_capacity_does_not_lose_a_stream_to_floating_point() -> None:
     assert capacity(0.9) == 1
 
 
+def test_an_engine_says_how_much_of_it_may_be_promised() -> None:
+    assert [capacity(0.19, promised) for promised in (0.9, 0.95, 1.0)] == [4, 5, 5]
+    places = Admission(queue_limit=100)
+    for promised, live in ((0.9, 4), (0.95, 5), (0.5, 5), (1.2, 6)):
+        places.set_costs({"mini": 0.19}, promised)
+        for _ in range(4):
+            places.request(f"{promised} {len(places.places(0.0))}", "mini", 0.0)
+        places.admit()
+        assert round(places.load / 0.19) == live
+        for waiting in places.places(0.0):
+            places.release(waiting)
+
+
 def test_first_come_first_served() -> None:
     places = admission()
     for name in "abcd":
