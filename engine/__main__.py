@@ -87,10 +87,20 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
         help="keep it on the device, bring it there layer by layer while it works, or run it on the CPU (%(default)s)",
     )
     parser.add_argument("--text-encoder-weights", choices=get_args(Format), help="keep its weights in 8 bits")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make the chunks of up to N streams at once, if that is faster here: they come later for it, and what a "
+        "stream shows depends on those beside it, if little (%(default)s)",
+    )
     add_arguments(parser)
     options = parser.parse_args()
     if options.threads < 1:
         parser.error("--threads must be at least 1")
+    if options.batch < 1:
+        parser.error("--batch must be at least 1")
     if options.loras is not None and not options.loras.is_dir():
         parser.error(f"--loras {options.loras} is not a folder")
     torch.set_num_threads(options.threads)
@@ -122,7 +132,7 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
             speed=speed,
             loras=options.loras is not None,
         )
-        return pipeline, warm(pipeline)
+        return pipeline, warm(pipeline, batch=options.batch)
 
     try:
         pipeline, warmth = aside(load) if warm_spare else load()
@@ -137,7 +147,7 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
     link.send(wire.Ready(wire.PROTOCOL, os.getpid(), [describe(pipeline, warmth)]))
     status = 0
     try:
-        Worker(pipeline, link, options.frames_fd, options.loras).run()
+        Worker(pipeline, link, options.frames_fd, options.loras, batch=warmth.batch).run()
     except torch.AcceleratorError as error:
         print(f"engine: the device is lost: {error}", file=sys.stderr, flush=True)
         status = 4

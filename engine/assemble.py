@@ -1,10 +1,11 @@
 """From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Literal, TypeVar
 
 import torch
@@ -152,48 +153,70 @@ def told(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Warmth:
-    """What warming up measured: seconds from one chunk at full window to the next, context pass included."""
+    """What warming up measured."""
 
     chunk_seconds: float
+    """From one chunk at full window to the next, context pass included; in a batch, for each."""
+    batch: int = 1
+    """How many streams' chunks are to be made at once."""
 
 
 MOST_STREAMS = 8
 """For more than so many at once nothing is prepared ahead."""
 
 
-def warm(pipeline: Pipeline, streams: int | None = None) -> Warmth:
+FASTER = 0.97
+"""What a chunk in a batch may take of what one alone does: batches cost delay, and frames that repeat."""
+
+
+def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warmth:
     """Run every shape that will be served once, then time chunks at full window (median of three), as they follow each
     other when there is always one to make: on a GPU the next begins while this one is being decoded.
 
     Where forwards are recorded for the cache they run on, that is done ahead for `streams`, by default for as many as
     the device can keep at playback's pace, so that opening one takes no longer than its first chunk.
+
+    Chunks of `batch` streams are to be made at once if that is measured to be faster.
     """
     preset = pipeline.preset
     state = pipeline.open("warm-up", seed=0)
     shapes = len(state.cache.shapes())
-    _chunks(pipeline, state, shapes)
-    times = _chunks(pipeline, state, 4)
-    warmth = Warmth(sorted(after - before for before, after in pairwise(times))[1])
+    _chunks(pipeline, [state], shapes)
+    warmth = Warmth(_seconds(_chunks(pipeline, [state], 4)))
     opened = [state]
     if isinstance(pipeline.dit, GraphedWan):
         kept = max(1, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
         streams = streams or min(MOST_STREAMS, kept)
         while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
             opened.append(pipeline.open("warm-up", seed=0))
-            _chunks(pipeline, opened[-1], shapes)
+            _chunks(pipeline, [opened[-1]], shapes)
+    if batch > 1:
+        for state in opened:
+            pipeline.close(state)
+        opened = [pipeline.open("warm-up", seed=0) for _ in range(max(batch, len(opened)))]
+        _chunks(pipeline, opened[:batch], shapes)
+        each = _seconds(_chunks(pipeline, opened[:batch], 4)) / batch
+        faster = each < FASTER * warmth.chunk_seconds
+        took = f"{1e3 * warmth.chunk_seconds:.0f} ms alone and {1e3 * each:.0f} in a batch of {batch}"
+        print(f"engine: a chunk takes {took}: batches are {'' if faster else 'not '}made", flush=True)
+        warmth = Warmth(each, batch) if faster else warmth
     for state in opened:
         pipeline.close(state)
     return warmth
 
 
-def _chunks(pipeline: Pipeline, state: StreamState, count: int) -> list[float]:
-    """Make so many chunks; when the frames of each were there, in seconds of the clock."""
+def _chunks(pipeline: Pipeline, states: Sequence[StreamState], count: int) -> list[float]:
+    """Make so many chunks of all, each time in one batch; when their frames were there, in seconds of the clock."""
     arrived = []
     for _ in range(count):
-        pipeline.next_chunk(state)
+        pipeline.next_chunks(states)
         arrived.append(time.perf_counter())
-        pipeline.commit(state)
+        pipeline.commit(*states)
     return arrived
+
+
+def _seconds(arrived: list[float]) -> float:
+    return median(after - before for before, after in pairwise(arrived))
 
 
 PROMISED = {"cuda": 0.95, "cpu": 0.9}

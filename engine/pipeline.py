@@ -1,5 +1,6 @@
 """A stream from prompt to frames: encode, denoise, decode, commit. Start reading the engine here."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from engine.config import Preset
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
 from engine.stream.decoding import Beside, PictureEncoding, to_host
+from engine.stream.joined import JoinedCaches
 from engine.stream.kv_cache import KVCache
-from engine.stream.rollout import commit_chunk, denoise_chunk
+from engine.stream.rollout import RolloutConfig, Transformer, commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
 from engine.transforms.accelerate import Served
 from engine.transforms.cuda_graphs import GraphedWan
@@ -114,7 +116,7 @@ class Pipeline:
         for part in latents.split(preset.chunk, dim=2):
             with self._beside(latents):
                 self.decode(part, state)
-            self._write(state, part, state.context)
+            self._write([state], part)
             self._remember(state, part)
 
     def steer(self, state: StreamState, prompt: str, transition: Transition) -> int:
@@ -141,35 +143,64 @@ class Pipeline:
         self._set_text(state, state.text)
         self._recache(state)
 
-    @torch.inference_mode()
     def next_chunk(self, state: StreamState) -> Chunk:
         """Generate and decode the next chunk. Its context pass is owed: see `commit`.
 
         Raises:
             NotFiniteError: the latents are not finite.
         """
-        self._cross_boundary(state)
-        fresh = state.memories is None
-        latents = denoise_chunk(
-            self.dit, self.rollout, state.cache, state.context, [state.seed], state.chunk, steps=state.steps
-        )
+        (made,) = self.next_chunks([state])
+        if isinstance(made, NotFiniteError):
+            raise made
+        return made
+
+    def sort(self, state: StreamState) -> Hashable:
+        """Streams of the same sort may have their next chunks made in one batch; None is for a batch of its own."""
+        if state.pending is not None or state.blend_to is not None:
+            return None
+        return state.cache.written == 0 and state.uncommitted is None, state.steps
+
+    @torch.inference_mode()
+    def next_chunks(self, states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
+        """`next_chunk` of several streams of the same `sort`, in one batch; for each its chunk, or why there is none.
+
+        What else is raised leaves them where they were, so that each can be tried alone.
+
+        Raises:
+            ValueError: the streams are of several sorts.
+        """
+        if len(states) > 1 and (len(sorts := {self.sort(state) for state in states}) > 1 or None in sorts):
+            raise ValueError("these streams have no common batch: see `sort`")
+        for state in states:
+            self._cross_boundary(state)
+        steps = states[0].steps
+        rows = [(state.seed, state.chunk) for state in states]
+        latents = denoise_chunk(*self._batch(states), rows, steps=steps)
+        parts = latents.split(1)
         with self._beside(latents):
-            finite = to_host(torch.isfinite(latents).all())
-            frames = to_host(self.decode(latents, state))
+            finite = [to_host(torch.isfinite(part).all()) for part in parts]
+            decoded = []
+            for part, state in zip(parts, states, strict=True):
+                frames, memories = self.decoder(part, state.memories)
+                decoded.append((to_host(frames[0]), memories))
             arrived = torch.cuda.Event() if self.device.type == "cuda" else None
             if arrived is not None:
                 arrived.record()
-        chunk = Chunk(state.chunk, state.frame, frames, fresh, state.steps)
-        state.uncommitted = latents
-        state.chunk += 1
-        state.frame += len(frames)
+        chunks = []
+        for state, part, (frames, memories) in zip(states, parts, decoded, strict=True):
+            chunks.append(Chunk(state.chunk, state.frame, frames, state.memories is None, state.steps))
+            state.memories = memories
+            state.uncommitted = part
+            state.chunk += 1
+            state.frame += len(frames)
         if arrived is not None:
-            if state.pending is None:
-                self.commit(state)  # beside decoding, and while the frames are sent
+            if all(state.pending is None for state in states):
+                self.commit(*states)  # beside decoding, and while the frames are sent
             arrived.synchronize()  # the one place where the host waits for the GPU
-        if not finite:
-            raise NotFiniteError(f"chunk {chunk.index} has values that are not finite")
-        return chunk
+        return [
+            chunk if good else NotFiniteError(f"chunk {chunk.index} has values that are not finite")
+            for chunk, good in zip(chunks, finite, strict=True)
+        ]
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Latents [1, C, F, h, w] to uint8 [T, height, width, 3]; the decoder's memories move on in the state."""
@@ -177,19 +208,32 @@ class Pipeline:
         return frames[0]
 
     @torch.inference_mode()
-    def commit(self, state: StreamState) -> None:
-        """The context pass over the chunk just emitted: off the latency path, and due before the next chunk."""
-        if state.uncommitted is None:
+    def commit(self, *states: StreamState) -> None:
+        """The context pass over the chunks just emitted: off the latency path, and due before the next ones."""
+        owing = [(state, state.uncommitted) for state in states if state.uncommitted is not None]
+        if not owing:
             return
-        latents, state.uncommitted = state.uncommitted, None
-        self._write(state, latents, state.context, context_pass=self.served.context_pass)
-        self._remember(state, latents)
+        latents = torch.cat([latents for _, latents in owing])
+        self._write([state for state, _ in owing], latents, context_pass=self.served.context_pass)
+        for state, part in owing:
+            state.uncommitted = None
+            self._remember(state, part)
 
-    def _write(self, state: StreamState, latents: Tensor, context: TextContext, *, context_pass: bool = True) -> None:
-        chunk = state.cache.start_frame // self.preset.chunk
-        commit_chunk(
-            self.dit, self.rollout, state.cache, context, latents, [state.seed], chunk, context_pass=context_pass
-        )
+    def _batch(
+        self, states: Sequence[StreamState]
+    ) -> tuple[Transformer, RolloutConfig, KVCache | JoinedCaches, TextContext]:
+        """What a rollout of these streams' chunks as one batch begins with."""
+        if len(states) == 1:
+            return self.dit, self.rollout, states[0].cache, states[0].context
+        # what is recorded is bound to one cache
+        model = self.dit.model if isinstance(self.dit, GraphedWan) else self.dit
+        caches, contexts = zip(*((state.cache, state.context) for state in states), strict=True)
+        return model, self.rollout, JoinedCaches(caches), TextContext.join(contexts)
+
+    def _write(self, states: Sequence[StreamState], latents: Tensor, *, context_pass: bool = True) -> None:
+        rows = [(state.seed, state.cache.start_frame // self.preset.chunk) for state in states]
+        model, rollout, cache, context = self._batch(states)
+        commit_chunk(model, rollout, cache, context, latents, rows, context_pass=context_pass)
 
     def _remember(self, state: StreamState, latents: Tensor) -> None:
         past = self.preset.window // self.preset.chunk - 1
@@ -231,7 +275,7 @@ class Pipeline:
         end = state.cache.start_frame + (0 if committed else self.preset.chunk)
         state.cache.reset(end - count * self.preset.chunk)
         for latents in state.recent:
-            self._write(state, latents, state.context)
+            self._write([state], latents)
 
     def _cut(self, state: StreamState) -> None:
         """A fresh scene: nothing of the old one is seen again."""

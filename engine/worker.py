@@ -30,7 +30,7 @@ from engine import wire
 from engine.checkpoints import lora
 from engine.checkpoints.store import StoreError
 from engine.pipeline import Chunk, NotFiniteError, PictureError, Pipeline
-from engine.scheduler import Claim, pick
+from engine.scheduler import Claim, alongside, pick
 from engine.stream.state import StreamState
 from engine.transforms.lora import Adapters
 
@@ -158,9 +158,9 @@ class Slots:
         self._generations = itertools.count(1)
 
     @property
-    def free(self) -> bool:
-        """Whether a chunk can be put now."""
-        return bool(self._free)
+    def free(self) -> int:
+        """How many chunks can be put now."""
+        return len(self._free)
 
     @property
     def used(self) -> int:
@@ -200,13 +200,17 @@ class Slots:
 class Worker:
     """The step loop over the open streams of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline, link: Wire, frames: int, loras: Path | None = None) -> None:
-        """`frames` is the file descriptor of the ring; `loras` the folder of the LoRA files that may be applied."""
+    def __init__(
+        self, pipeline: Pipeline, link: Wire, frames: int, loras: Path | None = None, *, batch: int = 1
+    ) -> None:
+        """`frames` is the file descriptor of the ring; `loras` the folder of the LoRA files that may be applied;
+        `batch` how many streams' chunks may be made at once."""
         self.pipeline = pipeline
         self.link = link
         self.slots = Slots(frames)
         self.streams: dict[str, Stream] = {}
         self.adapters = Adapters(pipeline.served.wan)
+        self._most = batch
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._folder = loras
         self._shapes = lora.shapes_of(pipeline.served.wan)
@@ -216,21 +220,37 @@ class Worker:
         """Until `Shutdown`. Raises `torch.AcceleratorError` when the device is lost, and every stream with it."""
         try:
             while True:
-                claims = {name: stream.claim for name, stream in self.streams.items()}
-                step_seconds = max(self._steps, default=0.0)
-                name = pick(claims, time.monotonic(), step_seconds) if self.slots.free else None
-                if not self._receive(wait=name is None):
+                names = self._next()
+                if not self._receive(wait=not names):
                     return
-                if name is not None and name in self.streams:
+                names = self._still_alike(names)
+                if names:
                     began = time.monotonic()
-                    self._step(name)
-                    self._steps.append(time.monotonic() - began)
+                    self._step(names)
+                    self._steps.append((time.monotonic() - began) / len(names))
                 self.link.moved()
                 self.link.streams = len(self.streams)
                 self.link.slots_used, self.link.slots = self.slots.used, self.slots.total
         finally:
             self._reader.shutdown(wait=False, cancel_futures=True)
             self.slots.close()
+
+    def _next(self) -> list[str]:
+        """The streams whose chunks are to be made now, in one batch."""
+        claims = {name: stream.claim for name, stream in self.streams.items()}
+        now, step_seconds = time.monotonic(), max(self._steps, default=0.0)
+        first = pick(claims, now, step_seconds) if self.slots.free else None
+        if first is None:
+            return []
+        most = min(self._most, self.slots.free)
+        alike = self._still_alike([first, *self.streams]) if most > 1 else [first]
+        return [first, *alongside(claims, first, alike, now, step_seconds, most)]
+
+    def _still_alike(self, names: list[str]) -> list[str]:
+        """The first of these that are open, and all that may be made in one batch with it."""
+        there = [name for name in names if name in self.streams]
+        sorts = [None if (s := self.streams[name]).stale else self.pipeline.sort(s.state) for name in there]
+        return [name for i, name in enumerate(there) if i == 0 or (sorts[i] is not None and sorts[i] == sorts[0])]
 
     def _receive(self, *, wait: bool) -> bool:
         """Take in every message there is, waiting for one when there is no work; false at `Shutdown`."""
@@ -369,22 +389,69 @@ class Worker:
         stream.applied = message.event
         self.link.send(wire.Steered(message.stream, message.event, chunk))
 
-    def _step(self, name: str) -> None:
-        stream = self.streams[name]
-        if not stream.started:
-            stream.started = True
-            self.link.send(wire.Started(name))
+    def _step(self, names: list[str]) -> None:
+        streams = {name: self.streams[name] for name in names}
+        for name, stream in streams.items():
+            if not stream.started:
+                stream.started = True
+                self.link.send(wire.Started(name))
         began = time.perf_counter()
-        chunk = self._try(name, lambda: self._generate(stream))
-        if chunk is None:
-            return
+        chunks = self._generate(streams)
+        seconds = (time.perf_counter() - began) / len(names)
+        for name, chunk in chunks.items():
+            self._hand_over(name, streams[name], chunk, seconds)
+        owing = {name: streams[name] for name in chunks if name in self.streams}
+        began = time.perf_counter()
+        if len(owing) > 1:
+            states = [stream.state for stream in owing.values()]
+            self._together(functools.partial(self.pipeline.commit, *states))
+        for name, stream in owing.items():  # after a batch that did not fail, nothing is owed
+            self._try(name, functools.partial(self.pipeline.commit, stream.state))
+        for stream in owing.values():
+            stream.commit_seconds = (time.perf_counter() - began) / len(owing)
+
+    def _generate(self, streams: Mapping[str, Stream]) -> dict[str, Chunk]:
+        """The next chunk of each; of one that fails none, and it is over."""
+        made: list[Chunk | NotFiniteError] | None = None
+        if len(streams) > 1:
+            states = [stream.state for stream in streams.values()]
+            made = self._together(functools.partial(self.pipeline.next_chunks, states))
+        if made is None:
+            alone = {name: self._try(name, functools.partial(self._one, stream)) for name, stream in streams.items()}
+            return {name: chunk for name, chunk in alone.items() if chunk is not None}
+        chunks = {}
+        for name, chunk in zip(streams, made, strict=True):
+            if isinstance(chunk, NotFiniteError):
+                self._fail(name, "not_finite", str(chunk))
+            else:
+                chunks[name] = chunk
+        return chunks
+
+    def _one(self, stream: Stream) -> Chunk:
+        if stream.stale:
+            stream.stale = False
+            self.pipeline.refresh(stream.state)
+        return self.pipeline.next_chunk(stream.state)
+
+    def _together(self, work: Callable[[], T]) -> T | None:
+        """What `work` on a batch returns; None when it failed, which one stream's fault need not be: each is tried
+        alone then."""
+        try:
+            return work()
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            print(f"engine: a batch failed: {error!r}", flush=True)
+        return None
+
+    def _hand_over(self, name: str, stream: Stream, chunk: Chunk, seconds: float) -> None:
+        """Send a chunk that took so long to the gateway; it may be the stream's last."""
         frames = chunk.frames.contiguous().numpy()
         left = None if stream.opening.max_frames is None else stream.opening.max_frames - chunk.frame
         if left is not None:
             frames = frames[: max(left, 0)]
         count, height, width, _ = frames.shape
         clock = wire.CLOCK_RATE // self.pipeline.preset.fps
-        generated = time.perf_counter() - began
         slot, generation = self.slots.put(frames.data.cast("B"))
         message = wire.Frames(
             stream=name,
@@ -393,7 +460,7 @@ class Worker:
             frames=count,
             width=width,
             height=height,
-            gen_seconds=generated + stream.commit_seconds,
+            gen_seconds=seconds + stream.commit_seconds,
             applied=stream.applied,
             discontinuity=chunk.discontinuity and chunk.index > 0,
             slot=slot,
@@ -411,16 +478,6 @@ class Worker:
         )
         if left is not None and left <= len(chunk.frames):
             self._end(name, "finished")
-            return
-        began = time.perf_counter()
-        self._try(name, functools.partial(self.pipeline.commit, stream.state))
-        stream.commit_seconds = time.perf_counter() - began
-
-    def _generate(self, stream: Stream) -> Chunk:
-        if stream.stale:
-            stream.stale = False
-            self.pipeline.refresh(stream.state)
-        return self.pipeline.next_chunk(stream.state)
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
         """What `work` returns; None when it failed, and the stream with it. The others go on."""

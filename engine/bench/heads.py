@@ -115,8 +115,9 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], ch
         cache.reset(0)
         context = wan.encode_text(pipeline.encode_prompt(prompt).expand(len(seeds), -1, -1))
         for index in range(chunks):
-            latents = denoise_chunk(wan, rollout, cache, context, seeds, index)
-            commit_chunk(wan, rollout, cache, context, latents, seeds, index)
+            rows = [(seed, index) for seed in seeds]
+            latents = denoise_chunk(wan, rollout, cache, context, rows)
+            commit_chunk(wan, rollout, cache, context, latents, rows)
     return cache.mass
 
 

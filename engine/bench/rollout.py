@@ -185,8 +185,9 @@ def roll(
     early = 0
     for index in range(chunks):
         clock.chunk()
+        rows = [(seed, index) for seed in seeds]
         with clock.stage("steps"):
-            latents = denoise_chunk(model, rollout, cache, context, seeds, index)
+            latents = denoise_chunk(model, rollout, cache, context, rows)
         with beside(latents) if overlap else nullcontext():
             for row, part in enumerate(latents.split(1)):
                 with clock.stage("decode"):
@@ -194,7 +195,7 @@ def roll(
                 with clock.stage("copy"):
                     to_host(frames)
         with clock.stage("context"):
-            commit_chunk(model, rollout, cache, context, latents, seeds, index, context_pass=speed.context_pass)
+            commit_chunk(model, rollout, cache, context, latents, rows, context_pass=speed.context_pass)
         if index == 2 * preset.window // preset.chunk:
             early = allocated(device)
     synchronise(device)
@@ -211,7 +212,7 @@ def roll(
     cache.reset(0)
     synchronise(device)
     started = time.perf_counter()
-    latents = denoise_chunk(model, rollout, cache, context, seeds, 0)
+    latents = denoise_chunk(model, rollout, cache, context, [(seed, 0) for seed in seeds])
     frames, _ = decoder(latents[:1], None)
     to_host(frames)
     synchronise(device)

@@ -22,7 +22,7 @@ from engine.assemble import best_device, best_dtype, warm
 from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt, told
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.scheduler import Claim, pick
+from engine.scheduler import Claim, alongside, pick
 from engine.transforms.accelerate import Speed, accelerate
 from engine.transforms.calibrate import calibrate
 from engine.worker import RECENT_STEPS
@@ -60,9 +60,15 @@ class Played:
 
 
 def play(
-    pipeline: Pipeline, streams: int, seconds: float, clock: Callable[[], float], rest: Callable[[float], None]
+    pipeline: Pipeline,
+    streams: int,
+    seconds: float,
+    clock: Callable[[], float],
+    rest: Callable[[float], None],
+    batch: int = 1,
 ) -> list[Played]:
-    """Serve `streams` streams for `seconds` of `clock`; `rest` waits while all of them are a chunk ahead."""
+    """Serve `streams` streams for `seconds` of `clock`, up to `batch` at once; `rest` waits while all of them are a
+    chunk ahead."""
     length = pipeline.preset.chunk_frames / pipeline.preset.fps
     states = [pipeline.open("", seed=index) for index in range(streams)]
     seen = [Played([]) for _ in states]
@@ -79,18 +85,24 @@ def play(
             )
             for i, (state, shown) in enumerate(zip(states, seen, strict=True))
         }
-        name = pick(claims, now, max(steps, default=0.0))
+        step_seconds = max(steps, default=0.0)
+        name = pick(claims, now, step_seconds)
         if name is None:
             rest(min(shown.runs_dry for shown in seen) - now - length)
             continue
-        state, shown = states[int(name)], seen[int(name)]
-        frames = len(pipeline.next_chunk(state).frames)
-        arrived = clock()
-        if shown.runs_dry:
-            shown.arrivals.append((arrived - start, shown.runs_dry - arrived))
-        shown.runs_dry = max(shown.runs_dry, arrived) + frames / pipeline.preset.fps
-        pipeline.commit(state)
-        steps.append(clock() - now)
+        sort = pipeline.sort(states[int(name)])
+        alike = [str(i) for i, state in enumerate(states) if pipeline.sort(state) == sort]
+        served = [int(each) for each in (name, *alongside(claims, name, alike, now, step_seconds, batch))]
+        together = [states[i] for i in served]
+        for i, chunk in zip(served, pipeline.next_chunks(together), strict=True):
+            if isinstance(chunk, Exception):
+                raise chunk
+            arrived, shown = clock(), seen[i]
+            if shown.runs_dry:
+                shown.arrivals.append((arrived - start, shown.runs_dry - arrived))
+            shown.runs_dry = max(shown.runs_dry, arrived) + len(chunk.frames) / pipeline.preset.fps
+        pipeline.commit(*together)
+        steps.append((clock() - now) / len(served))
     for state in states:
         pipeline.close(state)
     return seen
@@ -109,18 +121,19 @@ def main() -> None:
     add_preset(parser)
     parser.add_argument("--streams", type=int, nargs="+", required=True, help="one or more numbers to try")
     parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--batch", type=int, default=1, help="of so many streams at once, if that is faster")
     options = parser.parse_args()
     device = best_device()
     preset, speed = chosen(parser, options, device)
     pipeline = build(preset, speed, device, best_dtype(device))
-    warmth = warm(pipeline, max(options.streams))
+    warmth = warm(pipeline, max(options.streams), options.batch)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
     print(told(preset, speed))
     length = preset.chunk_frames / preset.fps
-    print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmth.chunk_seconds:.0f} ms alone")
+    print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmth.chunk_seconds:.0f} ms; {warmth.batch} at once")
     for count in options.streams:
-        seen = play(pipeline, count, 60 * options.minutes, time.monotonic, time.sleep)
+        seen = play(pipeline, count, 60 * options.minutes, time.monotonic, time.sleep, warmth.batch)
         arrivals = [arrival for shown in seen for arrival in shown.arrivals]
         slack = sorted(value for _, value in arrivals)
         late = [at for at, value in arrivals if value < 0]

@@ -6,7 +6,7 @@ in. A KV cache, a block-causal mask and the training pattern are three such obje
 Shapes: B batch, F latent frames, N tokens in a frame, S = F * N tokens, D = dim, L text tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -43,6 +43,16 @@ class TextContext:
         """The same context with every tensor changed, all along their first axis."""
         layers = [(change(k), change(v)) for k, v in self.layers]
         return TextContext(layers, change(self.pooled), change(self.lengths))
+
+    @staticmethod
+    def join(contexts: "Sequence[TextContext]") -> "TextContext":
+        """The prompts of several, one after another."""
+        layers = [
+            (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
+            for pairs in zip(*(context.layers for context in contexts), strict=True)
+        ]
+        pooled, lengths = ([getattr(context, name) for context in contexts] for name in ("pooled", "lengths"))
+        return TextContext(layers, torch.cat(pooled), torch.cat(lengths))
 
 
 def text_lengths(text: Tensor) -> Tensor:

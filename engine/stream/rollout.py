@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.dit import TextContext
+from engine.stream.joined import JoinedCaches
 from engine.stream.kv_cache import KVCache
 from engine.stream.sampler import chunk_noise, few_step
 from engine.stream.schedule import fewer
+
+Cache = KVCache | JoinedCaches
+Row = tuple[int, int]
+"""Of a row of a batch: the stream's seed and the index of its chunk, which its noise is made of."""
 
 
 class Transformer(Protocol):
@@ -43,7 +48,7 @@ class RolloutConfig:
     """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
-def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: KVCache) -> Tensor:
+def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: Cache) -> Tensor:
     """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
     return model(*_inputs(model, x, sigma), context, cache).float()
 
@@ -56,21 +61,20 @@ def _inputs(model: Transformer, x: Tensor, sigma: float) -> tuple[Tensor, Tensor
 def denoise_chunk(
     model: Transformer,
     config: RolloutConfig,
-    cache: KVCache,
+    cache: Cache,
     context: TextContext,
-    seeds: Sequence[int],
-    chunk: int,
+    rows: Sequence[Row],
     *,
     steps: int | None = None,
 ) -> Tensor:
-    """Clean latents float32 [B, C, F, H, W] of the chunk that the cache stands at, one seed per row.
+    """Clean latents float32 [B, C, F, H, W] of the chunks that the cache stands at.
 
     `steps` takes fewer than the configured steps.
     """
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
 
     def noise(step: int) -> Tensor:
-        return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed in seeds])
+        return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed, chunk in rows])
 
     sigmas = config.first_sigmas if config.first_sigmas and not cache.written else config.sigmas
     if steps is not None:
@@ -85,11 +89,10 @@ CONTEXT_STEP = 1000
 def commit_chunk(
     model: Transformer,
     config: RolloutConfig,
-    cache: KVCache,
+    cache: Cache,
     context: TextContext,
     latents: Tensor,
-    seeds: Sequence[int],
-    chunk: int,
+    rows: Sequence[Row],
     *,
     context_pass: bool = True,
 ) -> None:
@@ -103,7 +106,7 @@ def commit_chunk(
     sigma = config.context_sigma
     if sigma > 0:
         shape = latents.shape[1:]
-        noise = torch.stack([chunk_noise(seed, chunk, CONTEXT_STEP, shape, latents.device) for seed in seeds])
+        noise = torch.stack([chunk_noise(*row, CONTEXT_STEP, shape, latents.device) for row in rows])
         latents = (1 - sigma) * latents + sigma * noise
     model.commit(*_inputs(model, latents, sigma), context, cache)
     cache.advance()

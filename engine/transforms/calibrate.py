@@ -43,7 +43,8 @@ def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: i
         cache, seeds = served.new_cache(), [seed] * len(text)
         context = model.encode_text(text)
         for index in range(chunks):
-            latents = denoise_chunk(model, rollout, cache, context, seeds, index)
-            commit_chunk(model, rollout, cache, context, latents, seeds, index, context_pass=served.context_pass)
+            rows = [(seed, index) for seed in seeds]
+            latents = denoise_chunk(model, rollout, cache, context, rows)
+            commit_chunk(model, rollout, cache, context, latents, rows, context_pass=served.context_pass)
     for projection in projections:
         projection.settle()

@@ -1,11 +1,15 @@
 """The pipeline on random weights: counting, determinism, transitions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from engine.pipeline import NotFiniteError, PictureError, Pipeline
+from engine.config import Preset
+from engine.pipeline import Chunk, NotFiniteError, PictureError, Pipeline
 from engine.stream.decoding import FullDecoding
 from engine.stream.state import StreamState
+from engine.transforms.accelerate import Speed
 from engine.wire import Transition
 
 
@@ -101,7 +105,7 @@ def test_recache_equals_a_history_under_the_new_text(pipeline: Pipeline, committ
         other.cache.reset(9)
         for latents in kept:
             assert latents is not None
-            pipeline._write(other, latents, other.context)
+            pipeline._write([other], latents)
     assert state.cache.start_frame == other.cache.start_frame == 15
     count = 2 * state.cache.chunk_tokens
     for layer in range(len(state.cache.keys.data)):
@@ -200,7 +204,7 @@ def test_a_stream_starts_from_what_it_was_shown(pipeline: Pipeline, frames: int,
     other = pipeline.open("a red ball", seed=3)
     with torch.inference_mode():
         for part in latents.split(3, dim=2):
-            pipeline._write(other, part, other.context)
+            pipeline._write([other], part)
     count = state.cache.written * state.cache.chunk_tokens
     assert torch.equal(state.cache.keys.read(1, count), other.cache.keys.read(1, count))
 
@@ -230,3 +234,72 @@ def test_a_model_without_an_encoder_says_so(pipeline: Pipeline) -> None:
     pipeline.pictures = None
     with pytest.raises(PictureError, match="VAE encoder"):
         pipeline.open("a red ball", seed=3, picture=clip(1))
+
+
+BATCHED = [Speed(), Speed(fused=True), Speed(fused=True, low_bit_attention=True, keep=0.5)]
+
+
+@pytest.mark.parametrize("speed", BATCHED, ids=["as written", "fused", "8 bits, sparse"])
+def test_a_batch_makes_what_each_would_alone(build: Callable[..., Pipeline], toy: Preset, speed: Speed) -> None:
+    """Streams at different places of their rings, with prompts of their own, up to the rounding of products."""
+
+    def opened() -> tuple[Pipeline, list[StreamState]]:
+        pipeline = build(toy, speed=speed)
+        states = [
+            pipeline.open(prompt, seed) for seed, prompt in enumerate(("a red ball", "a blue cube", "a red cube"))
+        ]
+        for state, chunks in zip(states, (1, 2, 4), strict=True):
+            run(pipeline, state, chunks)
+        return pipeline, states
+
+    pipeline, alone = opened()
+    together, states = opened()
+    for _ in range(4):
+        expected = [pipeline.next_chunk(state) for state in alone]
+        latents = [state.uncommitted for state in alone]
+        for state in alone:
+            pipeline.commit(state)
+        found = together.next_chunks(states)
+        assert [state.chunk for state in states] == [state.chunk for state in alone]
+        for one, chunk, state, exact in zip(found, expected, states, latents, strict=True):
+            assert isinstance(one, Chunk) and state.uncommitted is not None and exact is not None
+            assert (one.index, one.frame, one.discontinuity, one.steps) == (
+                chunk.index, chunk.frame, chunk.discontinuity, chunk.steps
+            )  # fmt: skip
+            # in 8 bits a value between two numbers may fall to either side
+            limit = 5e-2 if speed.low_bit_attention else 1e-4
+            assert (state.uncommitted - exact).norm() / exact.norm() < limit
+            assert (one.frames.short() - chunk.frames.short()).abs().float().mean() < (1 if speed.fused else 0.01)
+        together.commit(*states)
+        assert all(state.uncommitted is None for state in states)
+        assert [s.cache.start_frame for s in states] == [s.cache.start_frame for s in alone]
+
+
+def test_streams_of_a_sort_may_have_a_batch(pipeline: Pipeline) -> None:
+    new, playing, other, fewer, steered, soft = (pipeline.open("a red ball", seed) for seed in range(6))
+    for state in (playing, other, fewer, steered, soft):
+        run(pipeline, state, 2)
+    assert pipeline.sort(playing) == pipeline.sort(other) is not None
+    assert pipeline.sort(new) not in (None, pipeline.sort(playing)), "its first chunk may have other steps"
+    pipeline.next_chunk(new)
+    assert pipeline.sort(new) == pipeline.sort(playing), "the context pass that is owed comes first"
+    pipeline.set_steps(fewer, 1)
+    assert pipeline.sort(fewer) not in (None, pipeline.sort(playing))
+    pipeline.steer(steered, "a blue cube", "cut")
+    pipeline.steer(soft, "a blue cube", "soft")
+    assert pipeline.sort(steered) is None and pipeline.sort(soft) is None
+    for state in (steered, soft):
+        pipeline.next_chunk(state)
+    assert pipeline.sort(steered) is not None and pipeline.sort(soft) is None, "a blend goes on"
+    with pytest.raises(ValueError, match="no common batch"):
+        pipeline.next_chunks([pipeline.open("a red ball", 1), playing])
+
+
+def test_a_batch_says_whose_values_are_not_finite(pipeline: Pipeline) -> None:
+    states = [pipeline.open("a red ball", seed) for seed in range(2)]
+    for state in states:
+        run(pipeline, state, 1)
+    with torch.inference_mode():
+        states[1].cache.values.data[:] = float("nan")
+    good, bad = pipeline.next_chunks(states)
+    assert isinstance(good, Chunk) and isinstance(bad, NotFiniteError)

@@ -1,6 +1,6 @@
 import pytest
 
-from engine.scheduler import Claim, pick
+from engine.scheduler import Claim, alongside, pick
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,30 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
         made, dry = shown[int(name)]
         assert (now <= dry) if made else (now < 2.5)
         shown[int(name)] = made + 1, max(dry, now) + (length if made else first)
+
+
+@pytest.mark.parametrize(
+    ("claims", "most", "expected"),
+    [
+        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 1, []),
+        # The most urgent ones, and no more than are asked for.
+        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 2, ["c"]),
+        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, ["c", "b"]),
+        # Two steps of 2 s leave the first in time, three do not; late already, it goes alone.
+        ({"a": Claim(1, 2, 14.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, ["c"]),
+        ({"a": Claim(1, 2, 13.9), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, []),
+        ({"a": Claim(1, 2, 9.0), "b": Claim(1, 2, 9.5)}, 9, []),
+        # Who may not generate does not go along, nor who shows nothing yet, nor a clip.
+        ({"a": Claim(1, 2, 20.0), "b": Claim(2, 2, 21.0), "c": Claim(0, 1, 21.0, opened=9.0), "d": clip(1, 2)}, 9, []),
+        # Who shows nothing yet goes alone.
+        ({"a": Claim(0, 1, 20.0, opened=9.0), "b": Claim(1, 2, 21.0)}, 9, []),
+        # Clips go with clips, as many as the streams leave time for: a batch of two, then 2 s for the stream.
+        ({"a": clip(1, 2), "b": clip(1, 2), "c": clip(1, 1), "d": clip(0, 2)}, 9, ["b", "d"]),
+        ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2), "live": Claim(2, 2, 16.0)}, 9, ["b"]),
+        ({"a": clip(1, 2), "b": clip(1, 2), "live": Claim(2, 2, 15.9)}, 9, []),
+        ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2)}, 2, ["b"]),
+    ],
+)
+def test_who_goes_along(claims: dict[str, Claim], most: int, expected: list[str]) -> None:
+    assert alongside(claims, "a", list(claims), 10.0, 2.0, most) == expected
+    assert alongside(claims, "a", ["a"], 10.0, 2.0, most) == [], "only those that are alike"

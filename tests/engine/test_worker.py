@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import zmq
 from safetensors.torch import save_file
 
 from engine import wire
-from engine.pipeline import Pipeline
+from engine.pipeline import Chunk, NotFiniteError, Pipeline
+from engine.stream.state import StreamState
 from engine.worker import Wire, Worker
 
 SLOTS, SLOT_BYTES = 2, 12 * 64 * 64 * 3
@@ -53,7 +55,13 @@ class Gateway:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path) -> Iterator[Gateway]:
+def batch() -> int:
+    """How many streams' chunks the worker may make at once."""
+    return 1
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path, batch: int) -> Iterator[Gateway]:
     address = f"ipc://{tmp_path}/engine.sock"
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -64,7 +72,7 @@ def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path) -> Iterator[Gateway
     memory = os.memfd_create("test")
     os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))
     ring = wire.Ring(memory, SLOTS, SLOT_BYTES)
-    loop = threading.Thread(target=Worker(pipeline, link, memory, loras).run)
+    loop = threading.Thread(target=Worker(pipeline, link, memory, loras, batch=batch).run)
     loop.start()
     gateway = Gateway(socket, ring)
     gateway.send(wire.Layout(SLOTS, SLOT_BYTES))
@@ -438,3 +446,122 @@ def test_fewer_steps_from_the_next_chunk_on(gateway: Gateway) -> None:
     gateway.send(wire.SetSteps("s", 9))
     gateway.send(wire.Credit("s", 3, 0.5))
     assert frames(gateway)[0].steps is None
+
+
+class Batches:
+    """Two streams that play, and how many were in each batch that was made of them since."""
+
+    def __init__(self, gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gateway, self.sizes, self.limit = gateway, list[int](), 1
+        for name in "ab":
+            opened(gateway, name, limit=1)
+            frames(gateway)
+        self.ahead: Callable[..., list[Chunk | NotFiniteError]] = pipeline.next_chunks
+        self._busy = threading.Event()
+        self._encode: Callable[[str], torch.Tensor] = pipeline.encode_prompt
+        monkeypatch.setattr(pipeline, "next_chunks", self._next_chunks)
+        monkeypatch.setattr(pipeline, "encode_prompt", self._encode_later)
+
+    def _next_chunks(self, states: list[StreamState]) -> list[Chunk | NotFiniteError]:
+        self.sizes.append(len(states))
+        return self.ahead(states)
+
+    def _encode_later(self, prompt: str) -> torch.Tensor:
+        assert self._busy.wait(20)
+        return self._encode(prompt)
+
+    def allow(self, limit: int) -> None:
+        """Let both make chunks up to this one, in a moment in which the step loop is at something else."""
+        self._busy.clear()
+        opened(self.gateway, f"other{limit}")
+        for name in "ab":
+            self.gateway.send(wire.Credit(name, limit, 60.0))
+        time.sleep(0.2)  # the wire thread has them now
+        self._busy.set()
+
+
+@pytest.fixture
+def batches(gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Batches:
+    return Batches(gateway, pipeline, monkeypatch)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_chunks_are_made_in_batches(gateway: Gateway, batches: Batches, batch: int) -> None:
+    batches.allow(3)
+    made = [frames(gateway) for _ in range(4)]
+    assert {(message.stream, message.chunk) for message, _ in made} == {(n, i) for n in "ab" for i in (1, 2)}
+    assert set(batches.sizes) == {batch}
+    for index in (1, 2):  # the same seed and prompt
+        one, other = (pixels for message, pixels in made if message.chunk == index)
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("batch", [2])
+def test_a_stream_that_ends_leaves_its_batch(gateway: Gateway, batches: Batches) -> None:
+    batches.allow(2)
+    for _ in range(2):
+        frames(gateway)
+    gateway.send(wire.Close("a"))
+    assert gateway.expect(wire.Ended) == wire.Ended("a", "closed")
+    gateway.send(wire.Credit("b", 3, 1.0))
+    assert frames(gateway)[0].stream == "b"
+    assert batches.sizes == [2, 1]
+
+
+@pytest.mark.parametrize("batch", [2])
+def test_a_batch_that_fails_is_made_one_by_one(gateway: Gateway, pipeline: Pipeline, batches: Batches) -> None:
+    """And whoever fails alone is over; the other goes on."""
+    healthy, bad = batches.ahead, []
+
+    def ahead(states: list[StreamState]) -> list[Chunk | NotFiniteError]:
+        if len(states) > 1 or states[0] in bad:
+            bad.extend(states[:1])
+            out_of_memory()
+        return healthy(states)
+
+    batches.ahead = ahead
+    batches.allow(2)
+    kinds = {type(message): message for message, _ in (gateway.receive() for _ in range(2))}
+    fault, going = kinds[wire.Fault], kinds[wire.Frames]
+    assert isinstance(fault, wire.Fault) and isinstance(going, wire.Frames)
+    assert fault.code == "out_of_memory" and {fault.stream, going.stream} == {"a", "b"}
+    assert batches.sizes == [2, 1, 1]
+    batches.ahead = healthy
+    gateway.send(wire.Credit(going.stream, 3, 1.0))
+    assert frames(gateway)[0].chunk == 2
+
+
+@pytest.mark.parametrize("batch", [2])
+def test_of_a_batch_only_the_stream_that_is_not_finite_ends(gateway: Gateway, batches: Batches) -> None:
+    healthy = batches.ahead
+
+    def ahead(states: list[StreamState]) -> list[Chunk | NotFiniteError]:
+        made = healthy(states)
+        return [NotFiniteError("chunk 1 has values that are not finite"), *made[1:]] if len(states) > 1 else made
+
+    batches.ahead = ahead
+    batches.allow(3)
+    messages = [gateway.receive()[0] for _ in range(3)]
+    (fault,) = (message for message in messages if isinstance(message, wire.Fault))
+    assert fault.code == "not_finite"
+    other = "b" if fault.stream == "a" else "a"
+    assert [(m.stream, m.chunk) for m in messages if isinstance(m, wire.Frames)] == [(other, 1), (other, 2)]
+
+
+@pytest.mark.parametrize("batch", [2])
+def test_a_context_pass_that_fails_for_a_batch_is_made_one_by_one(
+    gateway: Gateway, pipeline: Pipeline, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy: Callable[..., None] = pipeline.commit
+
+    def commit(*states: StreamState) -> None:
+        if len(states) > 1:
+            out_of_memory()
+        healthy(*states)
+
+    monkeypatch.setattr(pipeline, "commit", commit)
+    batches.allow(3)
+    made = [frames(gateway) for _ in range(4)]
+    assert batches.sizes == [2, 2]
+    one, other = (pixels for message, pixels in made if message.chunk == 2)
+    assert np.array_equal(one, other)

@@ -1,16 +1,18 @@
 """Whole pipelines under every legal set of transforms that a CPU can run, against the model as it is written."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import assemble
 from engine.assemble import warm
 from engine.config import MINI, Preset
-from engine.pipeline import Pipeline
+from engine.pipeline import Chunk, NotFiniteError, Pipeline
+from engine.stream.state import StreamState
 from engine.transforms.accelerate import Speed, accelerate, add_arguments, fastest_exact, from_arguments
 from engine.transforms.low_bit import Form, Policy, Role
 from engine.transforms.sparse_weights import prune_weights
@@ -107,6 +109,31 @@ def test_warming_up_leaves_its_cache_to_the_first_stream(build: Build, toy: Pres
     cache = pipeline.open("a blue cube", seed=3).cache
     assert cache.written == 0
     assert pipeline.open("a blue cube", seed=3).cache is not cache
+
+
+@pytest.mark.parametrize(("saves", "batch"), [(0.8, 3), (0.98, 1), (1.2, 1)])
+def test_batches_are_made_where_they_are_faster(
+    build: Build,
+    toy: Preset,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    saves: float,
+    batch: int,
+) -> None:
+    pipeline, now = build(toy), [0.0]
+    ahead = pipeline.next_chunks
+
+    def next_chunks(states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
+        now[0] += 0.1 * len(states) * (saves if len(states) > 1 else 1)
+        return ahead(states)
+
+    monkeypatch.setattr(pipeline, "next_chunks", next_chunks)
+    monkeypatch.setattr(assemble.time, "perf_counter", lambda: now[0])
+    found = warm(pipeline, batch=3)
+    assert found.batch == batch and found.chunk_seconds == pytest.approx(0.1 * saves if batch > 1 else 0.1)
+    said = capfd.readouterr().out
+    assert f"100 ms alone and {100 * saves:.0f} in a batch of 3" in said and ("not made" in said) == (batch == 1)
+    assert len({id(pipeline.open("a red ball", 1).cache) for _ in range(3)}) == 3, "three caches serve what comes"
 
 
 def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> None:
