@@ -140,7 +140,7 @@ def dense(
     """softmax(q k^T / sqrt(head_dim)) v over all keys.
 
     Args:
-        q: [B, Sq, heads, head_dim], bfloat16, float16, float8_e4m3fn or int8.
+        q: [B, Sq, heads, head_dim], bfloat16, float16 or int8.
         k, v: [B, Skv, heads, head_dim]; k of q's dtype, v too, but float8_e4m3fn beside int8; any strides but the
             last, which is 1.
         q_scale: float32 [B, Sq, heads], what 8-bit queries are to be multiplied by; None for 1.

@@ -312,6 +312,8 @@ def _run(
     eight = q.element_size() == 1
     if eight and not packed:
         v, packed = pack_values(v), True
+    if eight and (q.dtype, k.dtype, v.dtype) != (torch.int8, torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"in 8 bits queries and keys are int8, values float8: got {q.dtype}, {k.dtype}, {v.dtype}")
     if packed and not eight:
         raise ValueError("packed values are for 8-bit attention")
     # the Hopper kernel has no float32 form

@@ -233,7 +233,7 @@ def _attend_group(
     SPARSE: gl.constexpr, SHIFT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_ring.dtype
-    score: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
+    score: gl.constexpr = gl.int32 if PACKED else gl.float32
     depth: gl.constexpr = 256 // dtype.primitive_bitwidth
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, depth])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, depth])
@@ -278,6 +278,7 @@ def _attend_group(
             inside = token + gl.arange(0, BN, gl.SliceLayout(0, score_layout)) < keys
             if PACKED:
                 t = _eighths(s, m, multiplier)
+                # less than any score, and not so little that 16 bits could not hold it beside the largest
                 t = gl.where(gl.expand_dims(inside, 0), t, WHOLE - 16384.0)
                 held, m, alpha = _powers8(t, m, BN, True)
             else:

@@ -156,6 +156,8 @@ def test_dense_in_8_bits(persistent):
     )
     assert torch.equal(packed, out)
     assert relative(out, reference.dense(q, k, v)) < PORTABLE
+    with pytest.raises(ValueError, match="queries and keys are int8, values float8"):
+        kernels.dense(q8, k8.to(FP8), v8, **scales, config=config)
 
 
 @pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
