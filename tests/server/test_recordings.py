@@ -112,6 +112,10 @@ def plane(frame: av.VideoFrame, number: int) -> Image.Image:
     return Image.frombytes("L", (frame.width, frame.height), data, "raw", "L", frame.planes[number].line_size)
 
 
+CLEAR, OPAQUE = [255 * (level < 5) for level in range(256)], [255 * (level > 250) for level in range(256)]
+"""Which levels of a matte are looked at, as Pillow's masks."""
+
+
 async def test_webm_is_transparent_where_the_matte_says_so(run_gateway: Any) -> None:
     backend = FakeBackend(width=132, height=98, chunk_seconds=0.02)
     async with run_gateway(backend, idle_timeout_s=0.5) as gateway:
@@ -131,10 +135,11 @@ async def test_webm_is_transparent_where_the_matte_says_so(run_gateway: Any) -> 
         assert plane(shown[0], 3).getextrema() == (255, 255)
         for index in (20, 31):
             picture = drawn(backend, live(gateway, stream), index)
-            gap = ImageChops.difference(plane(shown[index], 3), matte.of(picture))
-            assert ImageStat.Stat(gap).mean[0] < 6
-            lowest, highest = plane(shown[index], 3).getextrema()
-            assert lowest < 10 and highest > 200, "it is not the mean that fits"
+            alpha, right = plane(shown[index], 3), matte.of(picture)
+            assert ImageStat.Stat(ImageChops.difference(alpha, right)).mean[0] < 6
+            # nor is it the mean that fits; a single pixel the encoder may blur, and more so while it is short of time
+            clear, opaque = (ImageStat.Stat(alpha, right.point(mask)).mean[0] for mask in (CLEAR, OPAQUE))
+            assert clear < 20 and opaque > 200
             colours = ImageChops.difference(
                 plane(shown[index], 0), picture.convert("L").point(lambda v: 16 + v * 219 // 255)
             )
