@@ -21,7 +21,7 @@ from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import Place, place_text_encoder
 from engine.ops.linear import Format
-from engine.pipeline import Pipeline
+from engine.pipeline import NotFiniteError, Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
 from engine.stream.state import StreamState
@@ -206,10 +206,15 @@ def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warm
 
 
 def _chunks(pipeline: Pipeline, states: Sequence[StreamState], count: int) -> list[float]:
-    """Make so many chunks of all, each time in one batch; when their frames were there, in seconds of the clock."""
+    """Make so many chunks of all, each time in one batch; when their frames were there, in seconds of the clock.
+
+    Raises NotFiniteError, as serving would for every stream.
+    """
     arrived = []
     for _ in range(count):
-        pipeline.next_chunks(states)
+        for made in pipeline.next_chunks(states):
+            if isinstance(made, NotFiniteError):
+                raise made
         arrived.append(time.perf_counter())
         pipeline.commit(*states)
     return arrived

@@ -194,8 +194,9 @@ class Pipeline:
             state.chunk += 1
             state.frame += len(frames)
         if arrived is not None:
-            if all(state.pending is None for state in states):
-                self.commit(*states)  # beside decoding, and while the frames are sent
+            if len(states) == 1 and states[0].pending is None:
+                # Beside decoding, and while the frames are sent. A batch must not fail when its streams have moved on.
+                self.commit(states[0])
             arrived.synchronize()  # the one place where the host waits for the GPU
         return [
             chunk if good else NotFiniteError(f"chunk {chunk.index} has values that are not finite")

@@ -111,6 +111,13 @@ def test_warming_up_leaves_its_cache_to_the_first_stream(build: Build, toy: Pres
     assert pipeline.open("a blue cube", seed=3).cache is not cache
 
 
+def test_weights_that_give_no_numbers_are_found_while_warming_up(build: Build, toy: Preset) -> None:
+    pipeline = build(toy)
+    pipeline.served.wan.head.head.bias.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="chunk 0 has values that are not finite"):
+        warm(pipeline)
+
+
 @pytest.mark.parametrize(("saves", "batch"), [(0.8, 3), (0.98, 1), (1.2, 1)])
 def test_batches_are_made_where_they_are_faster(
     build: Build,
