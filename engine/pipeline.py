@@ -154,23 +154,23 @@ class Pipeline:
             raise made
         return made
 
-    def sort(self, state: StreamState) -> Hashable:
-        """Streams of the same sort may have their next chunks made in one batch; None is for a batch of its own."""
+    def kind(self, state: StreamState) -> Hashable:
+        """Streams of the same kind may have their next chunks made in one batch; None is for a batch of its own."""
         if state.pending is not None or state.blend_to is not None:
             return None
         return state.cache.written == 0 and state.uncommitted is None, state.steps
 
     @torch.inference_mode()
     def next_chunks(self, states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
-        """`next_chunk` of several streams of the same `sort`, in one batch; for each its chunk, or why there is none.
+        """`next_chunk` of several streams of the same `kind`, in one batch; for each its chunk, or why there is none.
 
         What else is raised leaves them where they were, so that each can be tried alone.
 
         Raises:
-            ValueError: the streams are of several sorts.
+            ValueError: the streams are of several kinds.
         """
-        if len(states) > 1 and (len(sorts := {self.sort(state) for state in states}) > 1 or None in sorts):
-            raise ValueError("these streams have no common batch: see `sort`")
+        if len(states) > 1 and (len(kinds := {self.kind(state) for state in states}) > 1 or None in kinds):
+            raise ValueError("these streams have no common batch: see `kind`")
         for state in states:
             self._cross_boundary(state)
         steps = states[0].steps

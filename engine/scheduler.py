@@ -63,8 +63,9 @@ def alongside(
         for name in alike
         if name != first and claims[name].chunk < claims[name].limit and claims[name].opened is None
         if claims[name].background == claim.background
-    ][: most - 1 if claim.background else None]
+    ]
     if claim.background:
+        others = others[: most - 1]
         while others and not _in_time(_dues(claims, now), now + len(others) * step_seconds, step_seconds):
             others.pop()
         return others

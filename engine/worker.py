@@ -223,7 +223,7 @@ class Worker:
                 names = self._next()
                 if not self._receive(wait=not names):
                     return
-                names = self._still_alike(names)
+                names = self._alike(names)
                 if names:
                     began = time.monotonic()
                     self._step(names)
@@ -243,14 +243,14 @@ class Worker:
         if first is None:
             return []
         most = min(self._most, self.slots.free)
-        alike = self._still_alike([first, *self.streams]) if most > 1 else [first]
+        alike = self._alike([first, *self.streams]) if most > 1 else [first]
         return [first, *alongside(claims, first, alike, now, step_seconds, most)]
 
-    def _still_alike(self, names: list[str]) -> list[str]:
+    def _alike(self, names: list[str]) -> list[str]:
         """The first of these that are open, and all that may be made in one batch with it."""
         there = [name for name in names if name in self.streams]
-        sorts = [None if (s := self.streams[name]).stale else self.pipeline.sort(s.state) for name in there]
-        return [name for i, name in enumerate(there) if i == 0 or (sorts[i] is not None and sorts[i] == sorts[0])]
+        kinds = [None if (s := self.streams[name]).stale else self.pipeline.kind(s.state) for name in there]
+        return [name for i, name in enumerate(there) if i == 0 or (kinds[i] is not None and kinds[i] == kinds[0])]
 
     def _receive(self, *, wait: bool) -> bool:
         """Take in every message there is, waiting for one when there is no work; false at `Shutdown`."""

@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+PROMISED = 0.9
+"""Part of the engine that may be promised where it does not say; the rest absorbs jitter."""
+
 RETRY_SECONDS = (1, 60)
 """Bounds of Retry-After. The upper one also stands for 'nobody knows', when endless streams hold the engine."""
 
@@ -27,7 +30,7 @@ def cost(chunk_seconds: float, chunk_frames: int, fps: int) -> float:
     return chunk_seconds * fps / chunk_frames
 
 
-def capacity(stream_cost: float, promised: float = 0.9) -> int:
+def capacity(stream_cost: float, promised: float = PROMISED) -> int:
     """How many streams of this cost play at 1:1 at once, where such a part of the engine may be promised."""
     # The tiny term keeps 0.9 / 0.3 at 3: floating point makes it 2.9999999999999996.
     return max(1, math.floor(promised / stream_cost + 1e-9)) if stream_cost > 0 else 1_000_000
@@ -76,7 +79,7 @@ class Admission:
     def __init__(self, queue_limit: int) -> None:
         self._queue_limit = queue_limit
         self._costs: Mapping[str, float] = {}
-        self._promised = 0.9
+        self._promised = PROMISED
         self._live: dict[str, _Live] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._turns: dict[str | None, Fraction] = {}
@@ -84,7 +87,7 @@ class Admission:
         whoever was served last, so that nobody comes back with turns to spare."""
         self._last_turn = Fraction(0)
 
-    def set_costs(self, costs: Mapping[str, float], promised: float = 0.9) -> None:
+    def set_costs(self, costs: Mapping[str, float], promised: float = PROMISED) -> None:
         """The engine's models and their costs, measured while it warmed up, and the part of the engine that may be
         promised. Follow with `admit`."""
         self._costs, self._promised = costs, promised

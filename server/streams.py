@@ -618,7 +618,7 @@ class Streams:
         self._models = {info.name: info for info in ready.models}
         self._admission.set_costs(
             {info.name: admission.cost(info.chunk_seconds, info.chunk_frames, info.fps) for info in ready.models},
-            min((info.promised for info in ready.models), default=0.9),
+            min((info.promised for info in ready.models), default=admission.PROMISED),
         )
         if self._strengths:  # of an engine process that died
             self._set_loras(next(self._lora_events), self._strengths)

@@ -90,8 +90,8 @@ def play(
         if name is None:
             rest(min(shown.runs_dry for shown in seen) - now - length)
             continue
-        sort = pipeline.sort(states[int(name)])
-        alike = [str(i) for i, state in enumerate(states) if pipeline.sort(state) == sort]
+        kind = pipeline.kind(states[int(name)])
+        alike = [str(i) for i, state in enumerate(states) if pipeline.kind(state) == kind]
         served = [int(each) for each in (name, *alongside(claims, name, alike, now, step_seconds, batch))]
         together = [states[i] for i in served]
         for i, chunk in zip(served, pipeline.next_chunks(together), strict=True):

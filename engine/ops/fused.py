@@ -136,13 +136,24 @@ class Scales:
         out.copy_(even.round().clamp(-LARGEST["int8"], LARGEST["int8"]))
 
 
+@dataclass(frozen=True)
+class Projected:
+    """What attention's operands are made of: a chunk's joint projection, and how it is normed and turned.
+
+    qkv [B, S, 3 D]; bias [3 D] or None; norm_q, norm_k [D], the RMS norms' weights; angles float32
+    [S, head_dim / 2, 2], (cos, sin) of every token's rotation.
+    """
+
+    qkv: Tensor
+    bias: Tensor | None
+    norm_q: Tensor
+    norm_k: Tensor
+    eps: float
+    angles: Tensor
+
+
 def heads(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    eps: float,
-    angles: Tensor,
+    made: Projected,
     keys: Tensor,
     values: Tensor,
     *,
@@ -151,33 +162,26 @@ def heads(
     """From the joint projection to attention's operands: norm q and k over the width, rotate, store.
 
     Args:
-        qkv: [B, S, 3 D]; bias: [3 D] or None; norm_q, norm_k: [D], the RMS norms' weights.
-        angles: float32 [S, head_dim / 2, 2], (cos, sin) of every token's rotation.
         keys, values: [B, S, heads, head_dim], where to write the rotated keys and the values: the chunk's slot of a
             cache. raw_keys: where to write the keys before rotation too (a sink), or None.
 
     Returns:
         The rotated queries [B, S, heads, head_dim].
     """
-    if qkv.is_cuda:
+    if made.qkv.is_cuda:
         from engine.ops.triton import fused
 
-        return fused.heads(qkv, bias, norm_q, norm_k, eps, angles, keys, values, raw_keys=raw_keys)
-    q, k, v = _normed(qkv, bias, norm_q, norm_k, eps, keys.shape[2:])
+        return fused.heads(made, keys, values, raw_keys=raw_keys)
+    q, k, v = _normed(made, keys.shape[2:])
     if raw_keys is not None:
         raw_keys.copy_(k)
-    keys.copy_(rotate(k, angles))
+    keys.copy_(rotate(k, made.angles))
     values.copy_(v)
-    return rotate(q, angles).to(qkv.dtype)
+    return rotate(q, made.angles).to(made.qkv.dtype)
 
 
 def heads8(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    eps: float,
-    angles: Tensor,
+    made: Projected,
     keys: Tensor,
     scales: Scales,
     *,
@@ -192,25 +196,23 @@ def heads8(
         The rotated queries times `scales.key_gain`, int8 [B, S, heads, head_dim], each vector with a scale of its own,
         float32 [B, S, heads].
     """
-    if qkv.is_cuda:
+    if made.qkv.is_cuda:
         from engine.ops.triton import fused
 
-        return fused.heads8(qkv, bias, norm_q, norm_k, eps, angles, keys, scales, raw_keys=raw_keys)
-    q, k, _ = _normed(qkv, bias, norm_q, norm_k, eps, keys.shape[2:])
+        return fused.heads8(made, keys, scales, raw_keys=raw_keys)
+    q, k, _ = _normed(made, keys.shape[2:])
     if raw_keys is not None:
         raw_keys.copy_(k)
-    scales.store_keys(rotate(k, angles), keys)
-    rows = quantise(rotate(q, angles) * scales.key_gain[:, None], "int8")
+    scales.store_keys(rotate(k, made.angles), keys)
+    rows = quantise(rotate(q, made.angles) * scales.key_gain[:, None], "int8")
     return rows.data, rows.scale[..., 0]
 
 
-def _normed(
-    qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float, shape: Sequence[int]
-) -> list[Tensor]:
+def _normed(made: Projected, shape: Sequence[int]) -> list[Tensor]:
     """Queries, keys and values, float32 [B, S, heads, head_dim], the first two normed."""
-    wide = qkv.float() if bias is None else qkv.float() + bias.float()
+    wide = made.qkv.float() if made.bias is None else made.qkv.float() + made.bias.float()
     q, k, v = wide.chunk(3, dim=-1)
-    q, k = (F.rms_norm(x, (x.shape[-1],), w.float(), eps) for x, w in ((q, norm_q), (k, norm_k)))
+    q, k = (F.rms_norm(x, (x.shape[-1],), w.float(), made.eps) for x, w in ((q, made.norm_q), (k, made.norm_k)))
     return [x.unflatten(-1, shape) for x in (q, k, v)]
 
 

@@ -135,14 +135,14 @@ class FusedCache(KVCache):
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
-        projected = qkv, bias, norm_q, norm_k, eps, self._angles
+        made = fused.Projected(qkv, bias, norm_q, norm_k, eps, self._angles)
         if self.scales is None:
-            return Asked(fused.heads(*projected, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
+            return Asked(fused.heads(made, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
 
         scales, packed = self.scales[layer], self.packed[layer]
         width, shape = qkv.shape[-1] // 3, keys.shape[2:]
         if self.written:
-            asked = Asked(*fused.heads8(*projected, keys[:, span], scales, raw_keys=raw))
+            asked = Asked(*fused.heads8(made, keys[:, span], scales, raw_keys=raw))
             values = qkv[..., 2 * width :].unflatten(-1, shape)
             own_bias = None if bias is None else bias[2 * width :]
             self._kernels.pack_values(values, packed, span.start, scales.value, own_bias)
@@ -151,7 +151,7 @@ class FusedCache(KVCache):
         exact_keys, exact_values = (
             torch.empty((*qkv.shape[:2], *shape), dtype=qkv.dtype, device=self.device) for _ in range(2)
         )
-        q = fused.heads(*projected, exact_keys, exact_values, raw_keys=raw)
+        q = fused.heads(made, exact_keys, exact_values, raw_keys=raw)
         scales.calibrate(exact_keys, exact_values)
         scales.store_keys(exact_keys, keys[:, span])
         self._kernels.pack_values(exact_values, packed, span.start, scales.value)

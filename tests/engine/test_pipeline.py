@@ -275,22 +275,22 @@ def test_a_batch_makes_what_each_would_alone(build: Callable[..., Pipeline], toy
         assert [s.cache.start_frame for s in states] == [s.cache.start_frame for s in alone]
 
 
-def test_streams_of_a_sort_may_have_a_batch(pipeline: Pipeline) -> None:
+def test_streams_of_a_kind_may_have_a_batch(pipeline: Pipeline) -> None:
     new, playing, other, fewer, steered, soft = (pipeline.open("a red ball", seed) for seed in range(6))
     for state in (playing, other, fewer, steered, soft):
         run(pipeline, state, 2)
-    assert pipeline.sort(playing) == pipeline.sort(other) is not None
-    assert pipeline.sort(new) not in (None, pipeline.sort(playing)), "its first chunk may have other steps"
+    assert pipeline.kind(playing) == pipeline.kind(other) is not None
+    assert pipeline.kind(new) not in (None, pipeline.kind(playing)), "its first chunk may have other steps"
     pipeline.next_chunk(new)
-    assert pipeline.sort(new) == pipeline.sort(playing), "the context pass that is owed comes first"
+    assert pipeline.kind(new) == pipeline.kind(playing), "the context pass that is owed comes first"
     pipeline.set_steps(fewer, 1)
-    assert pipeline.sort(fewer) not in (None, pipeline.sort(playing))
+    assert pipeline.kind(fewer) not in (None, pipeline.kind(playing))
     pipeline.steer(steered, "a blue cube", "cut")
     pipeline.steer(soft, "a blue cube", "soft")
-    assert pipeline.sort(steered) is None and pipeline.sort(soft) is None
+    assert pipeline.kind(steered) is None and pipeline.kind(soft) is None
     for state in (steered, soft):
         pipeline.next_chunk(state)
-    assert pipeline.sort(steered) is not None and pipeline.sort(soft) is None, "a blend goes on"
+    assert pipeline.kind(steered) is not None and pipeline.kind(soft) is None, "a blend goes on"
     with pytest.raises(ValueError, match="no common batch"):
         pipeline.next_chunks([pipeline.open("a red ball", 1), playing])
 

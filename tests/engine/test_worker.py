@@ -452,7 +452,7 @@ class Batches:
     """Two streams that play, and how many were in each batch that was made of them since."""
 
     def __init__(self, gateway: Gateway, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gateway, self.sizes, self.limit = gateway, list[int](), 1
+        self.gateway, self.sizes = gateway, list[int]()
         for name in "ab":
             opened(gateway, name, limit=1)
             frames(gateway)
@@ -509,7 +509,7 @@ def test_a_stream_that_ends_leaves_its_batch(gateway: Gateway, batches: Batches)
 
 
 @pytest.mark.parametrize("batch", [2])
-def test_a_batch_that_fails_is_made_one_by_one(gateway: Gateway, pipeline: Pipeline, batches: Batches) -> None:
+def test_a_batch_that_fails_is_made_one_by_one(gateway: Gateway, batches: Batches) -> None:
     """And whoever fails alone is over; the other goes on."""
     healthy, bad = batches.ahead, []
 

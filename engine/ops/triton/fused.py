@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.fused import Activation, Scales
+from engine.ops.fused import Activation, Projected, Scales
 from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
 from engine.ops.sparse import UNIT
 
@@ -410,11 +410,7 @@ def _of_keys(scales: Scales | None) -> tuple[Any, Any]:
 
 
 def _launch_heads(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norms: tuple[Tensor, Tensor],
-    eps: float,
-    angles: Tensor,
+    made: Projected,
     queries: Tensor,
     keys: Tensor,
     values: Tensor | None,
@@ -425,51 +421,42 @@ def _launch_heads(
     batch, tokens, count, size = keys.shape
     for x in (keys, values, raw_keys):
         assert x is None or (x.stride(3) == 1 and x.stride(2) == size)
-    assert qkv.is_contiguous() and angles.is_contiguous()
+    assert made.qkv.is_contiguous() and made.angles.is_contiguous()
     query_scales, scales = eight or (None, None)
     mean, gain = _of_keys(scales)
     strides = [(0, 0) if x is None else (x.stride(0), x.stride(1)) for x in (keys, values, raw_keys)]
     _heads[(batch * tokens,)](
-        qkv, bias, *norms, angles, queries, query_scales, keys, values, raw_keys, mean, gain,
-        tokens, count * size, eps, *(stride for pair in strides for stride in pair),
-        BIAS=bias is not None, RAW=raw_keys is not None, EIGHT=eight is not None, COUNT=count,
+        made.qkv, made.bias, made.norm_q, made.norm_k, made.angles,
+        queries, query_scales, keys, values, raw_keys, mean, gain,
+        tokens, count * size, made.eps, *(stride for pair in strides for stride in pair),
+        BIAS=made.bias is not None, RAW=raw_keys is not None, EIGHT=eight is not None, COUNT=count,
         HEADS=_parts(count)["BLOCK"], REST=_parts(count)["REST"], PAIRS=size // 2, num_warps=_warps(count * size),
     )  # fmt: skip
 
 
 def heads(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    eps: float,
-    angles: Tensor,
+    made: Projected,
     keys: Tensor,
     values: Tensor,
     *,
     raw_keys: Tensor | None,
 ) -> Tensor:
-    queries = torch.empty(keys.shape, dtype=qkv.dtype, device=qkv.device)
-    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, queries, keys, values, raw_keys, None)
+    queries = torch.empty(keys.shape, dtype=made.qkv.dtype, device=made.qkv.device)
+    _launch_heads(made, queries, keys, values, raw_keys, None)
     return queries
 
 
 def heads8(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    eps: float,
-    angles: Tensor,
+    made: Projected,
     keys: Tensor,
     scales: Scales,
     *,
     raw_keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    queries = torch.empty(keys.shape, dtype=STORED["int8"], device=qkv.device)
-    query_scales = torch.empty(keys.shape[:3], device=qkv.device)
+    queries = torch.empty(keys.shape, dtype=STORED["int8"], device=made.qkv.device)
+    query_scales = torch.empty(keys.shape[:3], device=made.qkv.device)
     eight = query_scales, scales
-    _launch_heads(qkv, bias, (norm_q, norm_k), eps, angles, queries, keys, None, raw_keys, eight)
+    _launch_heads(made, queries, keys, None, raw_keys, eight)
     return queries, query_scales
 
 

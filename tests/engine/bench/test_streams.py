@@ -26,7 +26,7 @@ class Engine:
     def open(self, prompt: str, seed: int) -> SimpleNamespace:
         return SimpleNamespace(chunk=0)
 
-    def sort(self, state: SimpleNamespace) -> int:
+    def kind(self, state: SimpleNamespace) -> int:
         return 0
 
     def next_chunks(self, states: list[SimpleNamespace]) -> list[SimpleNamespace]:

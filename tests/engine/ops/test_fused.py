@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.ops import fused
 from engine.ops.attention import pack_values, unpack_values
-from engine.ops.fused import Activation, Scales
+from engine.ops.fused import Activation, Projected, Scales
 from engine.ops.linear import Fixed, Format, Into, Rows8, fp8_rows_supported, linear8, quantise
 from engine.ops.rope import rope_angles
 
@@ -36,8 +36,8 @@ def plain(name: str, *args: Any, **kwargs: Any) -> Any:
     def home(x: Any) -> Any:
         if isinstance(x, Fixed):
             return Fixed(x.format, x.scale.cpu())
-        if isinstance(x, Scales):
-            return Scales(*(part.cpu() for part in vars(x).values()))
+        if isinstance(x, Scales | Projected):
+            return type(x)(**{name: home(part) for name, part in vars(x).items()})
         return x.cpu() if isinstance(x, Tensor) else x
 
     return getattr(fused, name)(*map(home, args), **{key: home(value) for key, value in kwargs.items()})
@@ -115,7 +115,7 @@ def test_heads_go_to_their_slot(count: int, size: int, raw: bool) -> None:
         rings = [torch.full((batch, 3 * tokens, count, size), 7.0, device=device) for _ in range(3)]
         keys, values, untouched = (ring[:, tokens : 2 * tokens] for ring in rings)
         inputs = [x.to(device) for x in (qkv, bias, *norms)]
-        q = function(*inputs, 1e-6, angles.to(device), keys, values, raw_keys=untouched if raw else None)
+        q = function(Projected(*inputs, 1e-6, angles.to(device)), keys, values, raw_keys=untouched if raw else None)
         return [x.cpu() for x in (q, *rings)]
 
     found, expected = run(kernels().heads, DEVICE), run(fused.heads, torch.device("cpu"))
@@ -190,17 +190,16 @@ def test_heads_in_8_bits(batch: int, raw: bool) -> None:
     qkv, bias = random(batch, tokens, 3 * width), random(3 * width, seed=1)
     norms = random(width, seed=2), random(width, seed=3)
     angles = rope_angles(torch.arange(2) + 5, 3, 4, size).to(DEVICE)
+    made = Projected(qkv, bias, *norms, 1e-6, angles)
     keys, values = (torch.empty(batch, tokens, count, size) for _ in range(2))
-    q = plain("heads", qkv, bias, *norms, 1e-6, angles, keys, values)
+    q = plain("heads", made, keys, values)
     scales = calibrated(keys, values)
 
     rings = [torch.full((batch, 3 * tokens, count, size), 7, dtype=torch.int8, device=x) for x in (DEVICE, "cpu")]
     spans = [ring[:, tokens : 2 * tokens] for ring in rings]
     kept = [torch.full(spans[0].shape, 7.0, device=x) for x in (DEVICE, "cpu")]
-    q8, q_scale = kernels().heads8(qkv, bias, *norms, 1e-6, angles, spans[0], scales, raw_keys=kept[0] if raw else None)
-    right, right_scale = plain(
-        "heads8", qkv, bias, *norms, 1e-6, angles, spans[1], scales, raw_keys=kept[1] if raw else None
-    )
+    q8, q_scale = kernels().heads8(made, spans[0], scales, raw_keys=kept[0] if raw else None)
+    right, right_scale = plain("heads8", made, spans[1], scales, raw_keys=kept[1] if raw else None)
     near_whole(q8, right)
     near_whole(*rings)
     torch.testing.assert_close(q_scale.cpu(), right_scale, rtol=1e-4, atol=1e-5)
