@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, get_args
 # spinning through a time slice makes a chunk take up to ten times as long. libgomp reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from engine import commands
+from engine import cli as commands
 from engine.config import PRESETS
-from engine.spare import aside, expendable
+from engine.standby import aside, expendable
 
 if TYPE_CHECKING:
     from engine.worker import Wire
@@ -54,13 +54,13 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
     import torch
 
     from engine import wire
-    from engine.assemble import Warmth, assemble, best_device, best_dtype, describe, warm
+    from engine.assemble import WarmupResult, assemble, best_device, best_dtype, describe, warm
     from engine.checkpoints.store import StoreError
     from engine.offload.text import Place
     from engine.ops.linear import Format
     from engine.pipeline import Pipeline
     from engine.stream.kv_cache import Precision
-    from engine.transforms.accelerate import add_arguments, from_arguments
+    from engine.transforms.apply import add_arguments, from_arguments
     from engine.worker import Wire, Worker
 
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__, parents=[early])
@@ -119,7 +119,7 @@ def _serve(early: argparse.ArgumentParser, until_wanted: contextlib.ExitStack) -
         link.finish()
         parser.error(str(error))
 
-    def load() -> tuple[Pipeline, Warmth]:
+    def load() -> tuple[Pipeline, WarmupResult]:
         pipeline = assemble(
             options.model,
             weights=options.weights,

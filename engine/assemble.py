@@ -13,9 +13,9 @@ from torch import nn
 
 from engine.checkpoints import store
 from engine.config import PRESETS
+from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import LatentStatistics
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
@@ -25,11 +25,11 @@ from engine.pipeline import NotFiniteError, Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
 from engine.stream.kv_cache import Precision
 from engine.stream.state import StreamState
-from engine.transforms.accelerate import Speed, accelerate, fastest_exact
+from engine.transforms.apply import Speed, accelerate, fastest_exact
 from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.cuda_graphs import GraphedWan
-from engine.transforms.low_bit import Held, Policy, fault_of
-from engine.transforms.weights_alone import weights_in_8_bits
+from engine.transforms.low_bit import Policy, WeightFormat, unsupported_reason
+from engine.transforms.weight_only import weights_in_8_bits
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -145,14 +145,14 @@ def told(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
     """What whoever asked for `speed` would not expect of this device."""
     if speed.sparse_weights == "faster":
         yield f"2:4 sparse weights: {', '.join(sorted(policy.sparse)) or 'none would be faster here'}"
-    for held in (Held(policy.form), *([Held(policy.form, sparse=True)] if policy.sparse else [])):
-        if fault := fault_of(held, device):
+    for held in (WeightFormat(policy.form), *([WeightFormat(policy.form, sparse=True)] if policy.sparse else [])):
+        if fault := unsupported_reason(held, device):
             form = f"2:4 {held.form or 'sparse'}" if held.sparse else held.form
             yield f"{form} products are emulated here, and slower for it: {fault}"
 
 
 @dataclass(frozen=True)
-class Warmth:
+class WarmupResult:
     """What warming up measured."""
 
     chunk_seconds: float
@@ -169,7 +169,7 @@ FASTER = 0.97
 """What a chunk in a batch may take of what one alone does: batches cost delay, and frames that repeat."""
 
 
-def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warmth:
+def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> WarmupResult:
     """Run every shape that will be served once, then time chunks at full window (median of three), as they follow each
     other when there is always one to make: on a GPU the next begins while this one is being decoded.
 
@@ -182,7 +182,7 @@ def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warm
     state = pipeline.open("warm-up", seed=0)
     shapes = len(state.cache.shapes())
     _chunks(pipeline, [state], shapes)
-    warmth = Warmth(_seconds(_chunks(pipeline, [state], 4)))
+    warmth = WarmupResult(_seconds(_chunks(pipeline, [state], 4)))
     opened = [state]
     if isinstance(pipeline.dit, GraphedWan):
         kept = max(1, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
@@ -199,7 +199,7 @@ def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warm
         faster = each < FASTER * warmth.chunk_seconds
         took = f"{1e3 * warmth.chunk_seconds:.0f} ms alone and {1e3 * each:.0f} in a batch of {batch}"
         print(f"engine: a chunk takes {took}: batches are {'' if faster else 'not '}made", flush=True)
-        warmth = Warmth(each, batch) if faster else warmth
+        warmth = WarmupResult(each, batch) if faster else warmth
     for state in opened:
         pipeline.close(state)
     return warmth
@@ -229,7 +229,7 @@ PROMISED = {"cuda": 0.95, "cpu": 0.9}
 for 0.94 of the time, with 5 streams or with 8 of 2 steps, none was late in 2 minutes (`docs/benchmarks.md`)."""
 
 
-def describe(pipeline: Pipeline, warmth: Warmth) -> ModelInfo:
+def describe(pipeline: Pipeline, warmth: WarmupResult) -> ModelInfo:
     preset = pipeline.preset
     modules = (pipeline.text_encoder, pipeline.served.wan, pipeline.decoder.network)
     return ModelInfo(

@@ -6,7 +6,7 @@ Importing this loads no torch, so that presets are listed and weights checked in
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from engine.models.sizes import (
+from engine.models.config import (
     TAEW21,
     TAEW22,
     UMT5_XXL,
@@ -20,7 +20,7 @@ from engine.models.sizes import (
     TextConfig,
     VAEConfig,
 )
-from engine.stream.schedule import step_sigmas
+from engine.stream.steps import step_sigmas
 
 if TYPE_CHECKING:
     from engine.stream.kv_cache import CacheConfig

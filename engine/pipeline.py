@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from engine.config import Preset
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
-from engine.stream.decoding import Beside, PictureEncoding, to_host
-from engine.stream.joined import JoinedCaches
+from engine.stream.batch import JoinedCaches
+from engine.stream.decoding import PictureEncoding, SideStream, to_host
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import RolloutConfig, Transformer, commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
-from engine.transforms.accelerate import Served
+from engine.transforms.apply import Served
 from engine.transforms.cuda_graphs import GraphedWan
 from engine.transforms.fused import FusedWan
 from engine.wire import Transition
@@ -61,7 +61,7 @@ class Pipeline:
         self.decoder = served.decoder
         self.pictures = pictures
         self._caches: list[KVCache] = []
-        self._beside = Beside(served.wan.patch_embedding.weight.device)
+        self._beside = SideStream(served.wan.patch_embedding.weight.device)
         self.device: torch.device = served.wan.patch_embedding.weight.device
         self.dtype: torch.dtype = served.wan.patch_embedding.weight.dtype
 

@@ -11,7 +11,7 @@ PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Claim:
+class Demand:
     """What the scheduler knows of a stream.
 
     `due` is the time, in seconds of the caller's clock, at which its next chunk must be on screen; chunks with an
@@ -26,7 +26,7 @@ class Claim:
     opened: float | None = None
 
 
-def pick(claims: Mapping[str, Claim], now: float = 0.0, step_seconds: float = 0.0) -> str | None:
+def pick(claims: Mapping[str, Demand], now: float = 0.0, step_seconds: float = 0.0) -> str | None:
     """The stream with the earliest due time among those that may generate and play; the first opened wins a tie.
 
     Before them, the stream that has waited longest for its first chunk, if after two steps of `step_seconds` for it
@@ -46,8 +46,8 @@ def pick(claims: Mapping[str, Claim], now: float = 0.0, step_seconds: float = 0.
     return allowed[0] if allowed and _in_time(dues, now, step_seconds) else None
 
 
-def alongside(
-    claims: Mapping[str, Claim], first: str, alike: Collection[str], now: float, step_seconds: float, most: int
+def batch_with(
+    claims: Mapping[str, Demand], first: str, alike: Collection[str], now: float, step_seconds: float, most: int
 ) -> list[str]:
     """Those of `alike` whose chunks are made in one batch with that of `first`, which `pick` chose: at most `most` with
     it, the most urgent ones, and no more than leave it in time.
@@ -74,7 +74,7 @@ def alongside(
     return sorted(others, key=lambda name: claims[name].due)[: max(0, most - 1)]
 
 
-def _dues(claims: Mapping[str, Claim], now: float) -> list[float]:
+def _dues(claims: Mapping[str, Demand], now: float) -> list[float]:
     """When streams that play need their next chunk.
 
     One that may generate nothing and is overdue all the same is paused: nobody waits for it.

@@ -30,7 +30,7 @@ from engine import wire
 from engine.checkpoints import lora
 from engine.checkpoints.store import StoreError
 from engine.pipeline import Chunk, NotFiniteError, PictureError, Pipeline
-from engine.scheduler import Claim, alongside, pick
+from engine.scheduler import Demand, batch_with, pick
 from engine.stream.state import StreamState
 from engine.transforms.lora import Adapters
 
@@ -62,7 +62,7 @@ class Stream:
 
     opening: wire.Open
     state: StreamState
-    claim: Claim
+    claim: Demand
     started: bool = False
     applied: int | None = None
     """Event of a steer that the next chunk will carry."""
@@ -244,7 +244,7 @@ class Worker:
             return []
         most = min(self._most, self.slots.free)
         alike = self._alike([first, *self.streams]) if most > 1 else [first]
-        return [first, *alongside(claims, first, alike, now, step_seconds, most)]
+        return [first, *batch_with(claims, first, alike, now, step_seconds, most)]
 
     def _alike(self, names: list[str]) -> list[str]:
         """The first of these that are open, and all that may be made in one batch with it."""
@@ -360,7 +360,7 @@ class Worker:
             return
         now, chunk = time.monotonic(), message.start_chunk
         # one that goes on after a loss is on screen already
-        claim = Claim(chunk, chunk, now, message.background, None if chunk or message.background else now)
+        claim = Demand(chunk, chunk, now, message.background, None if chunk or message.background else now)
         self.streams[message.stream] = Stream(message, state, claim)
 
     def _picture(self, data: bytes) -> Tensor | None:

@@ -15,14 +15,16 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server import connections, keys, logs
+from server import logs
+from server import protocols as connections
 from server.app import create_app, reload_keys
-from server.auth import MAX_HEAD_BYTES
+from server.auth import keys
+from server.auth.access import MAX_HEAD_BYTES
 from server.backends.base import Backend
 from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
-from server.streams import Streams
+from server.streams.registry import Streams
 from server.tracing import Tracing, from_environment
 
 KEEP_ALIVE_SECONDS = 20
@@ -35,7 +37,7 @@ WANTED_FILES = 16_384
 """Every connection is one, every viewer over WebRTC one for each address of this machine."""
 
 
-class Seldom(logging.Filter):
+class ThrottleFilter(logging.Filter):
     """Of connections that cannot be taken for want of descriptors asyncio writes hundreds of lines a second."""
 
     _again_at = 0.0
@@ -115,7 +117,7 @@ def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = N
         ws_per_message_deflate=False,
         log_config=None,
         log_level="error",  # of what peers do wrong it would write a line each
-        access_log=False,  # ours, with the names of keys and without queries, is in `server.http`
+        access_log=False,  # ours, with the names of keys and without queries, is in `server.api.http`
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
@@ -189,7 +191,7 @@ def main() -> int:
     if sys.argv[1:2] == ["keys"]:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
-    logs.set_up(config.log).addFilter(Seldom())
+    logs.set_up(config.log).addFilter(ThrottleFilter())
     raise_limit()
     try:
         tracing = from_environment(os.environ)

@@ -12,16 +12,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server import http, mjpeg, outputs, recordings, videos, whep
-from server.auth import OWNED_PATH, Access, Gate, public
+from server.api import http, mjpeg, recordings, videos, whep
+from server.api.idempotency import Idempotency
+from server.api.websocket import cut_off, refuse_handshake, watch
+from server.auth.access import OWNED_PATH, Access, Gate, public
+from server.auth.keys import Keys
 from server.backends.base import Backend
 from server.config import Config
-from server.idempotency import Idempotency
-from server.keys import Keys
+from server.egress import outputs
 from server.metrics import Metrics
-from server.streams import Streams
+from server.streams.registry import Streams
 from server.tracing import Tracing
-from server.websocket import cut_off, refuse_handshake, watch
 
 logger = logging.getLogger("livereel.app")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from server.keys import read_keys
-from server.media.destination import ENTRY
-from server.store import check_folder
+from server.auth.keys import read_keys
+from server.egress.destination import ENTRY
+from server.library.store import check_folder
 
 ICE_SERVER = re.compile(r"(stun|turns?):[A-Za-z0-9.-]{1,253}(:\d{1,5})?(\?transport=(udp|tcp))?")
 
@@ -62,7 +62,7 @@ class Config:
     keep_hours: float = 24.0
     """How long a finished clip or recording is kept."""
     keys: Path | None = None
-    """File of API keys (see `server.keys`); without one only this machine is served."""
+    """File of API keys (see `server.auth.keys`); without one only this machine is served."""
     log: Literal["text", "json"] = "text"
     """How lines of the log are written: for people, or a JSON object each."""
     outputs: tuple[str, ...] = ()

@@ -10,9 +10,9 @@ import re
 import sys
 from typing import Any, Literal
 
-from server.auth import TOKEN_PREFIX
+from server.auth.access import TOKEN_PREFIX
+from server.auth.keys import PREFIX
 from server.errors import request_id
-from server.keys import PREFIX
 
 SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")
 

@@ -9,7 +9,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.session import State
+from server.streams.session import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

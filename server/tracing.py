@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.errors import request_id
-from server.media.packets import Frame
+from server.media.frames import Frame
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

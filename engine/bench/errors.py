@@ -23,7 +23,7 @@ from engine.config import PRESETS, Preset
 from engine.ops.linear import fp8_rows_supported
 from engine.pipeline import Pipeline
 from engine.stream import pruned_heads as heads
-from engine.transforms.accelerate import Speed, accelerate
+from engine.transforms.apply import Speed, accelerate
 from engine.transforms.calibrate import calibrate
 from engine.transforms.low_bit import ROLES
 

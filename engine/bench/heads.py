@@ -26,7 +26,7 @@ from engine.pipeline import Pipeline
 from engine.stream import pruned_heads as heads
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 from engine.transforms.calibrate import PROMPTS
 
 PLAIN = (

@@ -28,27 +28,27 @@ from torch import Tensor
 from engine.assemble import best_device, best_dtype
 from engine.bench.rollout import ceiling
 from engine.config import PRESETS, Preset
-from engine.models.sizes import DiTConfig, TextConfig
+from engine.models.config import DiTConfig, TextConfig
 from engine.ops.linear import first_line
 from engine.ops.sparse import Sparse24, prune
 from engine.timing import milliseconds
-from engine.transforms.low_bit import Form, Held, Projection, fault_of, tensors
+from engine.transforms.low_bit import Projection, QuantScheme, WeightFormat, tensors, unsupported_reason
 from engine.transforms.sparse_weights import faster_roles
 
-FORMS: tuple[tuple[str, Held, bool], ...] = (
-    ("as it is", Held(), False),
-    ("fp8, a scale a row", Held("fp8"), False),
-    ("fp8, fixed input scale", Held("fp8"), True),
-    ("fp8, a scale a tensor", Held("fp8-tensor"), False),
-    ("fp8-tensor, fixed", Held("fp8-tensor"), True),
-    ("int8", Held("int8"), False),
-    ("2:4", Held(None, sparse=True), False),
-    ("2:4 fp8", Held("fp8", sparse=True), False),
-    ("2:4 fp8, fixed", Held("fp8", sparse=True), True),
-    ("fp8 weights alone", Held("fp8-weights"), False),
-    ("int8 weights alone", Held("int8-weights"), False),
-    ("mxfp8", Held("mxfp8"), False),
-    ("nvfp4", Held("nvfp4"), False),
+FORMS: tuple[tuple[str, WeightFormat, bool], ...] = (
+    ("as it is", WeightFormat(), False),
+    ("fp8, a scale a row", WeightFormat("fp8"), False),
+    ("fp8, fixed input scale", WeightFormat("fp8"), True),
+    ("fp8, a scale a tensor", WeightFormat("fp8-tensor"), False),
+    ("fp8-tensor, fixed", WeightFormat("fp8-tensor"), True),
+    ("int8", WeightFormat("int8"), False),
+    ("2:4", WeightFormat(None, sparse=True), False),
+    ("2:4 fp8", WeightFormat("fp8", sparse=True), False),
+    ("2:4 fp8, fixed", WeightFormat("fp8", sparse=True), True),
+    ("fp8 weights alone", WeightFormat("fp8-weights"), False),
+    ("int8 weights alone", WeightFormat("int8-weights"), False),
+    ("mxfp8", WeightFormat("mxfp8"), False),
+    ("nvfp4", WeightFormat("nvfp4"), False),
 )
 """Name, how the weight is held, whether the input's scale is fixed."""
 SECONDS, WARM = 0.1, 0.1
@@ -93,7 +93,7 @@ def chunk_tokens(preset: Preset) -> int:
 
 
 def measure(
-    name: str, held: Held, fixed: bool, weights: list[Tensor], inputs: list[Tensor], exact: Tensor | None = None
+    name: str, held: WeightFormat, fixed: bool, weights: list[Tensor], inputs: list[Tensor], exact: Tensor | None = None
 ) -> Row:
     """Time and error of a form over sets of operands; the first are exact's. Whatever fails is told, not raised."""
     device = inputs[0].device
@@ -102,7 +102,7 @@ def measure(
     us, whole, error = nan, nan, nan
     try:
         projections = [Projection.of(weight, held) for weight in weights]
-        fault = fault_of(held, device)
+        fault = unsupported_reason(held, device)
         if isinstance(first := projections[0].weight, Sparse24) and not first.compressed:
             fault = fault or "not in this shape or dtype"
         if fixed:
@@ -169,7 +169,7 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
         )
         passes = sum(count * (found[roles][index].whole - found[roles][index].us) for roles, count in apart.items())
         print(f"{name:24}{product:9.1f}{product + passes:9.1f}")
-    choices: tuple[tuple[str, Form | None, bool], ...] = (
+    choices: tuple[tuple[str, QuantScheme | None, bool], ...] = (
         ("2:4", None, False), ("2:4 fp8", "fp8", False), ("2:4 fp8, fixed", "fp8", True),
     )  # fmt: skip
     for name, form, fixed in choices:
@@ -182,16 +182,18 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
 def small(text: TextConfig, device: torch.device, dtype: torch.dtype) -> dict[str, list[Row]]:
     """Print and return weights alone in 8 bits against bfloat16, where the weights are most of what is read."""
     found: dict[str, list[Row]] = {}
-    forms: tuple[Form | None, ...] = (None, "fp8-weights", "int8-weights")
+    forms: tuple[QuantScheme | None, ...] = (None, "fp8-weights", "int8-weights")
     print("\nproducts that wait for their weights, us (and GB/s of weights)")
     print(f"{'':30}" + "".join(f"{form or 'as it is':>20}" for form in forms))
     lengths = (1, 16, 64, text.length) if device.type == "cuda" else (1, 16)
     for name, (depth, width) in text_shapes(text).items():
         for tokens in lengths:
             weights, inputs = operands(tokens, depth, width, device, dtype)
-            rows = [measure(form or "as it is", Held(form), False, weights, inputs) for form in forms]
+            rows = [measure(form or "as it is", WeightFormat(form), False, weights, inputs) for form in forms]
             found[f"{name}, {tokens} tokens"] = rows
-            sizes = [sum(x.nbytes for x in tensors(Projection.of(weights[0], Held(form)).weight)) for form in forms]
+            sizes = [
+                sum(x.nbytes for x in tensors(Projection.of(weights[0], WeightFormat(form)).weight)) for form in forms
+            ]
             cells = [f"{row.us:9.1f} ({size / row.us / 1e3:6.0f})" for row, size in zip(rows, sizes, strict=True)]
             print(f"{f'{name}: {tokens} x {depth} -> {width}':30}" + "".join(f"{x:>20}" for x in cells), flush=True)
             for row in rows:

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype
 from engine.config import PRESETS, Preset
+from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
 from engine.stream import pruned_heads as heads
-from engine.stream.decoding import Beside, Decoder, FullDecoding, LightDecoding, to_host
+from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, SideStream, to_host
 from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
-from engine.transforms.accelerate import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.apply import Speed, accelerate, add_arguments, from_arguments
 from engine.transforms.calibrate import calibrate
 
 PROMPT_TOKENS = 200
@@ -171,7 +171,7 @@ def roll(
     weights = allocated(device) - before
     if speed.sparse_weights:
         print(f"2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'none'}")
-    beside = Beside(device)
+    beside = SideStream(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # of serving: loading may hold exact weights for a moment

@@ -22,8 +22,8 @@ from engine.assemble import best_device, best_dtype, warm
 from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt, told
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.scheduler import Claim, alongside, pick
-from engine.transforms.accelerate import Speed, accelerate
+from engine.scheduler import Demand, batch_with, pick
+from engine.transforms.apply import Speed, accelerate
 from engine.transforms.calibrate import calibrate
 from engine.worker import RECENT_STEPS
 
@@ -77,7 +77,7 @@ def play(
     steps: deque[float] = deque(maxlen=RECENT_STEPS)
     while (now := clock()) < end:
         claims = {
-            str(i): Claim(
+            str(i): Demand(
                 state.chunk,
                 state.chunk + (shown.runs_dry - now <= length),
                 shown.runs_dry,
@@ -92,7 +92,7 @@ def play(
             continue
         kind = pipeline.kind(states[int(name)])
         alike = [str(i) for i, state in enumerate(states) if pipeline.kind(state) == kind]
-        served = [int(each) for each in (name, *alongside(claims, name, alike, now, step_seconds, batch))]
+        served = [int(each) for each in (name, *batch_with(claims, name, alike, now, step_seconds, batch))]
         together = [states[i] for i in served]
         for i, chunk in zip(served, pipeline.next_chunks(together), strict=True):
             if isinstance(chunk, Exception):

@@ -14,7 +14,7 @@ from engine.checkpoints.headers import StoreError, Weights, open_regular
 from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
 from engine.config import Preset
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 
 SHARD_BYTES = 4 << 30
 DTYPES = {name: dtype for dtype, name in store.DTYPES.items()} | {

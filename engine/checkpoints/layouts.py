@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.checkpoints import umt5, wan, wan_vae
 from engine.checkpoints.wan import Shape
 from engine.config import Preset
-from engine.models.sizes import TextConfig
+from engine.models.config import TextConfig
 
 TENSORS = Path(__file__).with_name("vae_tensors.json")
 """Tensors of both VAEs by family; `python -m engine.checkpoints.layouts` writes it anew from the modules."""

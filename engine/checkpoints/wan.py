@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.checkpoints.headers import StoreError
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 
 Shape = tuple[int, ...]
 Layout = Literal["original", "diffusers"]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 from engine.ops.attention import attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.sizes import LightVAEConfig
+from engine.models.config import LightVAEConfig
 
 
 class MemBlock(nn.Module):

@@ -7,7 +7,7 @@ length, and the zeros act as a constant that it may rest on.
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from engine.models.sizes import TextConfig
+from engine.models.config import TextConfig
 
 
 class TextEncoder(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.sizes import VAEConfig
+from engine.models.config import VAEConfig
 
 State = list[Tensor]
 """What a half remembers of a clip: [B, 1 or 2 frames, H, W, C] per causal layer, in the order they run. Calls replace

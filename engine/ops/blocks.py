@@ -117,7 +117,7 @@ def swizzled(scale: Tensor) -> Tensor:
 
 
 @cache
-def blocks_fault(device: torch.device, form: BlockFormat) -> str | None:
+def blocks_unsupported_reason(device: torch.device, form: BlockFormat) -> str | None:
     """Why this device has no product in this format; None if it has. Asked of itself, once."""
     if device.type != "cuda":
         return "needs a GPU"
@@ -137,7 +137,7 @@ def blocks_fault(device: torch.device, form: BlockFormat) -> str | None:
 
 def linear_blocks(x: Blocks, weight: Blocks, dtype: torch.dtype) -> Tensor:
     """x [..., K] times weight [N, K] transposed: [..., N] in `dtype`."""
-    if dtype == torch.bfloat16 and blocks_fault(x.data.device, x.format) is None:
+    if dtype == torch.bfloat16 and blocks_unsupported_reason(x.data.device, x.format) is None:
         flat = Blocks(x.format, x.data.flatten(0, -2), x.scale.flatten(0, -2), x.tensor)
         return _product(flat, weight, dtype).unflatten(0, x.data.shape[:-1])
     return F.linear(x.restore().to(dtype), weight.restore().to(dtype))

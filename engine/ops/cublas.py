@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.linear import STORED, Fixed, Rows8, first_line
+from engine.ops.linear import STORED, Fixed, QuantTensor, first_line
 
 WORKSPACE_BYTES = 32 << 20
 COMPUTE_32F, REAL_32F, REAL_16BF, REAL_8F_E4M3 = 68, 0, 14, 28
@@ -117,7 +117,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, scales: tuple[Tensor, Tenso
 
 
 @cache
-def gelu_fault(device: torch.device) -> str | None:
+def gelu_unsupported_reason(device: torch.device) -> str | None:
     """Why there is no such product on this device; None if there is. Asked of the device, once."""
     if device.type != "cuda":
         return "needs a GPU"
@@ -132,13 +132,13 @@ def gelu_fault(device: torch.device) -> str | None:
     return None if torch.allclose(out, expected, rtol=0.07, atol=0.1) else "wrong result"
 
 
-def gelu_product(x: Rows8, weight: Rows8, bias: Tensor, into: Fixed) -> Rows8 | None:
+def gelu_product(x: QuantTensor, weight: QuantTensor, bias: Tensor, into: Fixed) -> QuantTensor | None:
     """GELU (tanh form) of x [R, K] times weight [N, K] transposed plus bias bfloat16 [N], rounded to float8: [R, N].
 
     None where it cannot be had: another format, a scale a row, sizes that are no multiple of 16, another device.
     """
     fits = x.one_scale and weight.one_scale and {x.format, weight.format, into.format} == {"fp8"}
     sizes = not any(size % 16 for size in weight.data.shape) and x.data.is_contiguous()
-    if not (fits and sizes and bias.dtype == torch.bfloat16) or gelu_fault(x.data.device) is not None:
+    if not (fits and sizes and bias.dtype == torch.bfloat16) or gelu_unsupported_reason(x.data.device) is not None:
         return None
-    return Rows8(_launch(x.data, weight.data, bias, (x.scale, weight.scale, into.inverse)), into.scale)
+    return QuantTensor(_launch(x.data, weight.data, bias, (x.scale, weight.scale, into.inverse)), into.scale)

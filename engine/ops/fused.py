@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.linear import LARGEST, Into, Rows8, quantise
+from engine.ops.linear import LARGEST, OutputFormat, QuantTensor, quantise
 from engine.ops.rope import axis_pairs, rotate
 
-Activation = Tensor | Rows8
+Activation = Tensor | QuantTensor
 
 
-def _into(x: Tensor, into: Into | None, dtype: torch.dtype) -> Activation:
+def _into(x: Tensor, into: OutputFormat | None, dtype: torch.dtype) -> Activation:
     return x.to(dtype) if into is None else quantise(x, into)
 
 
@@ -33,7 +33,7 @@ def add_norm(
     y: Tensor | None = None,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
-    into: Into | None = None,
+    into: OutputFormat | None = None,
 ) -> tuple[Tensor, Activation]:
     """The residual sum x' = x + gate (y + bias), and layer_norm(x') scale + shift.
 
@@ -62,7 +62,7 @@ def add_norm(
     return (x if y is None else total.to(x.dtype)), _into(out, into, x.dtype)
 
 
-def gelu(x: Tensor, bias: Tensor | None, into: Into | None = None) -> Activation:
+def gelu(x: Tensor, bias: Tensor | None, into: OutputFormat | None = None) -> Activation:
     """GELU (tanh form) of x + bias, [R, F]; bias [F]."""
     if x.is_cuda:
         from engine.ops.triton import fused
@@ -72,7 +72,7 @@ def gelu(x: Tensor, bias: Tensor | None, into: Into | None = None) -> Activation
     return _into(F.gelu(wide, approximate="tanh"), into, x.dtype)
 
 
-def to_rows8(x: Tensor, into: Into) -> Rows8:
+def to_rows8(x: Tensor, into: OutputFormat) -> QuantTensor:
     """`quantise` of [R, D]."""
     if x.is_cuda:
         from engine.ops.triton import fused

@@ -34,11 +34,11 @@ class Fixed:
         return self.scale.reciprocal()
 
 
-Into = Format | Fixed
+OutputFormat = Format | Fixed
 
 
 @dataclass(frozen=True)
-class Rows8:
+class QuantTensor:
     """A matrix in 8 bits: data [..., K], and what to multiply each row by, float32 [..., 1], or all of it by, [1]."""
 
     data: Tensor
@@ -57,7 +57,7 @@ class Rows8:
         return self.data.float() * self.scale
 
 
-def quantise(x: Tensor, to: Into) -> Rows8:
+def quantise(x: Tensor, to: OutputFormat) -> QuantTensor:
     """x [..., K], each row scaled so that its largest magnitude is the format's largest; or all by a fixed scale."""
     wide = x.float()
     if isinstance(to, Fixed):
@@ -67,7 +67,7 @@ def quantise(x: Tensor, to: Into) -> Rows8:
         form = to
         scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST[form]
         scaled = wide / scale
-    return Rows8((scaled.round() if form == "int8" else scaled).to(STORED[form]), scale)
+    return QuantTensor((scaled.round() if form == "int8" else scaled).to(STORED[form]), scale)
 
 
 def one_scale(x: Tensor, form: Format) -> Fixed:
@@ -77,7 +77,7 @@ def one_scale(x: Tensor, form: Format) -> Fixed:
 
 
 @cache
-def fp8_fault(device: torch.device, scales: Literal["rows", "tensor"]) -> str | None:
+def fp8_unsupported_reason(device: torch.device, scales: Literal["rows", "tensor"]) -> str | None:
     """Why this device does not multiply float8 matrices with a scale a row, or one for each matrix; None if it does.
 
     Asked of the device itself, once, with a product whose result is known.
@@ -99,10 +99,10 @@ def first_line(error: Exception) -> str:
 
 
 def fp8_rows_supported(device: torch.device) -> bool:
-    return fp8_fault(device, "rows") is None
+    return fp8_unsupported_reason(device, "rows") is None
 
 
-def linear8(x: Rows8, weight: Rows8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear8(x: QuantTensor, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N] in `dtype`.
 
     Float8 goes through whichever product the device has: with a scale a row, or without scales, which are then applied
@@ -112,8 +112,8 @@ def linear8(x: Rows8, weight: Rows8, bias: Tensor | None, dtype: torch.dtype) ->
     rows, device = x.data.flatten(0, -2), x.data.device
     a, b = x.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
     native = dtype == torch.bfloat16 and x.format == "fp8"
-    by_row = native and fp8_fault(device, "rows") is None
-    by_tensor = native and fp8_fault(device, "tensor") is None
+    by_row = native and fp8_unsupported_reason(device, "rows") is None
+    by_tensor = native and fp8_unsupported_reason(device, "tensor") is None
     if by_tensor and x.one_scale and weight.one_scale:
         out = torch._scaled_mm(rows, weight.data.t(), scale_a=a, scale_b=b, out_dtype=dtype, use_fast_accum=True)
     elif by_row:
@@ -136,7 +136,7 @@ SMALL_BATCH = 64
 """Rows up to which a product waits for its weights: there they are rounded back as they arrive, in one kernel."""
 
 
-def linear_weights8(x: Tensor, weight: Rows8) -> Tensor:
+def linear_weights8(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] times weight [N, K] transposed, with nothing but the weights in 8 bits: [..., N] in x's dtype.
 
     Above `SMALL_BATCH` rows the weights are restored first, which saves memory and costs a little time.
@@ -151,7 +151,7 @@ def linear_weights8(x: Tensor, weight: Rows8) -> Tensor:
     return out.unflatten(0, x.shape[:-1])
 
 
-def _kernel_reads(weight: Rows8) -> bool:
+def _kernel_reads(weight: QuantTensor) -> bool:
     """Triton converts float8 e4m3 from compute capability 8.9 on."""
     return weight.format == "int8" or torch.cuda.get_device_capability(weight.data.device) >= (8, 9)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.linear import Rows8, first_line, linear8, quantise, rescale
+from engine.ops.linear import QuantTensor, first_line, linear8, quantise, rescale
 
 UNIT = 64
 """Rows of x are filled up to a multiple: cuSPARSELt takes 16, and its tiles are larger."""
@@ -52,7 +52,7 @@ def is_pruned(weight: Tensor) -> bool:
 
 
 @cache
-def sparse_fault(device: torch.device, *, fp8: bool) -> str | None:
+def sparse_unsupported_reason(device: torch.device, *, fp8: bool) -> str | None:
     """Why this device has no product of 2:4 weights in bfloat16, or float8; None if it has. Asked of itself, once."""
     if device.type != "cuda":
         return "needs a GPU"
@@ -82,17 +82,17 @@ def compress(weight: Tensor, fp8: bool) -> Sparse24:
         data, scale = rows.data, rows.scale
     # the units' results are bfloat16
     fits = weight.dtype == torch.bfloat16 and shape[0] % 32 == shape[1] % 32 == 0
-    if fits and sparse_fault(weight.device, fp8=fp8) is None:
+    if fits and sparse_unsupported_reason(weight.device, fp8=fp8) is None:
         return Sparse24(torch._cslt_compress(data.contiguous()), scale, shape, compressed=True)
     return Sparse24(data, scale, shape, compressed=False)
 
 
-def linear_sparse(x: Tensor | Rows8, weight: Sparse24, dtype: torch.dtype) -> Tensor:
+def linear_sparse(x: Tensor | QuantTensor, weight: Sparse24, dtype: torch.dtype) -> Tensor:
     """x [..., K] times weight [N, K] transposed: [..., N] in `dtype`. x is in float8 where the weight is."""
-    if isinstance(x, Rows8):
+    if isinstance(x, QuantTensor):
         assert weight.scale is not None
         if not weight.compressed:
-            return linear8(x, Rows8(weight.data, weight.scale), None, dtype)
+            return linear8(x, QuantTensor(weight.data, weight.scale), None, dtype)
         rows = x.data.flatten(0, -2)
         out = _product(weight.data, filled(rows, UNIT), dtype)[: len(rows)]
         return rescale(out, x.scale.reshape(-1, 1), weight.scale.reshape(1, -1), dtype).unflatten(0, x.data.shape[:-1])

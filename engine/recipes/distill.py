@@ -21,7 +21,7 @@ from engine.models.dit import TextContext
 from engine.recipes import teacher as base
 from engine.recipes.optimizer import Optimiser
 from engine.recipes.run import Run, learning_rate
-from engine.stream.schedule import shifted_sigma
+from engine.stream.steps import shifted_sigma
 
 GRID = 16
 GUIDANCE = 2.0

@@ -30,7 +30,7 @@ from engine.recipes.run import Run, arguments
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import forward
 from engine.stream.sampler import euler, few_step
-from engine.stream.schedule import shifted_sigma
+from engine.stream.steps import shifted_sigma
 
 READ_FROM = 2
 """First chunk of the two that are read: past the start."""

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from engine.models.config import LatentStatistics
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import LatentStatistics
 from engine.models.vae import CausalVAE
 
 
@@ -45,7 +45,7 @@ def to_host(x: Tensor) -> Tensor:
     return host.copy_(x, non_blocking=True)
 
 
-class Beside:
+class SideStream:
     """Work on a GPU stream of its own, while what comes next goes on in the current one: decoding beside the context
     pass. It has precedence, since frames are what a viewer waits for. Elsewhere it is done on the spot."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 from engine.ops import fused
 from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
@@ -47,7 +47,7 @@ class Lists:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Queries:
     """The queries of a chunk, [B, S, heads, head_dim], in int8 with a scale each, [B, S, heads]; and where the cache
     is not to be read, the exact keys and values to look at."""
 
@@ -130,19 +130,21 @@ class FusedCache(KVCache):
                 always |= set(range(first * self.chunk_tokens // BLOCK, -(-last * self.chunk_tokens // BLOCK)))
         return -(-self.filled // BLOCK) - len(always)
 
-    def write(self, layer: int, qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float) -> Asked:
+    def write(
+        self, layer: int, qkv: Tensor, bias: Tensor | None, norm_q: Tensor, norm_k: Tensor, eps: float
+    ) -> Queries:
         """Keys and values of the current chunk, from its joint projection [B, S, 3 D], into the cache."""
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
         made = fused.Projected(qkv, bias, norm_q, norm_k, eps, self._angles)
         if self.scales is None:
-            return Asked(fused.heads(made, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
+            return Queries(fused.heads(made, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
 
         scales, packed = self.scales[layer], self.packed[layer]
         width, shape = qkv.shape[-1] // 3, keys.shape[2:]
         if self.written:
-            asked = Asked(*fused.heads8(made, keys[:, span], scales, raw_keys=raw))
+            asked = Queries(*fused.heads8(made, keys[:, span], scales, raw_keys=raw))
             values = qkv[..., 2 * width :].unflatten(-1, shape)
             own_bias = None if bias is None else bias[2 * width :]
             self._kernels.pack_values(values, packed, span.start, scales.value, own_bias)
@@ -155,9 +157,9 @@ class FusedCache(KVCache):
         scales.calibrate(exact_keys, exact_values)
         scales.store_keys(exact_keys, keys[:, span])
         self._kernels.pack_values(exact_values, packed, span.start, scales.value)
-        return Asked(q, exact=(exact_keys, exact_values))
+        return Queries(q, exact=(exact_keys, exact_values))
 
-    def look(self, layer: int, asked: Asked, out_scale: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, asked: Queries, out_scale: Tensor | None = None) -> Tensor:
         """Self-attention of the current chunk: [B, S, heads, head_dim].
 
         With `out_scale` float32 [1] the result may come in float8, to be multiplied by it.
@@ -166,12 +168,12 @@ class FusedCache(KVCache):
             return attention(asked.q, *asked.exact)
         keys = self.keys.data[layer, :, : self.filled]
         if self.scales is None:
-            return self._look(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
+            return self._attention(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
         scales = self.scales[layer]
         given = {"q_scale": asked.q_scale, "v_scale": scales.value, "out_scale": out_scale}
-        return self._look(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
+        return self._attention(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
 
-    def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
+    def _attention(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
         """Attention over the keys, or over the blocks of them that are chosen."""
         past = self._past_blocks()
         kept = round(self.keep * past)

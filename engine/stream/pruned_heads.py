@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 
 Heads = frozenset[tuple[int, int]]
 """(layer, head), both counted from 0."""

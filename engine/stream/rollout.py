@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.dit import TextContext
-from engine.stream.joined import JoinedCaches
+from engine.stream.batch import JoinedCaches
 from engine.stream.kv_cache import KVCache
 from engine.stream.sampler import chunk_noise, few_step
-from engine.stream.schedule import fewer
+from engine.stream.steps import fewer
 
 Cache = KVCache | JoinedCaches
 Row = tuple[int, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config import Preset
 from engine.stream.rollout import commit_chunk, denoise_chunk
-from engine.transforms.accelerate import Served
+from engine.transforms.apply import Served
 from engine.transforms.cuda_graphs import GraphedWan
 from engine.transforms.fused import FusedWan
 

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
 from engine.ops.fused import Activation, add_norm, rms_norm
-from engine.ops.linear import Fixed, Into, Rows8
-from engine.stream.fused_cache import Asked, FusedCache, kernels
+from engine.ops.linear import Fixed, OutputFormat, QuantTensor
+from engine.stream.fused_cache import FusedCache, Queries, kernels
 from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
-def fixed_fp8(into: Into | None) -> Tensor | None:
+def fixed_fp8(into: OutputFormat | None) -> Tensor | None:
     """The scale by which attention itself can round its result for the projection that follows."""
     return into.scale if isinstance(into, Fixed) and into.format == "fp8" else None
 
 
-def activation(x: Tensor, into: Into | None) -> Activation:
+def activation(x: Tensor, into: OutputFormat | None) -> Activation:
     """What attention made, which may be in 8 bits already."""
     if x.element_size() > 1:
         return x
     assert isinstance(into, Fixed)
-    return Rows8(x, into.scale)
+    return QuantTensor(x, into.scale)
 
 
 class FusedBlock:
@@ -62,12 +62,12 @@ class Added:
 
 
 @dataclass
-class Begun:
+class ForwardState:
     """A forward between two blocks, or within one."""
 
     residual: Tensor
     added: Added
-    asked: Asked | None
+    asked: Queries | None
     """Of the block whose keys and values are written."""
     modulation: Tensor
     e: Tensor
@@ -121,7 +121,7 @@ class FusedWan(nn.Module):
         """As `CausalWan.commit`: what comes after the last layer's keys and values is left out."""
         self.begin(x, t, text, cache)
 
-    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Begun:
+    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> ForwardState:
         """The forward, until the last layer's keys and values are written."""
         wan = self.wan
         patches = wan.patch_embedding(x)
@@ -131,24 +131,24 @@ class FusedWan(nn.Module):
         runs = len(text.pooled) // batch
         e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
         e6 = wan.time_projection(e).unflatten(-1, (6, -1)).flatten(0, 1).float()
-        begun = Begun(residual, Added(), None, self.modulation + e6, e.flatten(0, 1), batch, patches.shape[2:])
+        begun = ForwardState(residual, Added(), None, self.modulation + e6, e.flatten(0, 1), batch, patches.shape[2:])
         for layer in range(len(self.blocks)):
             if layer:
-                self._look(layer - 1, begun, text, cache)
+                self._attend(layer - 1, begun, text, cache)
             self._write(layer, begun, cache)
         return begun
 
-    def finish(self, begun: Begun, text: TextContext, cache: FusedCache) -> Tensor:
+    def finish(self, begun: ForwardState, text: TextContext, cache: FusedCache) -> Tensor:
         """What `begin` left of the forward."""
         wan = self.wan
-        self._look(len(self.blocks) - 1, begun, text, cache)
+        self._attend(len(self.blocks) - 1, begun, text, cache)
         shift, scale = (wan.head.modulation.float() + begun.e[:, None].float()).unbind(1)
         added = begun.added
         _, h = add_norm(begun.residual, scale + 1, shift, self.config.eps, y=added.y, bias=added.bias, gate=added.gate)
         assert isinstance(h, Tensor)
         return wan.unpatchify(wan.head.head(h).unflatten(0, (begun.batch, -1)), *begun.grid)
 
-    def _write(self, layer: int, begun: Begun, cache: FusedCache) -> None:
+    def _write(self, layer: int, begun: ForwardState, cache: FusedCache) -> None:
         """A block until its keys and values are in the cache."""
         block, eps, added = self.blocks[layer], self.config.eps, begun.added
         shift, scale = begun.modulation[layer, :, 0], begun.modulation[layer, :, 1]
@@ -158,13 +158,13 @@ class FusedWan(nn.Module):
         qkv = block.qkv(h).unflatten(0, (begun.batch, -1))
         begun.asked = cache.write(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
 
-    def _look(self, layer: int, begun: Begun, text: TextContext, cache: FusedCache) -> None:
+    def _attend(self, layer: int, begun: ForwardState, text: TextContext, cache: FusedCache) -> None:
         """The rest of the block."""
         block, eps, residual = self.blocks[layer], self.config.eps, begun.residual
         _, _, gate1, shift2, scale2, gate2 = begun.modulation[layer].unbind(1)
         into = block.o.into
         assert begun.asked is not None
-        own = cache.look(layer, begun.asked, fixed_fp8(into))
+        own = cache.attend(layer, begun.asked, fixed_fp8(into))
         y = block.o(activation(own.flatten(0, 1).flatten(1), into))
         weight, bias = block.text_norm.weight[None], block.text_norm.bias[None]
         residual, h = add_norm(residual, weight, bias, eps, y=y, bias=block.o.bias, gate=gate1, into=block.cross_q.into)

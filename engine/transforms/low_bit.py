@@ -9,43 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.dit import Block
-from engine.ops.blocks import E2M1, Blocks, blocks_fault, linear_blocks, quantise_blocks
+from engine.ops.blocks import E2M1, Blocks, blocks_unsupported_reason, linear_blocks, quantise_blocks
 from engine.ops.cublas import gelu_product
 from engine.ops.fused import Activation, gelu, to_rows8
 from engine.ops.linear import (
     LARGEST,
     Fixed,
     Format,
-    Into,
-    Rows8,
-    fp8_fault,
+    OutputFormat,
+    QuantTensor,
+    fp8_unsupported_reason,
     linear8,
     linear_weights8,
     one_scale,
     quantise,
 )
-from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_fault
+from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_unsupported_reason
 
 Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-Form = Literal["fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights"]
+QuantScheme = Literal["fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights"]
 """Both operands with a scale a row (fp8, int8), one for each matrix (fp8-tensor), in blocks (mxfp8, nvfp4); or the
 weights alone, with a scale a row."""
-Weight = Tensor | Rows8 | Sparse24 | Blocks
+Weight = Tensor | QuantTensor | Sparse24 | Blocks
 HEADROOM: dict[Format, float] = {"fp8": 4.0, "int8": 1.25}
 """What a fixed scale leaves above the largest magnitude seen. Float8 rounds in proportion, so room costs it nothing."""
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightFormat:
     """How the weights of a projection are kept.
 
     Raises:
         ValueError: there are no sparse products in this form.
     """
 
-    form: Form | None = None
+    form: QuantScheme | None = None
     sparse: bool = False
 
     def __post_init__(self) -> None:
@@ -69,17 +69,17 @@ class Held:
         return self.rows is not None or self.form == "nvfp4"
 
 
-def fault_of(held: Held, device: torch.device) -> str | None:
+def unsupported_reason(held: WeightFormat, device: torch.device) -> str | None:
     """Why this device has no product of its own for this form, so that it is emulated; None if it has."""
     if held.sparse:
-        return sparse_fault(device, fp8=held.form is not None)
+        return sparse_unsupported_reason(device, fp8=held.form is not None)
     match held.form:
         case "fp8":
-            return fp8_fault(device, "rows") and fp8_fault(device, "tensor")
+            return fp8_unsupported_reason(device, "rows") and fp8_unsupported_reason(device, "tensor")
         case "fp8-tensor":
-            return fp8_fault(device, "tensor")
+            return fp8_unsupported_reason(device, "tensor")
         case "mxfp8" | "nvfp4" as form:
-            return blocks_fault(device, form)
+            return blocks_unsupported_reason(device, form)
         case _:
             return None
 
@@ -92,15 +92,15 @@ class Policy:
     `exact` names the roles that stay as they are in every block, `exact_blocks` whole blocks.
     """
 
-    form: Form | None = None
+    form: QuantScheme | None = None
     exact: frozenset[Role] = field(default_factory=frozenset)
     exact_blocks: frozenset[int] = field(default_factory=frozenset)
     sparse: frozenset[Role] = field(default_factory=frozenset)
 
-    def of(self, block: int, role: Role) -> Held:
+    def of(self, block: int, role: Role) -> WeightFormat:
         if role in self.exact or block in self.exact_blocks:
-            return Held()
-        return Held(self.form, role in self.sparse)
+            return WeightFormat()
+        return WeightFormat(self.form, role in self.sparse)
 
 
 def layers_of(block: Block) -> dict[Role, list[nn.Linear]]:
@@ -123,11 +123,11 @@ class Projection:
     LoRA) is a change here. In any other way the joint weight is a copy: `refresh` makes it again.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], held: Held | None = None) -> None:
-        self._layers, self.held = layers, held or Held()
+    def __init__(self, layers: Sequence[nn.Linear], held: WeightFormat | None = None) -> None:
+        self._layers, self.held = layers, held or WeightFormat()
         self.bias: Tensor | None = self._join([x.bias for x in layers]) if layers[0].bias is not None else None
         self.weight: Weight
-        if self.held == Held():
+        if self.held == WeightFormat():
             self.weight = self._join([x.weight for x in layers])
         else:
             self.weight = self._make(torch.cat([x.weight.detach() for x in layers]))
@@ -137,7 +137,7 @@ class Projection:
         self._seen: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, held: Held, bias: Tensor | None = None) -> "Projection":
+    def of(cls, weight: Tensor, held: WeightFormat, bias: Tensor | None = None) -> "Projection":
         """A weight [N, K] by itself, which is taken over."""
         with torch.device("meta"):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -171,7 +171,7 @@ class Projection:
 
     def release(self, *, keep_on_host: bool) -> None:
         """Give back the layers' own memory on the device, now that the copy serves."""
-        if self.held == Held():
+        if self.held == WeightFormat():
             return
         for layer in self._layers:
             moved = layer.weight.detach().to("cpu" if keep_on_host else "meta")
@@ -179,7 +179,7 @@ class Projection:
 
     def refresh(self) -> None:
         """Take the layers' changed weights over, in place. Sparse ones are pruned anew."""
-        if self.held == Held():
+        if self.held == WeightFormat():
             return
         old = tensors(self.weight)
         fresh = self._make(torch.cat([x.weight.detach().to(old[0].device) for x in self._layers]))
@@ -187,7 +187,7 @@ class Projection:
             mine.copy_(new)
 
     @property
-    def into(self) -> Into | None:
+    def into(self) -> OutputFormat | None:
         """What the kernel that makes the input is to round it to, so that no other pass has to."""
         form = self.held.rows
         if form is None or self._seen is not None:
@@ -221,10 +221,10 @@ class Projection:
             torch.maximum(self._seen, x.abs().amax().float(), out=self._seen)
         if isinstance(weight, Sparse24):
             return linear_sparse(x if self.held.form is None else self.rounded(x), weight, self.dtype)
-        if isinstance(weight, Rows8) and self.held.rows is not None:
+        if isinstance(weight, QuantTensor) and self.held.rows is not None:
             return linear8(self.rounded(x), weight, None, self.dtype)
         assert isinstance(x, Tensor)
-        if isinstance(weight, Rows8):
+        if isinstance(weight, QuantTensor):
             return linear_weights8(x, weight)
         if isinstance(weight, Blocks):
             return linear_blocks(quantise_blocks(x, weight.format, self._block_scale()), weight, self.dtype)
@@ -233,14 +233,14 @@ class Projection:
     def _block_scale(self) -> Tensor | None:
         return self.scale if self.held.form == "nvfp4" else None
 
-    def rounded(self, x: Activation) -> Rows8:
+    def rounded(self, x: Activation) -> QuantTensor:
         """The input in 8 bits, where it is not yet: a pass over it, or two where its one scale has to be found."""
-        if isinstance(x, Rows8):
+        if isinstance(x, QuantTensor):
             return x
         form = cast(Format, self.held.rows)
         return to_rows8(x, self.into or (one_scale(x, form) if self.held.form == "fp8-tensor" else form))
 
-    def gelu(self, x: Activation, into: Into | None) -> Activation:
+    def gelu(self, x: Activation, into: OutputFormat | None) -> Activation:
         """GELU of the product plus the bias, as `into` says: in the product's own epilogue where that can be had."""
         weight, bias = self.weight, self.bias
         if isinstance(weight, Tensor) and into is None and bias is not None:
@@ -248,7 +248,12 @@ class Projection:
             if x.is_cuda:
                 return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
             return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-        if isinstance(weight, Rows8) and isinstance(x, Rows8) and isinstance(into, Fixed) and bias is not None:
+        if (
+            isinstance(weight, QuantTensor)
+            and isinstance(x, QuantTensor)
+            and isinstance(into, Fixed)
+            and bias is not None
+        ):
             made = gelu_product(x, weight, bias, into)
             if made is not None:
                 return made

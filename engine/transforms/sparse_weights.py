@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from engine.models.config import DiTConfig
 from engine.models.dit import Block, CausalWan
-from engine.models.sizes import DiTConfig
-from engine.ops.sparse import prune, sparse_fault
+from engine.ops.sparse import prune, sparse_unsupported_reason
 from engine.timing import milliseconds
-from engine.transforms.low_bit import ROLES, Form, Held, Policy, Projection, Role, layers_of
+from engine.transforms.low_bit import ROLES, Policy, Projection, QuantScheme, Role, WeightFormat, layers_of
 
 GAIN = 1.03
 """A sparse product is kept where it is faster than the dense one by more than measurements scatter."""
@@ -40,13 +40,19 @@ def role_shapes(config: DiTConfig) -> dict[Role, tuple[int, int]]:
 
 @torch.inference_mode()
 def faster_roles(
-    config: DiTConfig, rows: int, form: Form | None, device: torch.device, dtype: torch.dtype, *, fixed: bool = False
+    config: DiTConfig,
+    rows: int,
+    form: QuantScheme | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fixed: bool = False,
 ) -> frozenset[Role]:
     """The roles whose sparse product is faster than the dense one here, for inputs of so many rows: measured.
 
     None where the device has no sparse products. `fixed`: with fixed scales of the inputs.
     """
-    if dtype != torch.bfloat16 or sparse_fault(device, fp8=form is not None) is not None:
+    if dtype != torch.bfloat16 or sparse_unsupported_reason(device, fp8=form is not None) is not None:
         return frozenset()
     gains: dict[tuple[int, int, bool], bool] = {}
     kinds = {role: (*shape, role == "up" and form is None) for role, shape in role_shapes(config).items()}
@@ -54,7 +60,8 @@ def faster_roles(
         weight = torch.randn(width, depth, device=device, dtype=dtype)
         x, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, depth), (width,)))
         dense, sparse = (
-            _time(Projection.of(weight, Held(form, sparse=kept), bias), x, fixed, activated) for kept in (False, True)
+            _time(Projection.of(weight, WeightFormat(form, sparse=kept), bias), x, fixed, activated)
+            for kept in (False, True)
         )
         gains[depth, width, activated] = dense > GAIN * sparse
     return frozenset(role for role, kind in kinds.items() if gains[kind])

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from engine.wire import CLOCK_RATE
+from server.aio import wait_until
+from server.library.recording_writer import Tape
 from server.media import fmp4
-from server.media.codecs import Codec, Coded, VideoEncoder
-from server.media.packets import Frame, Picture, fmp4_packet
-from server.media.tape import Tape
+from server.media.encoder import Codec, EncodedFrame, VideoEncoder
+from server.media.frames import Frame, Picture, fmp4_packet
 from server.media.viewer import Viewer
 from server.metrics import Metrics
-from server.waiting import wait_until
 
 logger = logging.getLogger("livereel.media")
 
@@ -133,7 +133,7 @@ class Broadcast:
             for tape in list(self._tapes):
                 tape.finish("failed")
 
-    def _encode(self, frame: Picture, clock: int, key: bool) -> Coded | None:
+    def _encode(self, frame: Picture, clock: int, key: bool) -> EncodedFrame | None:
         """In the encoder's thread, which may have to make the picture first."""
         return self._encoder.encode(frame.rgb, clock, key=key)
 
@@ -154,7 +154,7 @@ class Broadcast:
             await wait_until(self._wake, again)
         return self._pending.popleft()
 
-    def _deliver(self, frame: Picture, coded: Coded, *, repeated: bool) -> None:
+    def _deliver(self, frame: Picture, coded: EncodedFrame, *, repeated: bool) -> None:
         if coded.key:
             self._key_at = time.monotonic()
         for tape in list(self._tapes):
@@ -176,7 +176,7 @@ class Broadcast:
             if viewer.awaits_key:
                 self.request_key()
 
-    def _fragment(self, frame: Picture, coded: Coded) -> bytes:
+    def _fragment(self, frame: Picture, coded: EncodedFrame) -> bytes:
         units = fmp4.nal_units(bytes(coded.packet))
         if coded.key:
             parameters = {unit[0] & 31: unit for unit in units}

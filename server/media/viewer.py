@@ -9,8 +9,8 @@ from collections import deque
 from enum import Enum
 from typing import Literal
 
-from server.media.codecs import Codec, Coded
-from server.media.packets import Format
+from server.media.encoder import Codec, EncodedFrame
+from server.media.frames import Format
 
 MAX_FRAMES = 8
 MAX_EVENTS = 256
@@ -22,7 +22,7 @@ PICTURES: dict[Watching, Format] = {"mjpeg": "mjpeg", "rgb24": "rgb24"}
 CODECS: dict[Watching, Codec] = {"h264": "h264", "vp8": "vp8", "fmp4": "h264"}
 """Where frames build on each other: which encoder they come from."""
 
-Item = str | bytes | Coded
+Item = str | bytes | EncodedFrame
 
 
 class _Kind(Enum):
@@ -77,7 +77,7 @@ class Viewer:
         if not self.overrun:
             self._items.append((_Kind.KEPT, packet))
 
-    def frame(self, packet: bytes | Coded, *, key: bool = True) -> int:
+    def frame(self, packet: bytes | EncodedFrame, *, key: bool = True) -> int:
         """Queue a frame; returns how many were dropped for it, itself included.
 
         `key` says that it can be shown without those before it. A viewer that has just come waits for such a frame;

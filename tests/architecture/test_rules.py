@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("engine", "server") for path in (ROOT / folder).rglob("*.py"))
-PURE = ["server/session.py", "server/admission.py", "server/pacing.py", "engine/scheduler.py"]
+PURE = ["server/streams/session.py", "server/streams/admission.py", "server/streams/playback.py", "engine/scheduler.py"]
 WIRE = "engine/wire.py"
 
 

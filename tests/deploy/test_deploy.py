@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from server.__main__ import uvicorn_config
+from server.api.http import ROUTES
+from server.auth.keys import PREFIX, read_keys
+from server.auth.keys import main as keys_command
 from server.backends.fake import FakeBackend
 from server.backends.process import STOP_SECONDS
 from server.config import Config
-from server.http import ROUTES
-from server.keys import PREFIX, read_keys
-from server.keys import main as keys_command
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

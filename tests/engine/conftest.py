@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from engine.config import MINI, Preset
+from engine.models.config import DiTConfig, LatentStatistics, LightVAEConfig, TextConfig, VAEConfig
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import DiTConfig, LatentStatistics, LightVAEConfig, TextConfig, VAEConfig
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import Tokenizer
 from engine.models.vae import CausalVAE
 from engine.pipeline import Pipeline
 from engine.stream.decoding import FullDecoding, LightDecoding, PictureEncoding
-from engine.transforms.accelerate import Speed, accelerate
+from engine.transforms.apply import Speed, accelerate
 
 TOY = replace(
     MINI,

@@ -12,13 +12,13 @@ from engine import assemble as module
 from engine.assemble import assemble, warm
 from engine.checkpoints import store
 from engine.config import PRESETS, Preset
+from engine.models.config import TAEW21, WAN21, DiTConfig, TextConfig
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import TAEW21, WAN21, DiTConfig, TextConfig
 from engine.models.text_encoder import TextEncoder
 from engine.models.vae import CausalVAE
 from engine.stream.rollout import forward
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 from engine.transforms.fused import FusedWan
 
 TOY = replace(

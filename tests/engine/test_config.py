@@ -5,7 +5,7 @@ import pytest
 from diffusers import AutoencoderKLWan
 
 from engine.config import DIT_1_3B, DIT_5B, DIT_14B, MINI, PRESETS
-from engine.stream.schedule import step_sigmas
+from engine.stream.steps import step_sigmas
 
 
 def timesteps(steps: tuple[int, ...], shift: float) -> list[float]:

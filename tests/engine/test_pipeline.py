@@ -9,7 +9,7 @@ from engine.config import Preset
 from engine.pipeline import Chunk, NotFiniteError, PictureError, Pipeline
 from engine.stream.decoding import FullDecoding
 from engine.stream.state import StreamState
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 from engine.wire import Transition
 
 

@@ -1,25 +1,25 @@
 import pytest
 
-from engine.scheduler import Claim, alongside, pick
+from engine.scheduler import Demand, batch_with, pick
 
 
 @pytest.mark.parametrize(
     ("claims", "expected"),
     [
         ({}, None),
-        ({"a": Claim(0, 0, 1.0)}, None),
-        ({"a": Claim(0, 2, 5.0), "b": Claim(7, 9, 4.0)}, "b"),
-        ({"a": Claim(2, 2, 1.0), "b": Claim(0, 1, 9.0)}, "b"),
-        ({"a": Claim(0, 1, -3.0), "b": Claim(0, 1, 0.0)}, "a"),
-        ({"a": Claim(0, 1, 1.0), "b": Claim(0, 1, 1.0)}, "a"),
+        ({"a": Demand(0, 0, 1.0)}, None),
+        ({"a": Demand(0, 2, 5.0), "b": Demand(7, 9, 4.0)}, "b"),
+        ({"a": Demand(2, 2, 1.0), "b": Demand(0, 1, 9.0)}, "b"),
+        ({"a": Demand(0, 1, -3.0), "b": Demand(0, 1, 0.0)}, "a"),
+        ({"a": Demand(0, 1, 1.0), "b": Demand(0, 1, 1.0)}, "a"),
     ],
 )
-def test_pick(claims: dict[str, Claim], expected: str | None) -> None:
+def test_pick(claims: dict[str, Demand], expected: str | None) -> None:
     assert pick(claims) == expected
 
 
-def clip(chunk: int, limit: int) -> Claim:
-    return Claim(chunk, limit, 0.0, background=True)
+def clip(chunk: int, limit: int) -> Demand:
+    return Demand(chunk, limit, 0.0, background=True)
 
 
 @pytest.mark.parametrize(
@@ -30,36 +30,36 @@ def clip(chunk: int, limit: int) -> Claim:
         ({"clip": clip(1, 1)}, None),
         ({"clip": clip(3, 4), "other": clip(0, 1)}, "clip"),
         # Behind every stream that may generate, however far off its deadline.
-        ({"clip": clip(0, 1), "a": Claim(0, 1, 99.0)}, "a"),
+        ({"clip": clip(0, 1), "a": Demand(0, 1, 99.0)}, "a"),
         # A stream that has run ahead: its next chunk takes 2 s after the clip's 2 s, so it may not be due before 14.
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0)}, "clip"),
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 13.9)}, None),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 14.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 13.9)}, None),
         # Of two such streams, the second waits for the first.
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0), "b": Claim(2, 2, 16.0)}, "clip"),
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 14.0), "b": Claim(2, 2, 15.9)}, None),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 14.0), "b": Demand(2, 2, 16.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 14.0), "b": Demand(2, 2, 15.9)}, None),
         # Paused: nobody waits for it.
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 9.0)}, "clip"),
-        ({"clip": clip(0, 1), "a": Claim(2, 2, 9.0), "b": Claim(2, 2, 13.0)}, None),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 9.0)}, "clip"),
+        ({"clip": clip(0, 1), "a": Demand(2, 2, 9.0), "b": Demand(2, 2, 13.0)}, None),
         # Clips are never due, and so never in each other's way.
         ({"clip": clip(4, 4), "other": clip(0, 1)}, "other"),
     ],
 )
-def test_a_clip_gets_what_the_streams_leave(claims: dict[str, Claim], expected: str | None) -> None:
+def test_a_clip_gets_what_the_streams_leave(claims: dict[str, Demand], expected: str | None) -> None:
     assert pick(claims, now=10.0, step_seconds=2.0) == expected
 
 
 @pytest.mark.parametrize(("streams", "step"), [(1, 0.67), (1, 0.3), (2, 0.33), (3, 0.22), (8, 0.08)])
 def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> None:
     """A simulated minute of streams that fill the engine as far as they are admitted, and a clip that always wants."""
-    chunk, lead = 0.75, 0.75 + step  # of `server.pacing`: a chunk is allowed this long before it is due
+    chunk, lead = 0.75, 0.75 + step  # of `server.streams.playback`: a chunk is allowed this long before it is due
     names = [f"s{k}" for k in range(streams)]
-    claims = {"clip": clip(0, 10**6), **{name: Claim(1, 1, 0.75 + k * 0.1) for k, name in enumerate(names)}}
+    claims = {"clip": clip(0, 10**6), **{name: Demand(1, 1, 0.75 + k * 0.1) for k, name in enumerate(names)}}
     now, late, clips = 0.0, 0.0, 0
     while now < 60:
         for name in names:
             claim = claims[name]
             if claim.chunk == claim.limit and now >= claim.due - lead:
-                claims[name] = Claim(claim.chunk, claim.limit + 1, claim.due)
+                claims[name] = Demand(claim.chunk, claim.limit + 1, claim.due)
         picked = pick(claims, now, step)
         if picked is None:
             now += 0.001
@@ -70,7 +70,7 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
         else:
             claim = claims[picked]
             late = max(late, now - claim.due)
-            claims[picked] = Claim(claim.chunk + 1, claim.limit, claim.due + chunk)
+            claims[picked] = Demand(claim.chunk + 1, claim.limit, claim.due + chunk)
     assert late <= 1e-9
     assert clips > 3, "and the clip gets on"
 
@@ -79,22 +79,22 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
     ("claims", "expected"),
     [
         # Nobody plays: whoever has waited longest.
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "older": Claim(0, 1, 0.0, opened=9.0)}, "older"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "older": Demand(0, 1, 0.0, opened=9.0)}, "older"),
         # a's next chunk takes 2 s after two of the newcomer's, so it may not be due before 16.
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 4, 16.0)}, "new"),
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 4, 15.9)}, "a"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "a": Demand(3, 4, 16.0)}, "new"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "a": Demand(3, 4, 15.9)}, "a"),
         # Also of one that has run ahead; but then there is nothing else to do.
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 3, 15.9)}, "new"),
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "a": Claim(3, 3, 15.9), "b": Claim(3, 4, 30.0)}, "b"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "a": Demand(3, 3, 15.9)}, "new"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "a": Demand(3, 3, 15.9), "b": Demand(3, 4, 30.0)}, "b"),
         # One that is late already goes first; a newcomer waits for two seconds at most.
-        ({"new": Claim(0, 1, 0.0, opened=8.1), "a": Claim(3, 4, 9.0)}, "a"),
-        ({"new": Claim(0, 1, 0.0, opened=7.9), "a": Claim(3, 4, 9.0)}, "new"),
+        ({"new": Demand(0, 1, 0.0, opened=8.1), "a": Demand(3, 4, 9.0)}, "a"),
+        ({"new": Demand(0, 1, 0.0, opened=7.9), "a": Demand(3, 4, 9.0)}, "new"),
         # A newcomer goes before clips, and is in no clip's way once it may not generate.
-        ({"new": Claim(0, 1, 0.0, opened=9.5), "clip": clip(0, 1)}, "new"),
-        ({"new": Claim(0, 0, 0.0, opened=9.5), "clip": clip(0, 1)}, "clip"),
+        ({"new": Demand(0, 1, 0.0, opened=9.5), "clip": clip(0, 1)}, "new"),
+        ({"new": Demand(0, 0, 0.0, opened=9.5), "clip": clip(0, 1)}, "clip"),
     ],
 )
-def test_a_new_stream_lets_those_that_play_go_on(claims: dict[str, Claim], expected: str) -> None:
+def test_a_new_stream_lets_those_that_play_go_on(claims: dict[str, Demand], expected: str) -> None:
     assert pick(claims, now=10.0, step_seconds=2.0) == expected
 
 
@@ -105,7 +105,7 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
     shown: list[tuple[int, float]] = [(0, 0.0)] * streams  # chunks made, and when they will have been played
     while now < 30:
         claims = {
-            str(i): Claim(made, made + (dry - now <= length), dry, opened=None if made else 0.0)
+            str(i): Demand(made, made + (dry - now <= length), dry, opened=None if made else 0.0)
             for i, (made, dry) in enumerate(shown)
         }
         if (name := pick(claims, now, step)) is None:
@@ -120,25 +120,29 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
 @pytest.mark.parametrize(
     ("claims", "most", "expected"),
     [
-        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 1, []),
+        ({"a": Demand(1, 2, 20.0), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 1, []),
         # The most urgent ones, and no more than are asked for.
-        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 2, ["c"]),
-        ({"a": Claim(1, 2, 20.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, ["c", "b"]),
+        ({"a": Demand(1, 2, 20.0), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 2, ["c"]),
+        ({"a": Demand(1, 2, 20.0), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 9, ["c", "b"]),
         # Two steps of 2 s leave the first in time, three do not; late already, it goes alone.
-        ({"a": Claim(1, 2, 14.0), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, ["c"]),
-        ({"a": Claim(1, 2, 13.9), "b": Claim(1, 2, 22.0), "c": Claim(1, 2, 21.0)}, 9, []),
-        ({"a": Claim(1, 2, 9.0), "b": Claim(1, 2, 9.5)}, 9, []),
+        ({"a": Demand(1, 2, 14.0), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 9, ["c"]),
+        ({"a": Demand(1, 2, 13.9), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 9, []),
+        ({"a": Demand(1, 2, 9.0), "b": Demand(1, 2, 9.5)}, 9, []),
         # Who may not generate does not go along, nor who shows nothing yet, nor a clip.
-        ({"a": Claim(1, 2, 20.0), "b": Claim(2, 2, 21.0), "c": Claim(0, 1, 21.0, opened=9.0), "d": clip(1, 2)}, 9, []),
+        (
+            {"a": Demand(1, 2, 20.0), "b": Demand(2, 2, 21.0), "c": Demand(0, 1, 21.0, opened=9.0), "d": clip(1, 2)},
+            9,
+            [],
+        ),
         # Who shows nothing yet goes alone.
-        ({"a": Claim(0, 1, 20.0, opened=9.0), "b": Claim(1, 2, 21.0)}, 9, []),
+        ({"a": Demand(0, 1, 20.0, opened=9.0), "b": Demand(1, 2, 21.0)}, 9, []),
         # Clips go with clips, as many as the streams leave time for: a batch of two, then 2 s for the stream.
         ({"a": clip(1, 2), "b": clip(1, 2), "c": clip(1, 1), "d": clip(0, 2)}, 9, ["b", "d"]),
-        ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2), "live": Claim(2, 2, 16.0)}, 9, ["b"]),
-        ({"a": clip(1, 2), "b": clip(1, 2), "live": Claim(2, 2, 15.9)}, 9, []),
+        ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2), "live": Demand(2, 2, 16.0)}, 9, ["b"]),
+        ({"a": clip(1, 2), "b": clip(1, 2), "live": Demand(2, 2, 15.9)}, 9, []),
         ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2)}, 2, ["b"]),
     ],
 )
-def test_who_goes_along(claims: dict[str, Claim], most: int, expected: list[str]) -> None:
-    assert alongside(claims, "a", list(claims), 10.0, 2.0, most) == expected
-    assert alongside(claims, "a", ["a"], 10.0, 2.0, most) == [], "only those that are alike"
+def test_who_goes_along(claims: dict[str, Demand], most: int, expected: list[str]) -> None:
+    assert batch_with(claims, "a", list(claims), 10.0, 2.0, most) == expected
+    assert batch_with(claims, "a", ["a"], 10.0, 2.0, most) == [], "only those that are alike"

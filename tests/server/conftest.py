@@ -18,10 +18,10 @@ from aiortc.rtp import RtcpPsfbPacket
 from fastapi import FastAPI
 
 from server.__main__ import Server, listen, uvicorn_config
+from server.auth.keys import add_key
 from server.backends.fake import FakeBackend
 from server.config import Config
-from server.keys import add_key
-from server.streams import Streams
+from server.streams.registry import Streams
 from server.tracing import Tracing
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from server.backends.local import LocalBackend
 from server.config import Config
-from server.store import Store
+from server.library.store import Store
 
 
 def test_what_follows_two_dashes_goes_to_the_engine() -> None:

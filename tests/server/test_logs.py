@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import websockets
 
-from server import http
+from server.api import http
+from server.auth.keys import add_key
 from server.backends.fake import FakeBackend
 from server.errors import request_id
-from server.keys import add_key
 from server.logs import FORMATTERS, JsonFormatter, TextFormatter
 
 pytestmark = pytest.mark.anyio

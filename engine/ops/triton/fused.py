@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops.fused import Activation, Projected, Scales
-from engine.ops.linear import LARGEST, STORED, Fixed, Into, Rows8
+from engine.ops.linear import LARGEST, STORED, Fixed, OutputFormat, QuantTensor
 from engine.ops.sparse import UNIT
 
 ADD_NORM_ROWS = 12
@@ -27,7 +27,7 @@ def _share(rows: int, most: int) -> int:
     return next(share for share in range(min(rows, most), 0, -1) if rows % share == 0)
 
 
-def _form(into: Into | None) -> dict[str, float]:
+def _form(into: OutputFormat | None) -> dict[str, float]:
     """For a kernel: 0 is as it is, 1 and 2 are fp8 and int8 with a scale a row, 3 and 4 the same with a fixed one."""
     if into is None:
         return {"FORMAT": 0, "LARGEST": 0.0}
@@ -326,7 +326,7 @@ def _store_turned(
     tl.store(out + batch * out_batch + token * out_token + at, k.to(out.dtype.element_ty), mask=mask)
 
 
-def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
+def _empty(x: Tensor, into: OutputFormat | None) -> tuple[Tensor, Tensor]:
     """Where to write rows like x's, and their scales: those of a fixed scale are there.
 
     In 8 bits the memory goes on to a multiple of the rows that sparse products take.
@@ -338,8 +338,8 @@ def _empty(x: Tensor, into: Into | None) -> tuple[Tensor, Tensor]:
     return out, into.scale if isinstance(into, Fixed) else torch.empty(len(x), 1, device=x.device)
 
 
-def _activation(out: Tensor, scales: Tensor, into: Into | None) -> Activation:
-    return out if into is None else Rows8(out, scales)
+def _activation(out: Tensor, scales: Tensor, into: OutputFormat | None) -> Activation:
+    return out if into is None else QuantTensor(out, scales)
 
 
 def add_norm(
@@ -351,7 +351,7 @@ def add_norm(
     y: Tensor | None,
     bias: Tensor | None,
     gate: Tensor | None,
-    into: Into | None,
+    into: OutputFormat | None,
 ) -> tuple[Tensor, Activation]:
     rows, width = x.shape
     out, scales = _empty(x, into)
@@ -369,7 +369,7 @@ def add_norm(
     return total, _activation(out, scales, into)
 
 
-def _pointwise(x: Tensor, bias: Tensor | None, into: Into | None, *, activate: bool) -> Activation:
+def _pointwise(x: Tensor, bias: Tensor | None, into: OutputFormat | None, *, activate: bool) -> Activation:
     rows, width = x.shape
     out, scales = _empty(x, into)
     assert x.is_contiguous()
@@ -381,13 +381,13 @@ def _pointwise(x: Tensor, bias: Tensor | None, into: Into | None, *, activate: b
     return _activation(out, scales, into)
 
 
-def gelu(x: Tensor, bias: Tensor | None, into: Into | None) -> Activation:
+def gelu(x: Tensor, bias: Tensor | None, into: OutputFormat | None) -> Activation:
     return _pointwise(x, bias, into, activate=True)
 
 
-def to_rows8(x: Tensor, into: Into) -> Rows8:
+def to_rows8(x: Tensor, into: OutputFormat) -> QuantTensor:
     out = _pointwise(x, None, into, activate=False)
-    assert isinstance(out, Rows8)
+    assert isinstance(out, QuantTensor)
     return out
 
 

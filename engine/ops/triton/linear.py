@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.linear import Rows8
+from engine.ops.linear import QuantTensor
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _weights8(
     )  # fmt: skip
 
 
-def linear_weights8(x: Tensor, weight: Rows8) -> Tensor:
+def linear_weights8(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [R, K], of few rows."""
     height, depth = x.shape
     width = len(weight.data)

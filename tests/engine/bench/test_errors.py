@@ -7,7 +7,7 @@ import torch
 from engine.bench import errors
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 
 EXACT = {"as it is written", "fused", "half of the past", "a fifth of the past"}
 """The toy's whole past fits into one block of keys, so that none is left out."""

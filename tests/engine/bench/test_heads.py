@@ -15,7 +15,7 @@ from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.stream.kv_cache import CacheConfig
 from engine.stream.pruned_heads import below
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 
 
 @pytest.mark.parametrize("sink", [0, 3])

@@ -8,7 +8,7 @@ import torch
 
 from engine.bench import linear
 from engine.config import Preset
-from engine.transforms.low_bit import Held, Projection
+from engine.transforms.low_bit import Projection, WeightFormat
 
 CPU = torch.device("cpu")
 
@@ -35,10 +35,10 @@ def test_what_fails_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Projection, "__call__", broken)
     weights, inputs = linear.operands(8, 32, 32, CPU, torch.float32)
-    row = linear.measure("fp8", Held("fp8"), False, weights, inputs)
+    row = linear.measure("fp8", WeightFormat("fp8"), False, weights, inputs)
     assert row.fault == "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED" and row.us != row.us
     odd = linear.operands(8, 30, 32, CPU, torch.float32)
-    assert "multiple of 32" in str(linear.measure("mxfp8", Held("mxfp8"), False, *odd).fault)
+    assert "multiple of 32" in str(linear.measure("mxfp8", WeightFormat("mxfp8"), False, *odd).fault)
 
 
 def test_small_batches(toy: Preset) -> None:

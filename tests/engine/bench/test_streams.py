@@ -11,7 +11,7 @@ from engine.assemble import best_dtype
 from engine.bench import streams
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 
 
 class Engine:

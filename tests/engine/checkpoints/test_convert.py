@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from engine import commands
+from engine import cli as commands
 from engine.checkpoints import layouts, sources, store, wan, wan_vae
 from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
+from engine.models.config import TAEW21, WAN21, DiTConfig, TextConfig
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import TAEW21, WAN21, DiTConfig, TextConfig
 from engine.models.text_encoder import TextEncoder
 from engine.models.vae import CausalVAE
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.checkpoints.lora import Lora, LoraNotFoundError, names, parse, read, shapes_of
 from engine.checkpoints.store import StoreError
+from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
-from engine.models.sizes import DiTConfig
 
 with torch.device("meta"):
     MODEL = CausalWan(DiTConfig(dim=8, ffn_dim=12, num_heads=2, num_layers=2, text_dim=6))

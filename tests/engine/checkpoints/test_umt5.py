@@ -7,7 +7,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.checkpoints.store import StoreError
 from engine.checkpoints.umt5 import to_native
-from engine.models.sizes import UMT5_XXL, TextConfig
+from engine.models.config import UMT5_XXL, TextConfig
 from engine.models.text_encoder import TextEncoder
 
 SMALL = TextConfig(vocab_size=50, dim=24, ffn_dim=40, num_heads=3, head_dim=16, num_layers=2, length=12)

@@ -10,8 +10,8 @@ from engine.checkpoints import layouts, wan
 from engine.checkpoints.convert import load_dit
 from engine.checkpoints.headers import StoreError
 from engine.config import DIT_1_3B, DIT_5B, DIT_14B, PRESETS
+from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
-from engine.models.sizes import DiTConfig
 from engine.models.text_encoder import TextEncoder
 from engine.stream.kv_cache import BlockCausal, CacheConfig, KVCache
 

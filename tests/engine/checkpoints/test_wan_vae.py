@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from engine.checkpoints.wan_vae import from_diffusers
-from engine.models.sizes import WAN21, WAN21_LIGHT, WAN22, VAEConfig
+from engine.models.config import WAN21, WAN21_LIGHT, WAN22, VAEConfig
 from engine.models.vae import CausalVAE
 
 # What the configurations of Wan 2.1 and of Wan 2.2 TI2V 5B say where it differs from the class's defaults.

@@ -1,7 +1,7 @@
 import torch
 
+from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan, text_lengths, timestep_embedding
-from engine.models.sizes import DiTConfig
 from engine.ops.rope import axis_pairs, rope_angles, rotate
 
 WAN_BLOCK = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.models.config import LIGHT_TAEW21, TAEW21, TAEW22, LightVAEConfig
 from engine.models.light_vae import LightDecoder, MemBlock, TGrow
-from engine.models.sizes import LIGHT_TAEW21, TAEW21, TAEW22, LightVAEConfig
 
 SMALL_TAEHV = replace(TAEW22, latent_channels=4, widths=(16, 12, 8, 8))
 CONFIGS = pytest.mark.parametrize("config", [LightVAEConfig(), SMALL_TAEHV], ids=["mini", "taehv"])

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from engine.checkpoints.wan_vae import from_diffusers
-from engine.models.sizes import WAN21, WAN21_STATISTICS, WAN22, WAN22_STATISTICS, LatentStatistics, VAEConfig
+from engine.models.config import WAN21, WAN21_STATISTICS, WAN22, WAN22_STATISTICS, LatentStatistics, VAEConfig
 from engine.models.vae import CausalVAE, State
 
 MINI = VAEConfig(encoder_widths=(8, 16, 24), decoder_widths=(8, 16, 24), decoder_inputs=(8, 16))

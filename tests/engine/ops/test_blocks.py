@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.ops.blocks import BLOCK, E2M1, BlockFormat, Blocks, blocks_fault, linear_blocks, quantise_blocks, swizzled
+from engine.ops.blocks import (
+    BLOCK,
+    E2M1,
+    BlockFormat,
+    Blocks,
+    blocks_unsupported_reason,
+    linear_blocks,
+    quantise_blocks,
+    swizzled,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS: tuple[BlockFormat, ...] = ("mxfp8", "nvfp4")
@@ -146,7 +155,7 @@ def test_on_a_gpu(form: BlockFormat) -> None:
     """Through the units where there are any, else restored: the same either way."""
     device = torch.device("cuda")
     if torch.cuda.get_device_capability() < (10, 0):
-        assert blocks_fault(device, form) == "needs compute capability 10.0"
+        assert blocks_unsupported_reason(device, form) == "needs compute capability 10.0"
     x, weight = random(130, 256).cuda(), random(96, 256, seed=1).cuda()
     found = linear_blocks(quantise_blocks(x, form), quantise_blocks(weight, form), torch.bfloat16)
     expected = quantise_blocks(x.cpu(), form).restore() @ quantise_blocks(weight.cpu(), form).restore().t()

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.ops import fused
 from engine.ops.attention import pack_values, unpack_values
 from engine.ops.fused import Activation, Projected, Scales
-from engine.ops.linear import Fixed, Format, Into, Rows8, fp8_rows_supported, linear8, quantise
+from engine.ops.linear import Fixed, Format, OutputFormat, QuantTensor, fp8_rows_supported, linear8, quantise
 from engine.ops.rope import rope_angles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -17,7 +17,7 @@ ON_GPU = DEVICE.type == "cuda"
 # the interpreter knows no bfloat16 and rounds to float8 in another way
 IN_8_BITS: list[Format] = ["int8", *(["fp8"] if ON_GPU else [])]
 FIXED = torch.full((1,), 0.02, device=DEVICE)
-FORMATS: list[Into | None] = [None, *IN_8_BITS, *(Fixed(form, FIXED) for form in IN_8_BITS)]
+FORMATS: list[OutputFormat | None] = [None, *IN_8_BITS, *(Fixed(form, FIXED) for form in IN_8_BITS)]
 
 
 def kernels() -> Any:
@@ -44,8 +44,8 @@ def plain(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def same(found: Activation, expected: Activation) -> None:
-    if isinstance(expected, Rows8):
-        assert isinstance(found, Rows8)
+    if isinstance(expected, QuantTensor):
+        assert isinstance(found, QuantTensor)
         torch.testing.assert_close(found.scale.cpu(), expected.scale, rtol=1e-5, atol=1e-9)
         apart = (found.data.cpu().float() - expected.data.float()).abs()
         assert apart.max() <= (1.0 if expected.format == "int8" else 32.0)  # neighbouring values
@@ -58,7 +58,7 @@ def same(found: Activation, expected: Activation) -> None:
 @pytest.mark.parametrize("into", FORMATS)
 @pytest.mark.parametrize("width", [96, 128])
 @pytest.mark.parametrize("added", ["nothing", "y", "bias", "gate", "both"])
-def test_add_norm(added: str, width: int, into: Into | None) -> None:
+def test_add_norm(added: str, width: int, into: OutputFormat | None) -> None:
     x, y, bias = random(12, width), random(12, width, seed=1), random(width, seed=2)
     modulation = random(3, 6, width, seed=3)
     shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 2]  # strided, as the model's are
@@ -89,7 +89,7 @@ def test_gelu(into: Format | None, width: int, with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("into", [f for f in FORMATS if f])
-def test_to_rows8(into: Into) -> None:
+def test_to_rows8(into: OutputFormat) -> None:
     x = random(6, 100)
     x[2] = 0
     x[4, 7] = -50  # beyond what the fixed scale holds

@@ -6,20 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import linear
-from engine.ops.cublas import gelu_fault
+from engine.ops.cublas import gelu_unsupported_reason
 from engine.ops.linear import (
     LARGEST,
     Fixed,
     Format,
-    Into,
-    Rows8,
-    fp8_fault,
+    OutputFormat,
+    QuantTensor,
+    fp8_unsupported_reason,
     linear8,
     linear_weights8,
     quantise,
     rescale,
 )
-from engine.transforms.low_bit import Form, Held, Projection
+from engine.transforms.low_bit import Projection, QuantScheme, WeightFormat
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -35,7 +35,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def into(form: Format, x: Tensor, kind: str) -> Into:
+def into(form: Format, x: Tensor, kind: str) -> OutputFormat:
     """`rows`; `tensor`, which fits; or `fixed`, which leaves room above."""
     if kind == "rows":
         return form
@@ -127,27 +127,31 @@ def test_float32_is_not_given_to_units_that_round(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_cpu_has_no_float8_products() -> None:
-    assert fp8_fault(torch.device("cpu"), "rows") == fp8_fault(torch.device("cpu"), "tensor") == "needs a GPU"
+    assert (
+        fp8_unsupported_reason(torch.device("cpu"), "rows")
+        == fp8_unsupported_reason(torch.device("cpu"), "tensor")
+        == "needs a GPU"
+    )
 
 
 @pytest.mark.gpu
 def test_a_gpu_with_float8_has_one_of_both() -> None:
-    faults = [fp8_fault(DEVICE, scales) for scales in ("rows", "tensor")]
+    faults = [fp8_unsupported_reason(DEVICE, scales) for scales in ("rows", "tensor")]
     assert (None in faults) == (torch.cuda.get_device_capability() >= (8, 9))
 
 
 def test_restore_takes_one_scale_or_a_scale_a_row() -> None:
     data = torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-    assert Rows8(data, torch.tensor([[2.0], [0.5]])).restore().tolist() == [[2, 4], [1.5, 2]]
-    assert Rows8(data, torch.tensor([3.0])).restore().tolist() == [[3, 6], [9, 12]]
+    assert QuantTensor(data, torch.tensor([[2.0], [0.5]])).restore().tolist() == [[2, 4], [1.5, 2]]
+    assert QuantTensor(data, torch.tensor([3.0])).restore().tolist() == [[3, 6], [9, 12]]
 
 
 @pytest.mark.parametrize("rows", [16, 40])
 @pytest.mark.parametrize("form", ["fp8-tensor", "fp8", "int8"])
-def test_a_product_is_activated_and_rounded_as_apart(form: Form, rows: int) -> None:
+def test_a_product_is_activated_and_rounded_as_apart(form: QuantScheme, rows: int) -> None:
     """Where cuBLAS has an epilogue for both, that is what runs."""
     width = 96
-    up = Projection.of(random(width, 64, seed=1).to(DTYPE) / 8, Held(form), random(width, seed=2).to(DTYPE))
+    up = Projection.of(random(width, 64, seed=1).to(DTYPE) / 8, WeightFormat(form), random(width, seed=2).to(DTYPE))
     x = random(rows, 64).to(DTYPE)
     up.watch()
     up(x)
@@ -155,10 +159,10 @@ def test_a_product_is_activated_and_rounded_as_apart(form: Form, rows: int) -> N
     assert isinstance(up.into, Fixed) and up.bias is not None
     into = Fixed(up.into.format, torch.full((1,), 8.0 / LARGEST[up.into.format], device=DEVICE))
     found = up.gelu(up.rounded(x), into)
-    assert isinstance(found, Rows8) and found.data.shape == (rows, width)
+    assert isinstance(found, QuantTensor) and found.data.shape == (rows, width)
     expected = F.gelu(up(x).float() + up.bias.float(), approximate="tanh")
     assert error(found.restore(), expected) < 0.04
 
 
 def test_a_gpu_with_float8_has_the_epilogue() -> None:
-    assert (gelu_fault(DEVICE) is None) == (fp8_fault(DEVICE, "tensor") is None)
+    assert (gelu_unsupported_reason(DEVICE) is None) == (fp8_unsupported_reason(DEVICE, "tensor") is None)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.ops.linear import Fixed, Rows8, quantise
-from engine.ops.sparse import UNIT, compress, filled, is_pruned, linear_sparse, prune, sparse_fault
+from engine.ops.linear import Fixed, QuantTensor, quantise
+from engine.ops.sparse import UNIT, compress, filled, is_pruned, linear_sparse, prune, sparse_unsupported_reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -42,7 +42,7 @@ def test_width_must_be_whole_groups() -> None:
 def test_product_as_it_is(rows: int) -> None:
     x, weight = random(2, rows, 64), prune(random(96, 64, seed=1))
     packed = compress(weight, fp8=False)
-    assert packed.compressed == (sparse_fault(DEVICE, fp8=False) is None)
+    assert packed.compressed == (sparse_unsupported_reason(DEVICE, fp8=False) is None)
     found, expected = linear_sparse(x, packed, DTYPE), x.float() @ weight.float().t()
     assert found.shape == (2, rows, 96) and found.dtype == DTYPE
     assert (found.float() - expected).norm() / expected.norm() < (1e-2 if DEVICE.type == "cuda" else 1e-6)
@@ -53,7 +53,7 @@ def test_product_as_it_is(rows: int) -> None:
 def test_product_in_fp8(rows: int, fixed: bool) -> None:
     x, weight = 5 * random(rows, 64), prune(random(96, 64, seed=1))
     packed = compress(weight, fp8=True)
-    assert packed.compressed == (sparse_fault(DEVICE, fp8=True) is None)
+    assert packed.compressed == (sparse_unsupported_reason(DEVICE, fp8=True) is None)
     operand = quantise(x, Fixed("fp8", torch.full((1,), 0.1, device=DEVICE)) if fixed else "fp8")
     expected = operand.restore() @ quantise(weight, "fp8").restore().t()
     found = linear_sparse(operand, packed, DTYPE)
@@ -80,8 +80,8 @@ def test_rows_are_filled_up_without_a_copy_where_there_is_room() -> None:
 @pytest.mark.gpu
 def test_a_hopper_gpu_has_sparse_products() -> None:
     if torch.cuda.get_device_capability() == (9, 0):
-        assert sparse_fault(DEVICE, fp8=False) is None
-        assert sparse_fault(DEVICE, fp8=True) is None
+        assert sparse_unsupported_reason(DEVICE, fp8=False) is None
+        assert sparse_unsupported_reason(DEVICE, fp8=True) is None
 
 
 @pytest.mark.gpu
@@ -100,7 +100,7 @@ def test_in_a_cuda_graph_and_with_rows_that_need_filling() -> None:
 
     def run() -> Tensor:
         rows = to_rows8(x, "fp8")
-        assert isinstance(rows, Rows8)
+        assert isinstance(rows, QuantTensor)
         return linear_sparse(rows, packed, DTYPE)
 
     expected = run()

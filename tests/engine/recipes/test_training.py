@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.config import MINI
-from engine.models.sizes import DiTConfig, LightVAEConfig, TextConfig, VAEConfig
+from engine.models.config import DiTConfig, LightVAEConfig, TextConfig, VAEConfig
 from engine.recipes import distill, evaluate, probe, teacher, text, train_vae
 from engine.recipes.optimizer import Optimiser, orthogonalise
 from engine.recipes.run import Run, learning_rate

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
-from engine.models.sizes import DiTConfig
 from engine.ops.rope import rope_angles, rotate
 from engine.stream.kv_cache import BlockCausal, CacheConfig, KVCache, Precision
 from engine.stream.rollout import forward

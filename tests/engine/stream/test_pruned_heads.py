@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.sizes import DiTConfig
+from engine.models.config import DiTConfig
 from engine.ops import attention as references
 from engine.ops.attention import BLOCK, unpack_values
 from engine.ops.triton import attention as kernels
@@ -37,7 +37,7 @@ class Masked(FusedCache):
         super().__init__(*options, **more)
         self.leave_out = pruned
 
-    def _look(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
+    def _attention(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
         filled, dtype = self.filled, given.get("out_dtype") or q.dtype
         if given:
             values = unpack_values(values, filled)
@@ -89,7 +89,7 @@ def roll(cache: FusedCache, chunks: int = 6, first: int = 0) -> list[Tensor]:
         for _ in range(2):
             for layer in range(DIT.num_layers):
                 qkv = torch.randn(batch, cache.chunk_tokens, 3 * width, generator=generator)
-                out.append(cache.look(layer, cache.write(layer, qkv, None, sharp, flat, 1e-6)))
+                out.append(cache.attend(layer, cache.write(layer, qkv, None, sharp, flat, 1e-6)))
         cache.advance()
     return out
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.stream.sampler import chunk_noise, euler, few_step, to_x0
-from engine.stream.schedule import shifted_sigma, step_sigmas
+from engine.stream.steps import shifted_sigma, step_sigmas
 
 
 def test_self_forcing_timesteps_at_shift_5() -> None:

@@ -8,22 +8,22 @@ import torch
 from engine.bench.errors import relative, run
 from engine.config import Preset
 from engine.pipeline import Pipeline
-from engine.transforms.accelerate import Speed
+from engine.transforms.apply import Speed
 from engine.transforms.calibrate import calibrate
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Form
+from engine.transforms.low_bit import QuantScheme
 
 Build = Callable[..., Pipeline]
 
 
-def calibrated(build: Build, toy: Preset, form: Form) -> Pipeline:
+def calibrated(build: Build, toy: Preset, form: QuantScheme) -> Pipeline:
     pipeline = build(toy, speed=Speed(fused=True, low_bit=form, fixed_scales=True))
     calibrate(pipeline.served, toy, [pipeline.encode_prompt("a blue cube"), pipeline.encode_prompt("a red ball")])
     return pipeline
 
 
 @pytest.mark.parametrize("form", ["fp8", "fp8-tensor", "int8", "nvfp4"])
-def test_every_projection_gets_a_scale_and_chunks_stay_right(build: Build, toy: Preset, form: Form) -> None:
+def test_every_projection_gets_a_scale_and_chunks_stay_right(build: Build, toy: Preset, form: QuantScheme) -> None:
     expected, _ = run(build(toy), 3)
     pipeline = calibrated(build, toy, form)
     model = pipeline.dit

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.models.config import DiTConfig, LatentStatistics, LightVAEConfig
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
-from engine.models.sizes import DiTConfig, LatentStatistics, LightVAEConfig
 from engine.ops import attention as references
 from engine.stream.decoding import LightDecoding
 from engine.stream.fused_cache import FusedCache
@@ -17,7 +17,7 @@ from engine.stream.kv_cache import CacheConfig, KVCache
 from engine.stream.pruned_heads import Heads
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import ROLES, Form, Policy
+from engine.transforms.low_bit import ROLES, Policy, QuantScheme
 
 pytestmark = pytest.mark.gpu
 DIT = DiTConfig(dim=384, ffn_dim=1024, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
@@ -112,7 +112,7 @@ def test_kernels_see_with_pruned_heads_what_the_references_see(
 @pytest.mark.parametrize(
     "policy",
     [
-        *(Policy(form) for form in get_args(Form)),
+        *(Policy(form) for form in get_args(QuantScheme)),
         Policy(sparse=frozenset(ROLES)),
         Policy("fp8", sparse=frozenset(ROLES)),
     ],

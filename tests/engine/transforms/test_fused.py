@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
-from engine.models.sizes import DiTConfig
 from engine.stream.fused_cache import FusedCache
 from engine.stream.kv_cache import CacheConfig, KVCache
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Form, Policy
+from engine.transforms.low_bit import Policy, QuantScheme
 
 DIT = DiTConfig(dim=192, ffn_dim=320, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
 CONFIG = CacheConfig(chunk=3, window=12, sink=3, rows=8, columns=12)
@@ -87,7 +87,7 @@ def test_changed_modulation_arrives_by_refresh() -> None:
         ("int8-weights", 0.02),
     ],
 )
-def test_projections_in_fewer_bits(form: Form, limit: float) -> None:
+def test_projections_in_fewer_bits(form: QuantScheme, limit: float) -> None:
     expected = roll(wan(), exact_cache())
     found = roll(FusedWan(wan(), Policy(form)), FusedCache(CONFIG, DIT))
     errors = [error(f, e) for f, e in zip(found, expected, strict=True)]

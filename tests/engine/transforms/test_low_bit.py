@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.ops.linear import Fixed, Rows8
-from engine.transforms.low_bit import HEADROOM, Form, Held, Policy, Projection, bytes_of
+from engine.ops.linear import Fixed, QuantTensor
+from engine.transforms.low_bit import HEADROOM, Policy, Projection, QuantScheme, WeightFormat, bytes_of
 
-FORMS: tuple[Form | None, ...] = (
+FORMS: tuple[QuantScheme | None, ...] = (
     None, "fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights",
 )  # fmt: skip
 
@@ -25,29 +25,29 @@ def layer(width: int = 96, depth: int = 64, seed: int = 1) -> nn.Linear:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_changed_weight_arrives_by_refresh_in_place(form: Form | None, sparse: bool) -> None:
+def test_a_changed_weight_arrives_by_refresh_in_place(form: QuantScheme | None, sparse: bool) -> None:
     if sparse and form not in (None, "fp8"):
         return
     x, linear = random(20, 64), layer()
-    projection = Projection([linear], Held(form, sparse))
+    projection = Projection([linear], WeightFormat(form, sparse))
     held = projection.weight
     projection.release(keep_on_host=True)
     with torch.no_grad():
         linear.weight.copy_(random(96, 64, seed=5))
     projection.refresh()
     assert projection.weight is held
-    expected = Projection([layer(seed=5)], Held(form, sparse))(x)
+    expected = Projection([layer(seed=5)], WeightFormat(form, sparse))(x)
     assert torch.equal(projection(x), expected)
 
 
 def test_what_the_kernel_before_is_told() -> None:
-    told = {form: Projection([layer()], Held(form)).into for form in FORMS}
+    told = {form: Projection([layer()], WeightFormat(form)).into for form in FORMS}
     assert told == {form: form if form in ("fp8", "int8") else None for form in FORMS}
 
 
 @pytest.mark.parametrize("form", ["fp8", "fp8-tensor", "int8"])
-def test_a_fixed_scale_is_that_of_the_largest_input_seen_with_room(form: Form) -> None:
-    projection, largest = Projection([layer()], Held(form)), 0.0
+def test_a_fixed_scale_is_that_of_the_largest_input_seen_with_room(form: QuantScheme) -> None:
+    projection, largest = Projection([layer()], WeightFormat(form)), 0.0
     projection.watch()
     assert projection.into is None, "to be watched, inputs must come as they are"
     for seed in range(3):
@@ -68,7 +68,7 @@ def test_a_fixed_scale_is_that_of_the_largest_input_seen_with_room(form: Form) -
 
 
 def test_a_fixed_scale_in_nvfp4() -> None:
-    projection, x = Projection([layer()], Held("nvfp4")), random(20, 64)
+    projection, x = Projection([layer()], WeightFormat("nvfp4")), random(20, 64)
     found = projection(x)
     projection.watch()
     projection(x)
@@ -79,8 +79,8 @@ def test_a_fixed_scale_in_nvfp4() -> None:
 
 
 @pytest.mark.parametrize("form", [None, "mxfp8", "fp8-weights"])
-def test_nothing_is_watched_where_inputs_have_no_scale(form: Form | None) -> None:
-    projection = Projection([layer()], Held(form))
+def test_nothing_is_watched_where_inputs_have_no_scale(form: QuantScheme | None) -> None:
+    projection = Projection([layer()], WeightFormat(form))
     projection.watch()
     before = projection(random(4, 64))
     projection.settle()
@@ -88,7 +88,7 @@ def test_nothing_is_watched_where_inputs_have_no_scale(form: Form | None) -> Non
 
 
 def test_without_an_input_seen_scales_stay_each_inputs_own() -> None:
-    projection = Projection([layer()], Held("fp8"))
+    projection = Projection([layer()], WeightFormat("fp8"))
     projection.watch()
     projection.settle()
     assert projection.into == "fp8"
@@ -96,20 +96,20 @@ def test_without_an_input_seen_scales_stay_each_inputs_own() -> None:
 
 
 def test_one_scale_for_the_matrix() -> None:
-    weight = Projection([layer()], Held("fp8-tensor")).weight
-    assert isinstance(weight, Rows8) and weight.one_scale
+    weight = Projection([layer()], WeightFormat("fp8-tensor")).weight
+    assert isinstance(weight, QuantTensor) and weight.one_scale
 
 
 @pytest.mark.parametrize(
     ("form", "bits"), [(None, 32), ("fp8", 8), ("mxfp8", 8 + 8 / 32), ("nvfp4", 4 + 8 / 16), ("int8-weights", 8)]
 )
-def test_memory(form: Form | None, bits: float) -> None:
-    projection = Projection([layer()], Held(form))
+def test_memory(form: QuantScheme | None, bits: float) -> None:
+    projection = Projection([layer()], WeightFormat(form))
     scales = 4 * 96 if form in ("fp8", "int8-weights") else 4 if form in ("mxfp8", "nvfp4") else 0
     assert bytes_of({"x": projection}) == 96 * 64 * bits / 8 + scales
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8-tensor", "nvfp4", "fp8-weights"])
-def test_sparse_weights_are_as_they_are_or_in_fp8(form: Form) -> None:
+def test_sparse_weights_are_as_they_are_or_in_fp8(form: QuantScheme) -> None:
     with pytest.raises(ValueError, match=f"not in {form}"):
         Policy(form, sparse=frozenset({"up"})).of(0, "up")

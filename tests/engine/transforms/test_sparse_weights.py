@@ -7,7 +7,7 @@ from engine.ops.sparse import Sparse24, is_pruned
 from engine.stream.fused_cache import FusedCache
 from engine.transforms import sparse_weights
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import ROLES, Form, Policy, Projection, Role, layers_of
+from engine.transforms.low_bit import ROLES, Policy, Projection, QuantScheme, Role, layers_of
 from engine.transforms.sparse_weights import faster_roles, prune_weights, role_shapes
 from tests.engine.transforms.test_fused import CONFIG, DIT, error, exact_cache, roll, wan
 
@@ -27,7 +27,7 @@ def test_what_the_policy_holds_sparse_is_pruned_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("form", "limit"), [(None, 1e-5), ("fp8", 0.06)])
-def test_the_pruned_model_is_the_reference(form: Form | None, limit: float) -> None:
+def test_the_pruned_model_is_the_reference(form: QuantScheme | None, limit: float) -> None:
     policy, pruned = Policy(form, sparse=frozenset(ROLES)), wan()
     prune_weights(pruned, policy)
     expected = roll(pruned, exact_cache())
@@ -74,7 +74,7 @@ def test_roles_are_kept_where_they_are_faster_by_more_than_scatter(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", [None, "fp8"])
-def test_on_a_gpu(form: Form | None) -> None:
+def test_on_a_gpu(form: QuantScheme | None) -> None:
     """A projection is that of the pruned weight, whether or not this device has sparse products; measuring runs."""
     device = torch.device("cuda")
     assert faster_roles(DIT, 960, form, device, torch.bfloat16) <= frozenset(ROLES)

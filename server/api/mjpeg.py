@@ -1,0 +1,67 @@
+"""The stream as pictures that replace each other, for an `<img>` and for programs that know nothing newer."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.http import LongLivedResponse, Route, abort, streams_of, wants_alpha
+from server.errors import stream_ended
+from server.media.frames import HEADER
+from server.media.viewer import Viewer
+from server.streams.registry import Stream, Streams
+
+BOUNDARY = "frame"
+SEND_SECONDS = 10.0
+"""A viewer to whom nothing could be sent for this long is let go."""
+
+
+class Pictures(LongLivedResponse):
+    """Lasts as long as the stream."""
+
+    media_type = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
+
+    def __init__(self, streams: Streams, stream: Stream, viewer: Viewer) -> None:
+        super().__init__()
+        self._streams, self._stream, self._viewer = streams, stream, viewer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams.detach(self._stream, self._viewer)
+            self._viewer.forget()
+
+    async def send_all(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            while (item := await self._viewer.next()) is not None:
+                assert isinstance(item, bytes)
+                picture = item[HEADER.size :]
+                pts = HEADER.unpack_from(item)[5]
+                fields = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\nX-Pts: {pts}"
+                head = f"--{BOUNDARY}\r\n{fields}\r\n\r\n"
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(
+                        {"type": "http.response.body", "body": head.encode() + picture + b"\r\n", "more_body": True}
+                    )
+            await send({"type": "http.response.body", "body": f"--{BOUNDARY}--\r\n".encode()})
+        except TimeoutError:
+            self._streams.detach(self._stream, self._viewer)
+            self._streams.viewer_too_slow()
+            await abort(scope)
+
+
+async def watch(request: Request, id: str) -> Response:
+    """Watch a stream as JPEGs: `multipart/x-mixed-replace`, each part with its time in 1/90000 s as `X-Pts`."""
+    streams = streams_of(request)
+    stream = streams.get(id)
+    if stream.session.state.over:
+        raise stream_ended(stream.session.ended_reason)
+    viewer = Viewer("mjpeg", events=False, alpha=wants_alpha(request))
+    await streams.attach(stream, viewer)
+    return Pictures(streams, stream, viewer)
+
+
+ROUTES = [Route("GET", "/v1/streams/{id}/mjpeg", watch, None, 200, (400, 404, 409, 503), {"response_class": Pictures})]

@@ -1,0 +1,95 @@
+"""Recordings over HTTP: thin functions between requests and `Recorder`."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from server.api import schemas
+from server.api.http import Route, film, streams_of
+from server.auth.access import principal_of
+from server.errors import ApiError
+from server.library.recorder import Recorder, shown
+from server.library.recording_writer import MEDIA_TYPES
+
+
+def recorder_of(request: Request) -> Recorder:
+    """The application's recordings."""
+    return streams_of(request).recorder
+
+
+async def start_recording(
+    request: Request, response: Response, id: str, body: schemas.CreateRecording
+) -> dict[str, Any]:
+    """Record a stream from now on, or from its first frame. A stream that is recorded counts as watched."""
+    if body.alpha and body.format != "webm":
+        raise ApiError(400, "invalid_value", "`alpha` needs `format` webm: H.264 has no alpha channel.", param="alpha")
+    streams = streams_of(request)
+    recording = streams.record(streams.get(id), body.format, alpha=body.alpha)
+    response.headers["Location"] = f"/v1/recordings/{recording.id}"
+    return shown(recording)
+
+
+async def list_recordings_of_stream(request: Request, id: str) -> dict[str, Any]:
+    """A stream's recordings, the newest first."""
+    found = [each for each in recorder_of(request).all() if each.stream == id]
+    if not found:
+        streams_of(request).get(id)  # says so when there is no such stream
+    return {"object": "list", "data": [shown(each) for each in found]}
+
+
+async def list_recordings(request: Request) -> dict[str, Any]:
+    """The key's recordings, the newest first."""
+    principal = principal_of(request)
+    mine = [each for each in recorder_of(request).all() if principal.sees(each.id, each.owner)]
+    return {"object": "list", "data": [shown(each) for each in mine]}
+
+
+async def get_recording(request: Request, id: str) -> dict[str, Any]:
+    """One recording, and how far it is."""
+    return shown(recorder_of(request).get(id))
+
+
+async def stop_recording(request: Request, id: str) -> dict[str, Any]:
+    """Stop a recording; the answer comes when its file is complete. Doing it again does no harm."""
+    recordings = recorder_of(request)
+    await recordings.end(recordings.get(id))
+    return shown(recordings.get(id))
+
+
+async def delete_recording(request: Request, id: str) -> Response:
+    """Delete a recording and its file; one that runs is stopped."""
+    recordings = recorder_of(request)
+    await recordings.delete(recordings.get(id))
+    return Response(status_code=204)
+
+
+async def content(request: Request, id: str) -> Response:
+    """The film, also while it is recorded: then the response goes on until the end. A complete one can be read in
+    ranges."""
+    recordings = recorder_of(request)
+    recording = recordings.get(id)
+    if recording.status == "failed":
+        raise ApiError(409, "recording_failed", f"There is no film: the recording ended ({recording.reason}).")
+    tape = recordings.tape(recording)
+    path = recordings.path(recording)
+    name = f"{id}{recording.suffix}"
+    return film("recording", path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
+
+
+ROUTES = [
+    Route(
+        "POST",
+        "/v1/streams/{id}/recordings",
+        start_recording,
+        schemas.RecordingObject,
+        201,
+        (400, 404, 409, 413, 415, 429, 503, 507),
+    ),
+    Route("GET", "/v1/streams/{id}/recordings", list_recordings_of_stream, schemas.RecordingList, 200, (404,)),
+    Route("GET", "/v1/recordings", list_recordings, schemas.RecordingList),
+    Route("GET", "/v1/recordings/{id}", get_recording, schemas.RecordingObject, 200, (404,)),
+    Route("POST", "/v1/recordings/{id}/stop", stop_recording, schemas.RecordingObject, 200, (404,), accepts=""),
+    Route("DELETE", "/v1/recordings/{id}", delete_recording, None, 204, (404,)),
+    Route("GET", "/v1/recordings/{id}/content", content, None, 200, (404, 409), {"response_class": FileResponse}),
+]

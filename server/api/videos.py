@@ -1,0 +1,224 @@
+"""Clips over HTTP, as OpenAI's API for videos has them: its clients work unchanged."""
+
+import asyncio
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from server.api import idempotency, schemas
+from server.api.http import Route, claim_of, film, read_fields, read_picture, streams_of
+from server.auth.access import principal_of
+from server.errors import ApiError
+from server.library import clip_maker as clips
+from server.library.clip import Change, Clip, Status, remix
+from server.library.clip_maker import Clips
+
+
+def clips_of(request: Request) -> Clips:
+    """The application's clips."""
+    return streams_of(request).clips
+
+
+async def create_video(request: Request, response: Response) -> dict[str, Any]:
+    """Make a clip. It is made beside the live streams, of what they leave of the engine."""
+    fields, upload = await read_fields(request, "input_reference", ("seed", "at_s"))
+    body = schemas.read(schemas.CreateVideo, fields)
+    with claim_of(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
+        if claim.made is None:
+            claim.made = (await create(request, body, upload)).id
+        else:
+            response.headers.update(idempotency.REPLAYED)
+    return shown(request, clips_of(request).get(claim.made))
+
+
+async def create(request: Request, body: schemas.CreateVideo, upload: bytes | None) -> Clip:
+    """The clip that a request asks for. Raises `ApiError`."""
+    streams = streams_of(request)
+    streams.check_open()
+    info = streams.info(body.model, "size")
+    size = f"{info.width}x{info.height}"
+    if body.size not in (None, size):
+        message = f"`size` must be {size}, which is what the model {info.name} draws, or left out."
+        raise ApiError(400, "invalid_value", message, param="size")
+    frames = max(1, round(float(body.seconds) * info.fps))
+    prompts = [
+        Change(0.0, body.prompt),
+        *(Change(each.at_s, each.prompt, each.transition) for each in body.extra.prompts),
+    ]
+    check_times(prompts, float(body.seconds))
+    picture = b""
+    if upload is not None or body.input_reference is not None:
+        url = body.input_reference
+        try:
+            url = url.image_url if isinstance(url, schemas.ImageReference) else url
+            picture = await read_picture(streams, info, upload, url)
+        except ApiError as error:
+            raise named("input_reference", error) from None
+    seed = body.extra.seed
+    clip = Clip(
+        id=clips.new_id(),
+        model=info.name,
+        prompt=body.prompt,
+        prompts=prompts,
+        seed=clips.new_seed() if seed is None else seed,
+        seconds=body.seconds,
+        frames=frames,
+        width=info.width,
+        height=info.height,
+        fps=info.fps,
+        created_at=time.time(),
+        picture=bool(picture),
+    )
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
+    return clip
+
+
+async def list_videos(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=schemas.MAX_PAGE)] = 20,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """The key's clips, a page at a time."""
+    principal = principal_of(request)
+    mine = [clip for clip in clips_of(request).all() if principal.sees(clip.id, clip.owner)]
+    if order == "desc":
+        mine.reverse()
+    if after is not None:
+        place = next((place for place, clip in enumerate(mine) if clip.id == after), None)
+        if place is None:
+            raise ApiError(400, "invalid_value", "`after` must be the id of a video in the list.", param="after")
+        mine = mine[place + 1 :]
+    page = mine[:limit]
+    return {
+        "object": "list",
+        "data": [shown(request, clip) for clip in page],
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+        "has_more": len(mine) > len(page),
+    }
+
+
+async def get_video(request: Request, id: str) -> dict[str, Any]:
+    """One clip, and how far it is."""
+    return shown(request, clips_of(request).get(id))
+
+
+async def delete_video(request: Request, id: str) -> dict[str, Any]:
+    """Delete a clip and its files; one that is being made is given up."""
+    owned = clips_of(request)
+    await owned.delete(owned.get(id))
+    return {"id": id, "object": "video.deleted", "deleted": True}
+
+
+async def remix_video(request: Request, response: Response, id: str, body: schemas.RemixVideo) -> dict[str, Any]:
+    """Make a clip from another: with its seed, its picture and its prompts, but from `at_s` on with the new prompt."""
+    with claim_of(request, f"POST /v1/videos/{id}/remix", body.model_dump()) as claim:
+        if claim.made is None:
+            claim.made = (await create_remix(request, id, body)).id
+        else:
+            response.headers.update(idempotency.REPLAYED)
+    return shown(request, clips_of(request).get(claim.made))
+
+
+async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> Clip:
+    """The clip that a remix asks for. Raises `ApiError`."""
+    streams = streams_of(request)
+    streams.check_open()
+    source = streams.clips.get(id)
+    if source.status is not Status.COMPLETED:
+        message = f"The video is {source.status.value}, and only a completed one can be remixed."
+        raise ApiError(409, "video_not_completed", message)
+    info, at = streams.info(source.model, "prompt"), body.extra.at_s
+    if (info.width, info.height, info.fps) != (source.width, source.height, source.fps):
+        raise ApiError(409, "model_changed", "The video's model draws another size or rate by now: create a new one.")
+    prompts = remix(source.prompts, Change(at, body.prompt, body.extra.transition))
+    check_times(prompts, float(source.seconds))
+    picture = await asyncio.to_thread(streams.clips.picture, source)
+    clip = Clip(
+        id=clips.new_id(),
+        model=source.model,
+        prompt=body.prompt,
+        prompts=prompts,
+        seed=source.seed,
+        seconds=source.seconds,
+        frames=source.frames,
+        width=source.width,
+        height=source.height,
+        fps=source.fps,
+        created_at=time.time(),
+        remixed_from=source.id,
+        picture=bool(picture),
+    )
+    await streams.clips.create(clip, picture, key=principal_of(request).key)
+    return clip
+
+
+async def content(request: Request, id: str, variant: Literal["video", "thumbnail"] = "video") -> Response:
+    """The clip as MP4, also while it is being made: then the response goes on until it is complete. A complete one can
+    be read in ranges. `variant=thumbnail` is its first frame as WebP."""
+    owned = clips_of(request)
+    clip = owned.get(id)
+    if clip.failure is not None:
+        raise ApiError(409, "video_failed", f"The video failed: {clip.failure.message}")
+    growth = owned.growth(clip)
+    if clip.status is Status.QUEUED or (variant == "thumbnail" and not clip.recorded):
+        message = f"The video is {clip.status.value} and has no frame yet: try again soon."
+        raise ApiError(409, "video_not_ready", message, headers={"Retry-After": "2"})
+    if variant == "thumbnail":
+        return FileResponse(owned.file(clip, clips.STILL), media_type="image/webp")
+    return film("video", owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
+
+
+def check_times(prompts: list[Change], seconds: float) -> None:
+    """Every prompt has something to show. Raises `ApiError`."""
+    if prompts[-1].at_s >= seconds:
+        message = (
+            f"`extra` has a prompt at {prompts[-1].at_s:g} s, and the clip ends at {seconds:g} s: let it begin before."
+        )
+        raise ApiError(400, "invalid_value", message, param="extra")
+
+
+def named(field: str, error: ApiError) -> ApiError:
+    """What is wrong with a picture, which has another name here."""
+    message = error.detail.replace("`image`", f"`{field}`")
+    return ApiError(error.status_code, error.code, message, param=field, headers=error.headers)
+
+
+def shown(request: Request, clip: Clip) -> dict[str, Any]:
+    """The clip as the API shows it."""
+    return clips.shown(clip, clips_of(request).position(clip))
+
+
+ROUTES = [
+    Route(
+        "POST",
+        "/v1/videos",
+        create_video,
+        schemas.VideoObject,
+        200,
+        (400, 404, 409, 413, 415, 422, 429, 503, 507),
+        {
+            "openapi_extra": {
+                "requestBody": schemas.body_schema(schemas.CreateVideo, "input_reference"),
+                "parameters": [schemas.IDEMPOTENCY_KEY],
+            }
+        },
+    ),
+    Route("GET", "/v1/videos", list_videos, schemas.VideoList, 200, (400,)),
+    Route("GET", "/v1/videos/{id}", get_video, schemas.VideoObject, 200, (404,)),
+    Route("DELETE", "/v1/videos/{id}", delete_video, schemas.VideoDeleted, 200, (404,)),
+    Route(
+        "POST",
+        "/v1/videos/{id}/remix",
+        remix_video,
+        schemas.VideoObject,
+        200,
+        (400, 404, 409, 413, 415, 422, 429, 503, 507),
+        {"openapi_extra": {"parameters": [schemas.IDEMPOTENCY_KEY]}},
+    ),
+    Route("GET", "/v1/videos/{id}/content", content, None, 200, (400, 404, 409), {"response_class": FileResponse}),
+]

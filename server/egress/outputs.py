@@ -1,0 +1,306 @@
+"""Outputs: a stream pushed to a server elsewhere, tried again when that fails, for as long as the stream lasts.
+
+Where to, is `server.egress.destination`'s to allow; how, `server.egress.outgoing`'s. An output is one more viewer of
+the stream. What follows the host in its URL, and its token, may be secrets: neither is shown or logged.
+"""
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api import schemas
+from server.api.http import Route, streams_of
+from server.auth.access import principal_of
+from server.config import Config
+from server.egress.destination import Destination, UnreachableError, destination, resolve
+from server.egress.outgoing import push_rtmp, push_whip
+from server.errors import ApiError, stream_ended
+from server.media.viewer import Viewer
+from server.media.webrtc import ice_servers
+from server.metrics import Metrics
+from server.streams.registry import Stream, Streams
+
+logger = logging.getLogger("livereel.outputs")
+
+MAX_OUTPUTS = 4
+"""Per stream, those that are over included."""
+MAX_FAILURES = 8
+"""So many attempts in a row that came to nothing are enough."""
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
+STEADY_SECONDS = 30.0
+"""Who was live for so long starts counting anew."""
+LOOK_SECONDS = 0.25
+
+State = Literal["waiting", "connecting", "live", "ended", "failed"]
+
+
+@dataclass(slots=True)
+class Retries:
+    """When to try again. Pure: `chance` is what chance says, from 0 to 1, so that many do not come at once."""
+
+    failures: int = 0
+
+    def failed(self, live_seconds: float, chance: float) -> float | None:
+        """An attempt is over that was live for so long; returns the seconds to wait, None to give up."""
+        self.failures = 1 if live_seconds >= STEADY_SECONDS else self.failures + 1
+        if self.failures >= MAX_FAILURES:
+            return None
+        return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** (self.failures - 1)) * (0.75 + chance / 2)
+
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """One destination of one stream."""
+
+    id: str
+    stream: Stream
+    where: Destination
+    token: str = field(repr=False)
+    created_at: float
+    key: int | None = None
+    """Serial of the API key that it was made with."""
+    state: State = "waiting"
+    attempts: int = 0
+    live_since: float | None = None
+    retry_at: float | None = None
+    error: dict[str, str] | None = None
+    """Why the last attempt came to nothing."""
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("ended", "failed")
+
+    def snapshot(self) -> dict[str, Any]:
+        """The object of the API."""
+        return {
+            "id": self.id,
+            "object": "output",
+            "stream_id": self.stream.session.id,
+            "url": self.where.masked,
+            "kind": self.where.kind,
+            "state": self.state,
+            "attempts": self.attempts,
+            "created_at": self.created_at,
+            "live_since": self.live_since,
+            "retry_at": self.retry_at,
+            "error": self.error,
+        }
+
+
+class _Feed:
+    """One attempt's end of the stream."""
+
+    def __init__(self, outputs: "Outputs", output: Output) -> None:
+        self._outputs, self._output = outputs, output
+        self._viewer: Viewer | None = None
+        self._live_at: float | None = None
+
+    @property
+    def fps(self) -> int:
+        return self._output.stream.session.fps or 1
+
+    @property
+    def live_seconds(self) -> float:
+        return time.monotonic() - self._live_at if self._live_at is not None else 0.0
+
+    async def attach(self, viewer: Viewer) -> None:
+        self._viewer = viewer
+        await self._outputs.streams.attach(self._output.stream, viewer)
+
+    def detach(self) -> None:
+        if self._viewer is not None:
+            self._outputs.streams.detach(self._output.stream, self._viewer)
+
+    def request_key(self, viewer: Viewer) -> None:
+        self._outputs.streams.request_key(self._output.stream, viewer)
+
+    def live(self) -> None:
+        self._live_at = time.monotonic()
+        self._outputs.enter(self._output, "live")
+
+
+class Outputs:
+    """The outputs of one gateway."""
+
+    def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
+        self.streams = streams
+        self._config = config
+        self._metrics = metrics
+        self._outputs: dict[str, Output] = {}
+
+    def open(self, stream: Stream, url: str, token: str, key: int | None = None) -> Output:
+        """Begin to push the stream out. `key` is the serial of the API key that allows it.
+
+        Raises `ApiError` when it may not be.
+        """
+        where = destination(url, self._config.outputs)
+        if stream.session.state.over:
+            raise stream_ended(stream.session.ended_reason)
+        if len(self.all(stream)) >= MAX_OUTPUTS:
+            message = f"A stream has at most {MAX_OUTPUTS} outputs: remove one first."
+            raise ApiError(409, "too_many_outputs", message)
+        output = Output(f"out_{secrets.token_hex(8)}", stream, where, token, time.time(), key)
+        self._outputs[output.id] = output
+        self._metrics.outputs.labels(output.state).inc()
+        output.task = asyncio.create_task(self._run(output), name=f"output {output.id}")
+        return output
+
+    def all(self, stream: Stream) -> list[Output]:
+        """Those of a stream, the oldest first."""
+        for output in list(self._outputs.values()):
+            if output.over and self.streams.forgotten(output.stream):
+                self._forget(output)
+        return [output for output in self._outputs.values() if output.stream is stream]
+
+    def get(self, stream: Stream, id: str) -> Output:
+        """The output of this id."""
+        output = self._outputs.get(id)
+        if output is None or output.stream is not stream:
+            raise ApiError(404, "output_not_found", "The stream has no output of this id.")
+        return output
+
+    async def remove(self, output: Output) -> None:
+        """Hang up, and wait until that is done."""
+        await self._stop(output)
+        self._forget(output)
+
+    def keep_keys(self, serials: Container[int]) -> None:
+        """End the outputs of all other keys: these were taken away."""
+        for output in self._outputs.values():
+            if output.key is not None and output.key not in serials and output.task is not None:
+                output.task.cancel()
+
+    async def stop(self) -> None:
+        """End every output."""
+        await asyncio.gather(*(self._stop(output) for output in self._outputs.values()))
+
+    async def _stop(self, output: Output) -> None:
+        if output.task is not None:
+            output.task.cancel()
+            await asyncio.gather(output.task, return_exceptions=True)
+        if not output.over:  # it had not begun
+            self.enter(output, "ended")
+
+    def _forget(self, output: Output) -> None:
+        if self._outputs.pop(output.id, None):
+            self._metrics.outputs.labels(output.state).dec()
+
+    def enter(self, output: Output, state: State, retry_in: float | None = None) -> None:
+        """Note the state, and tell who listens to the stream."""
+        self._metrics.outputs.labels(output.state).dec()
+        self._metrics.outputs.labels(state).inc()
+        output.state = state
+        output.live_since = time.time() if state == "live" else None
+        output.retry_at = None if retry_in is None else time.time() + retry_in
+        if state == "live":
+            output.error = None
+        fields = {"output": output.id, "url": output.where.masked, "state": state, "error": output.error}
+        self.streams.tell(output.stream, "output.state", **fields, retry_in_s=retry_in and round(retry_in, 3))
+
+    async def _run(self, output: Output) -> None:
+        stream, session, retries = output.stream, output.stream.session, Retries()
+
+        def over() -> bool:
+            return session.state.over
+
+        self.streams.keep(stream)
+        try:
+            while not over():
+                if stream.last is None:  # nothing to show yet
+                    await asyncio.sleep(LOOK_SECONDS)
+                    continue
+                output.attempts += 1
+                self.enter(output, "connecting")
+                live_seconds = await self._attempt(output)
+                if over():
+                    break
+                assert output.error is not None
+                logger.info("output %s: %s", output.id, output.error["message"])
+                if (wait := retries.failed(live_seconds, random.random())) is None:
+                    self.enter(output, "failed")
+                    return
+                self.enter(output, "waiting", wait)
+                until = time.monotonic() + wait
+                while time.monotonic() < until and not over():
+                    await asyncio.sleep(LOOK_SECONDS)
+            output.error = None
+        finally:
+            if output.state != "failed":
+                self.enter(output, "ended")
+            self.streams.keep(stream, by=-1)
+
+    async def _attempt(self, output: Output) -> float:
+        """Connect and push, until the stream is over or the connection; returns for how long it was live."""
+        where, config, feed = output.where, self._config, _Feed(self, output)
+        try:
+            address = await resolve(where)
+            if where.kind == "rtmp":
+                await push_rtmp(where, address, feed)
+            else:
+                servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
+                await push_whip(where, address, output.token, servers, feed)
+            output.error = {"code": "connection_lost", "message": f"{where.authority} ended the connection"}
+        except UnreachableError as error:
+            output.error = {"code": error.code, "message": str(error)}
+        except ApiError as error:
+            output.error = {"code": error.code, "message": error.detail}
+        except Exception as error:
+            # Not its text, nor where it came from: either may hold the URL.
+            logger.error("output %s failed in the gateway: %s", output.id, type(error).__name__)
+            output.error = {"code": "internal_error", "message": "the server failed to push the stream out"}
+        finally:
+            feed.detach()
+        return feed.live_seconds
+
+
+def outputs_of(request: Request) -> Outputs:
+    """The application's outputs."""
+    outputs = request.app.state.outputs
+    assert isinstance(outputs, Outputs)
+    return outputs
+
+
+async def create_output(request: Request, response: Response, id: str, body: schemas.CreateOutput) -> dict[str, Any]:
+    """Push the stream to a server elsewhere: RTMP, or WHIP. The host must be one that the operator has listed."""
+    key = principal_of(request).key
+    stream = streams_of(request).get(id)
+    output = outputs_of(request).open(stream, body.url, body.token or "", key.serial if key else None)
+    response.headers["Location"] = f"/v1/streams/{id}/outputs/{output.id}"
+    return output.snapshot()
+
+
+async def list_outputs(request: Request, id: str) -> dict[str, Any]:
+    """Where the stream is pushed to."""
+    outputs = outputs_of(request).all(streams_of(request).get(id))
+    return {"object": "list", "data": [output.snapshot() for output in outputs]}
+
+
+async def get_output(request: Request, id: str, output: str) -> dict[str, Any]:
+    """How one of them is."""
+    return outputs_of(request).get(streams_of(request).get(id), output).snapshot()
+
+
+async def delete_output(request: Request, id: str, output: str) -> Response:
+    """Push there no more."""
+    outputs = outputs_of(request)
+    await outputs.remove(outputs.get(streams_of(request).get(id), output))
+    return Response(status_code=204)
+
+
+PATH = "/v1/streams/{id}/outputs"
+
+ROUTES = [
+    Route("POST", PATH, create_output, schemas.OutputObject, 201, (400, 403, 404, 409, 413, 415)),
+    Route("GET", PATH, list_outputs, schemas.OutputList, 200, (404,)),
+    Route("GET", PATH + "/{output}", get_output, schemas.OutputObject, 200, (404,)),
+    Route("DELETE", PATH + "/{output}", delete_output, None, 204, (404,)),
+]

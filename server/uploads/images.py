@@ -1,0 +1,97 @@
+"""Uploaded pictures and short clips, made into frames of the model's size by a process that can do nothing else."""
+
+import asyncio
+import base64
+import binascii
+from pathlib import Path
+
+from server import sandbox as apart
+from server.errors import ApiError
+from server.uploads import decode_worker as decoder
+from server.uploads.decode_worker import KEPT_FRAMES, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_PIXELS, Refusal
+
+MAX_BYTES = 8 << 20
+DECODE_SECONDS = 30.0
+"""On a busy machine: processor time is bounded in `decoder`."""
+
+WANTED = "a PNG, JPEG, WebP or GIF picture or an MP4 or WebM clip"
+UNREADABLE = "invalid_image", "it is of another kind or damaged"
+REFUSALS: dict[int, tuple[str, str]] = {
+    Refusal.PIXELS: ("image_too_large", f"send at most {MAX_PIXELS} pixels a frame"),
+    Refusal.FRAMES: ("too_many_frames", f"send at most {MAX_FRAMES} frames"),
+    Refusal.CLIP_PIXELS: ("image_too_large", f"send at most {MAX_CLIP_PIXELS} pixels in all frames together"),
+    Refusal.NO_FRAME: ("invalid_image", "it holds no frame"),
+    Refusal.CODEC: ("invalid_image", "the clip must be H.264, H.265, VP8, VP9, AV1 or MPEG-4"),
+    Refusal.AMBIGUOUS: ("invalid_image", "its first bytes are those of two kinds at once"),
+}
+"""Code and message for the ways in which the process can leave; whatever else happened to it is `UNREADABLE`."""
+
+
+def refuse(code: str, what: str, status: int = 400) -> ApiError:
+    return ApiError(status, code, f"`image` must be {WANTED}; {what}.", param="image")
+
+
+def from_data_url(url: str) -> bytes:
+    """The bytes of `data:...;base64,...`."""
+    head, comma, body = url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise refuse("invalid_image", "in JSON, send it as a data URL: data:image/png;base64,...")
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise too_large(len(body) * 3 // 4)
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise refuse("invalid_image", "the base64 of the data URL is damaged") from None
+
+
+def too_large(size: int) -> ApiError:
+    return refuse("image_too_large", f"send at most {MAX_BYTES} bytes, not {size}", 413)
+
+
+async def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
+    """RGB24 frames of width x height, one after the other, as `decoder.frames` makes them.
+
+    Raises:
+        ApiError: names the field `image`, what is wrong and the limit.
+    """
+    if len(data) > MAX_BYTES:
+        raise too_large(len(data))
+    size = width * height * 3
+    process = await apart.start(Path(decoder.__file__), *map(str, (width, height, fps)))
+    try:
+        async with asyncio.timeout(DECODE_SECONDS):
+            rgb, _ = await asyncio.gather(receive(process, KEPT_FRAMES * size), send(process, data))
+            status = await process.wait()
+    except TimeoutError:
+        raise refuse(*UNREADABLE) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if status != 0 or not rgb or len(rgb) % size:
+        raise refuse(*REFUSALS.get(status, UNREADABLE))
+    return rgb
+
+
+async def send(process: asyncio.subprocess.Process, data: bytes) -> None:
+    """Give it the upload; it may have left already."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(data)
+        await process.stdin.drain()
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    process.stdin.close()
+
+
+async def receive(process: asyncio.subprocess.Process, limit: int) -> bytes:
+    """All that it says; nothing when that is more than it may."""
+    assert process.stdout is not None
+    parts, size = [], 0
+    while size <= limit and (part := await process.stdout.read(1 << 20)):
+        parts.append(part)
+        size += len(part)
+    if size > limit:
+        process.kill()
+        return b""
+    return b"".join(parts)

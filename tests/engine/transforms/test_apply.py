@@ -1,0 +1,274 @@
+"""Whole pipelines under every legal set of transforms that a CPU can run, against the model as it is written."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import assemble
+from engine.assemble import warm
+from engine.config import MINI, Preset
+from engine.pipeline import Chunk, NotFiniteError, Pipeline
+from engine.stream.state import StreamState
+from engine.transforms.apply import Speed, accelerate, add_arguments, fastest_exact, from_arguments
+from engine.transforms.low_bit import Policy, QuantScheme, Role
+from engine.transforms.sparse_weights import prune_weights
+
+Build = Callable[..., Pipeline]
+
+
+def frames(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
+    state = pipeline.open("a blue cube", seed=3)
+    out = []
+    for index in range(chunks):
+        if index == 2:
+            pipeline.steer(state, "a red ball", "recache")
+        out.append(pipeline.next_chunk(state).frames)
+        pipeline.commit(state)
+    return torch.cat(out).float()
+
+
+@pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
+@pytest.mark.parametrize("low_bit_attention", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("context_pass", [True, False])
+def test_every_legal_set(
+    build: Build, toy: Preset, low_bit: QuantScheme | None, low_bit_attention: bool, keep: float, context_pass: bool
+) -> None:
+    """The toy's untrained frames are noise around grey, so only their distance is looked at."""
+    speed = Speed(True, low_bit, low_bit_attention, keep, context_pass=context_pass)
+    expected = frames(build(toy, speed=Speed(context_pass=context_pass)))
+    found = frames(build(toy, speed=speed))
+    assert found.shape == expected.shape
+    limit = 0.01 if low_bit is None and not low_bit_attention and keep == 1 else 2.0
+    assert (found - expected).abs().mean() < limit
+
+
+def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -> None:
+    with_pass, without = (frames(build(toy, speed=Speed(context_pass=used))) for used in (True, False))
+    first = toy.first_chunk_frames
+    assert torch.equal(with_pass[:first], without[:first])
+    assert not torch.equal(with_pass[first:], without[first:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_bit": "fp8"},
+        {"low_bit_attention": True},
+        {"keep": 0.5},
+        {"graphs": True},
+        {"pruned_heads": frozenset({(0, 0)})},
+    ],
+)
+def test_what_needs_the_fused_model_says_so(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} can only be used together with the fused model"):
+        Speed(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
+def test_keep_is_a_share(keep: float) -> None:
+    with pytest.raises(ValueError, match="keep must be above 0 and at most 1"):
+        Speed(fused=True, keep=keep)
+
+
+def test_impossible_combinations(build: Build, toy: Preset) -> None:
+    pipeline = build(toy)
+    wan, decoder = pipeline.served.wan, pipeline.decoder
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        accelerate(wan, decoder, toy, Speed(fused=True, graphs=True))
+    with pytest.raises(ValueError, match="needs the unfused model"):
+        accelerate(wan, decoder, toy, Speed(fused=True), kv_precision="int8")
+    with pytest.raises(ValueError, match="layer 1 has no head 2: heads are 0 to 1"):
+        accelerate(wan, decoder, toy, Speed(fused=True, pruned_heads=frozenset({(1, 2)})))
+
+
+def test_a_cpu_serves_without_graphs() -> None:
+    assert not fastest_exact(torch.device("cpu")).graphs
+    assert fastest_exact(torch.device("cuda")) == Speed(fused=True, graphs=True)
+
+
+def test_a_closed_streams_cache_serves_the_next(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True))
+    first = pipeline.open("a blue cube", seed=3)
+    reference = pipeline.next_chunk(first).frames
+    pipeline.next_chunk(first)
+    pipeline.close(first)
+    second = pipeline.open("a blue cube", seed=3)
+    assert second.cache is first.cache
+    assert torch.equal(pipeline.next_chunk(second).frames, reference)
+    assert pipeline.open("a blue cube", seed=3).cache is not first.cache
+
+
+def test_warming_up_leaves_its_cache_to_the_first_stream(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True))
+    assert warm(pipeline).chunk_seconds > 0
+    cache = pipeline.open("a blue cube", seed=3).cache
+    assert cache.written == 0
+    assert pipeline.open("a blue cube", seed=3).cache is not cache
+
+
+def test_weights_that_give_no_numbers_are_found_while_warming_up(build: Build, toy: Preset) -> None:
+    pipeline = build(toy)
+    pipeline.served.wan.head.head.bias.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="chunk 0 has values that are not finite"):
+        warm(pipeline)
+
+
+@pytest.mark.parametrize(("saves", "batch"), [(0.8, 3), (0.98, 1), (1.2, 1)])
+def test_batches_are_made_where_they_are_faster(
+    build: Build,
+    toy: Preset,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    saves: float,
+    batch: int,
+) -> None:
+    pipeline, now = build(toy), [0.0]
+    ahead = pipeline.next_chunks
+
+    def next_chunks(states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
+        now[0] += 0.1 * len(states) * (saves if len(states) > 1 else 1)
+        return ahead(states)
+
+    monkeypatch.setattr(pipeline, "next_chunks", next_chunks)
+    monkeypatch.setattr(assemble.time, "perf_counter", lambda: now[0])
+    found = warm(pipeline, batch=3)
+    assert found.batch == batch and found.chunk_seconds == pytest.approx(0.1 * saves if batch > 1 else 0.1)
+    said = capfd.readouterr().out
+    assert f"100 ms alone and {100 * saves:.0f} in a batch of 3" in said and ("not made" in said) == (batch == 1)
+    assert len({id(pipeline.open("a red ball", 1).cache) for _ in range(3)}) == 3, "three caches serve what comes"
+
+
+def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> None:
+    preset = replace(toy, steps=(1000, 750, 500, 250))
+    pipeline = build(preset)
+    calls = []
+    forward = pipeline.dit.forward  # type: ignore[attr-defined]
+
+    def counted(x: torch.Tensor, t: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(float(t[0, 0]))
+        out: torch.Tensor = forward(x, t, *rest)
+        return out
+
+    pipeline.dit.forward = counted  # type: ignore[attr-defined]
+    state = pipeline.open("a blue cube", seed=3)
+    seen = []
+    for steps in (None, 3, 2, 1, 9):
+        state.steps = steps
+        calls.clear()
+        pipeline.next_chunk(state)
+        seen.append([round(t / 1000, 3) for t in calls])
+        pipeline.commit(state)
+    all_of_them = [round(s, 3) for s in preset.sigmas]
+    a, b, c, d = all_of_them
+    assert seen == [[a, b, c, d], [a, b, c], [a, c], [a], [a, b, c, d]]
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], Speed()),
+        (["--low-bit", "nvfp4"], Speed(fused=True, low_bit="nvfp4")),
+        (["--low-bit", "fp8-tensor", "--fixed-scales"], Speed(True, "fp8-tensor", fixed_scales=True)),
+        (["--sparse-weights"], Speed(fused=True, sparse_weights="faster")),
+        (["--sparse-weights", "up", "down"], Speed(fused=True, sparse_weights=frozenset({"up", "down"}))),
+        (["--low-bit", "fp8", "--sparse-weights", "qkv"], Speed(True, "fp8", sparse_weights=frozenset({"qkv"}))),
+    ],
+)
+def test_what_rounds_or_prunes_is_asked_for(words: list[str], expected: Speed) -> None:
+    assert from_arguments(options(*words), torch.device("cpu"), MINI.dit) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--low-bit", "int8", "--sparse-weights", "up"], "not in int8"),
+        (["--low-bit", "mxfp8", "--sparse-weights"], "not in mxfp8"),
+        (["--fixed-scales"], "fixed_scales can only be used together"),
+        (["--low-bit", "mxfp8", "--fixed-scales"], "fixed_scales need low_bit"),
+        (["--low-bit", "fp8-weights", "--fixed-scales"], "fixed_scales need low_bit"),
+        (["--pruned-heads", "nowhere/heads.json"], "nowhere/heads.json cannot be read"),
+        (["--plain", "--sparse-weights"], "sparse_weights can only be used together with the fused model"),
+    ],
+)
+def test_what_cannot_be_together_says_so(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_arguments(options(*words), torch.device("cpu"), MINI.dit)
+
+
+def test_a_gpu_without_float8_is_pointed_to_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match="use int8"):
+        from_arguments(options("--low-bit", "fp8"), gpu, MINI.dit)
+    assert from_arguments(options("--low-bit", "int8"), gpu, MINI.dit).low_bit == "int8"
+
+
+def test_sparse_weights_are_served_and_told(build: Build, toy: Preset) -> None:
+    """The model as it is written, with the same weights pruned, is their reference."""
+    roles: frozenset[Role] = frozenset({"qkv", "up"})
+    pruned = build(toy)
+    prune_weights(pruned.served.wan, Policy(sparse=roles))
+    pipeline = build(toy, speed=Speed(fused=True, sparse_weights=roles))
+    assert pipeline.served.policy.sparse == roles
+    assert (frames(pipeline) - frames(pruned)).abs().mean() < 0.01
+    assert (frames(pipeline) - frames(build(toy))).abs().mean() > 0.01
+
+
+def test_a_device_that_speeds_up_nothing_prunes_nothing(build: Build, toy: Preset) -> None:
+    pipeline = build(toy, speed=Speed(fused=True, sparse_weights="faster"))
+    assert pipeline.served.policy.sparse == frozenset()
+    assert torch.equal(frames(pipeline, 2), frames(build(toy, speed=Speed(fused=True)), 2))
+
+
+@pytest.fixture
+def wide(toy: Preset) -> Preset:
+    """The toy with chunks of 192 tokens, as `mini` has, so that there are blocks of the past to leave out."""
+    return replace(toy, width=256, height=256)
+
+
+def latents(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
+    state = pipeline.open("a blue cube", seed=3)
+    for _ in range(chunks):
+        pipeline.next_chunk(state)
+        pipeline.commit(state)
+    return torch.cat(list(state.recent)).float()
+
+
+def test_a_policy_without_heads_changes_nothing(build: Build, wide: Preset, tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text('{"0": [], "1": []}')
+    asked = from_arguments(options("--pruned-heads", str(file)), torch.device("cpu"), wide.dit)
+    assert asked == Speed()
+    found = latents(build(wide, speed=replace(asked, fused=True)))
+    assert torch.equal(found, latents(build(wide, speed=Speed(fused=True))))
+
+
+@pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
+@pytest.mark.parametrize("low_bit_attention", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_pruned_heads_beside_every_transform(
+    build: Build, wide: Preset, tmp_path: Path, low_bit: QuantScheme | None, low_bit_attention: bool, keep: float
+) -> None:
+    """They change the latents, by the file's heads, and again in the same way."""
+    file = tmp_path / "heads.json"
+    file.write_text('{"1": [0]}')
+    words = ["--pruned-heads", str(file), "--keep", str(keep)]
+    words += ["--low-bit", low_bit] if low_bit else []
+    words += ["--low-bit-attention"] if low_bit_attention else []
+    speed = from_arguments(options(*words), torch.device("cpu"), wide.dit)
+    assert speed == Speed(True, low_bit, low_bit_attention, keep, pruned_heads=frozenset({(1, 0)}))
+    found = latents(build(wide, speed=speed), 4)
+    assert torch.equal(found, latents(build(wide, speed=speed), 4))
+    expected = latents(build(wide, speed=replace(speed, pruned_heads=frozenset())), 4)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.2

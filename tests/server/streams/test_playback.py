@@ -1,0 +1,368 @@
+"""The playback clock, with invented times. At 16 frames/s a period is 1/16 s, which binary floats hold exactly."""
+
+import pytest
+
+from server.streams.playback import (
+    FIRST_FRAME_SECONDS,
+    MAX_UP_CHUNKS,
+    Action,
+    Arrival,
+    Finished,
+    Playback,
+    Quality,
+    Show,
+    StallBegan,
+    StallEnded,
+    Wait,
+)
+
+PERIOD = 1 / 16
+
+
+def playback() -> Playback:
+    return Playback(fps=16, chunk_frames=12, first_chunk_frames=9)
+
+
+def started(frames: int = 9, now: float = 0.0) -> Playback:
+    clock = playback()
+    clock.arrive(frames, 0.25, now)
+    assert clock.tick(now, watched=True) == Show(0, 0.0)
+    return clock
+
+
+def run(clock: Playback, now: float) -> list[Action]:
+    """Everything the clock wants done at `now`; the `Wait` that ends it comes last."""
+    actions: list[Action] = []
+    while not actions or not isinstance(actions[-1], Wait | Finished):
+        actions.append(clock.tick(now, watched=True))
+    return actions
+
+
+def test_nothing_is_due_before_the_first_chunk() -> None:
+    assert playback().tick(100.0, watched=True) == Wait(None)
+
+
+def test_the_first_frame_waits_for_a_viewer_but_not_forever() -> None:
+    clock = playback()
+    clock.arrive(9, 0.25, 10.0)
+    assert clock.tick(10.0, watched=False) == Wait(15.0)
+    assert clock.tick(14.9, watched=False) == Wait(15.0)
+    assert clock.tick(15.0, watched=False) == Show(0, 0.0)
+
+
+def test_a_viewer_starts_the_clock() -> None:
+    clock = playback()
+    clock.arrive(9, 0.25, 10.0)
+    assert clock.tick(12.5, watched=True) == Show(0, 0.0)
+    assert clock.tick(12.5, watched=True) == Wait(12.5 + PERIOD)
+
+
+def test_one_frame_per_period_without_drift() -> None:
+    clock = started()
+    for frame in range(1, 9):
+        assert clock.tick(frame * PERIOD - 0.001, watched=False) == Wait(frame * PERIOD)
+        # A little late every time, which must not add up.
+        assert clock.tick(frame * PERIOD + 0.002, watched=False) == Show(frame, pytest.approx(0.002))
+
+
+def test_a_late_caller_gets_no_burst() -> None:
+    clock = started(frames=24)
+    assert run(clock, 10.0) == [Show(1, 10.0 - PERIOD), Wait(10.0 + PERIOD)]
+    assert run(clock, 10.0 + PERIOD) == [Show(2, 0.0), Wait(10.0 + 2 * PERIOD)]
+
+
+def test_underrun_holds_counts_and_goes_on_from_where_it_was() -> None:
+    clock = started(frames=1)
+    due = PERIOD
+    assert clock.tick(due, watched=True) == Wait(due + PERIOD / 2)
+    assert clock.tick(due + PERIOD / 2, watched=True) == StallBegan(1)
+    assert clock.tick(due + 0.2, watched=True) == Wait(None)
+    assert clock.stalls == 1
+    assert clock.stalled_seconds(due + 0.2) == pytest.approx(0.2)
+    clock.arrive(12, 0.25, due + 0.5)
+    assert run(clock, due + 0.5) == [StallEnded(0.5), Show(1, 0.0), Wait(due + 0.5 + PERIOD)]
+    assert clock.stalled_seconds(due + 9.0) == 0.5
+
+
+def test_a_frame_within_the_grace_is_no_stall() -> None:
+    clock = started(frames=1)
+    assert clock.tick(PERIOD, watched=True) == Wait(1.5 * PERIOD)
+    clock.arrive(12, 0.25, PERIOD + 0.01)
+    assert run(clock, PERIOD + 0.01) == [Show(1, pytest.approx(0.01)), Wait(2 * PERIOD)]
+    assert clock.stalls == 0
+
+
+def test_pause_holds_and_resume_starts_a_new_count() -> None:
+    clock = started()
+    clock.pause(0.03)
+    assert clock.tick(5.0, watched=True) == Wait(None)
+    clock.resume(5.0)
+    assert run(clock, 5.0) == [Show(1, 0.0), Wait(5.0 + PERIOD)]
+    assert clock.stalls == 0
+
+
+def test_pause_ends_a_stall() -> None:
+    clock = started(frames=1)
+    assert clock.tick(2 * PERIOD, watched=True) == StallBegan(1)
+    assert clock.pause(3 * PERIOD) == StallEnded(2 * PERIOD)
+    assert clock.stalled_seconds(100.0) == 2 * PERIOD
+
+
+def test_the_last_frame_stays_for_its_period() -> None:
+    clock = started(frames=2)
+    clock.finish()
+    assert run(clock, PERIOD) == [Show(1, 0.0), Wait(2 * PERIOD)]
+    assert clock.tick(2 * PERIOD, watched=True) == Finished()
+
+
+def test_an_end_during_a_stall_is_an_end() -> None:
+    clock = started(frames=1)
+    assert clock.tick(2 * PERIOD, watched=True) == StallBegan(1)
+    clock.finish()
+    assert clock.tick(1.0, watched=True) == StallEnded(1.0 - PERIOD)
+    assert clock.tick(1.0 + PERIOD, watched=True) == Finished()
+
+
+def test_a_stream_without_any_frame_can_end() -> None:
+    clock = playback()
+    clock.finish()
+    assert clock.tick(0.0, watched=True) == Finished()
+
+
+def test_the_chunk_on_screen_follows_the_frames() -> None:
+    clock = playback()
+    assert clock.chunk_on_screen == 0
+    clock.arrive(9, 0.25, 0.0)
+    clock.arrive(12, 0.25, 0.0)
+    for frame in range(21):
+        assert run(clock, frame * PERIOD)[0] == Show(frame, 0.0)
+        assert clock.chunk_on_screen == (0 if frame < 9 else 1)
+    assert clock.buffered_seconds == 0
+
+
+# credits
+
+
+def limit(clock: Playback, now: float = 0.0) -> int | None:
+    grant = clock.grant(now)
+    return grant.limit if grant else None
+
+
+def test_two_chunks_are_granted_at_first_and_nothing_twice() -> None:
+    clock = playback()
+    assert limit(clock) == 2
+    assert limit(clock) is None
+
+
+@pytest.mark.parametrize(("gen_seconds", "lead_frames"), [(0.0, 12), (0.25, 16), (0.75, 24), (5.0, 24)])
+def test_the_lead_is_a_chunk_and_the_time_to_make_one_and_never_over_two(gen_seconds: float, lead_frames: int) -> None:
+    clock = playback()
+    clock.arrive(9, gen_seconds, 0.0)
+    first_frame, chunk, now = 9, 1, 0.0
+    for _ in range(100):
+        while (grant := clock.grant(now)) is not None and grant.limit > chunk:
+            # The engine answers at once: the chunk starts where the last one ended.
+            assert first_frame - clock.shown <= lead_frames
+            clock.arrive(12, gen_seconds, now)
+            first_frame, chunk = first_frame + 12, chunk + 1
+        assert clock.received - clock.shown <= lead_frames + 12
+        run(clock, now)
+        now += PERIOD
+    assert chunk >= 100 // 12  # it never starves either
+
+
+def test_the_due_time_counts_from_the_clock() -> None:
+    clock = playback()
+    first = clock.grant(0.0)
+    assert first is not None
+    assert first.due_in == FIRST_FRAME_SECONDS
+    clock.forget_grant()
+    later = clock.grant(0.75)
+    assert later is not None
+    assert later.due_in == FIRST_FRAME_SECONDS - 0.75
+    clock.arrive(9, 0.25, 1.0)
+    waiting = clock.grant(1.0)
+    assert waiting is not None
+    assert waiting.due_in == 9 * PERIOD
+    run(clock, 2.0)
+    clock.arrive(12, 0.25, 2.0)
+    playing = clock.grant(2.0 + PERIOD)
+    assert playing is not None
+    assert playing.due_in == pytest.approx(20 * PERIOD)
+
+
+def test_the_due_time_is_negative_in_a_stall() -> None:
+    clock = started(frames=1)
+    clock.grant(0.0)
+    run(clock, 2 * PERIOD)
+    clock.forget_grant()
+    grant = clock.grant(1.0)
+    assert grant is not None
+    assert grant.due_in == PERIOD - 1.0
+
+
+def test_a_pause_grants_nothing_and_resuming_tells_the_new_due_time() -> None:
+    clock = started()
+    clock.grant(0.0)
+    clock.pause(0.0)
+    clock.arrive(12, 0.25, 0.1)
+    assert clock.grant(0.1) is None
+    clock.resume(7.0)
+    grant = clock.grant(7.0)
+    assert grant is not None
+    assert grant.due_in == pytest.approx(20 * PERIOD)
+
+
+def test_a_stream_that_is_paused_before_its_first_chunk_still_gets_one() -> None:
+    clock = playback()
+    clock.pause(0.0)
+    assert limit(clock) == 2
+    clock.arrive(9, 0.25, 0.0)
+    assert limit(clock) is None
+
+
+def test_a_new_engine_is_told_again() -> None:
+    clock = started()
+    assert limit(clock) == 2
+    assert limit(clock) is None
+    clock.forget_grant()
+    assert limit(clock) == 2
+
+
+def test_nothing_is_granted_when_everything_is_there() -> None:
+    clock = started()
+    clock.finish()
+    assert clock.grant(0.0) is None
+
+
+def test_memory_is_constant() -> None:
+    clock = playback()
+    for chunk in range(1000):
+        clock.arrive(12, 0.25, 0.0)
+        for frame in range(12 * chunk, 12 * chunk + 12):
+            run(clock, frame * PERIOD)
+    assert len(clock._chunks) <= 2
+
+
+def test_what_stalls_and_pauses_took_is_known() -> None:
+    """Frame k is shown at its media time and `held_seconds`, whatever happened on the way."""
+    clock = started(frames=4)
+    for frame in range(1, 4):
+        assert clock.tick(frame * PERIOD + 0.01, watched=True) == Show(frame, pytest.approx(0.01))
+    assert clock.held_seconds == 0.0
+    now = 4 * PERIOD
+    assert clock.tick(now + PERIOD, watched=True) == StallBegan(4)
+    clock.arrive(12, 0.25, now + 3.0)
+    assert run(clock, now + 3.0)[:2] == [StallEnded(3.0), Show(4, 0.0)]
+    assert clock.held_seconds == 3.0
+    clock.pause(now + 3.0)
+    clock.resume(now + 5.0)
+    assert clock.tick(now + 5.0, watched=True) == Show(5, 0.0)
+    assert clock.held_seconds == 5.0 - PERIOD
+    assert now + 5.0 == 5 * PERIOD + clock.held_seconds
+    # A caller who is late moves the clock too, once and by as much.
+    assert run(clock, now + 6.0)[0] == Show(6, pytest.approx(1.0 - PERIOD))
+    assert clock.held_seconds == pytest.approx(now + 6.0 - 6 * PERIOD)
+
+
+# quality
+
+
+def feed(quality: Quality, chunks: int, speed: float, slack: float = 1.0) -> list[int]:
+    """Chunks that play 1 s each, at this speed, all made as asked; returns at which of them `steps` changed."""
+    return [index for index in range(chunks) if quality.arrive(Arrival(1.0, 1.0 / speed, slack), quality.steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "speed", "slack", "chunks", "expected"),
+    [
+        (2, 1.0, 0.4, 2, 2),  # three chunks must say so
+        (2, 1.0, 0.4, 3, 1),
+        (2, 1.04, 0.4, 3, 1),
+        (2, 1.06, 0.4, 30, 2),  # fast enough
+        (2, 0.9, 0.6, 30, 2),  # nothing is lost yet
+        (2, 0.5, -3.0, 30, 1),  # one step is the least
+        (4, 0.5, -3.0, 3, 3),  # one level at a time
+        (4, 0.5, -3.0, 6, 2),
+        (4, 0.5, -3.0, 30, 2),  # half the steps are the least
+        (3, 0.5, -3.0, 30, 2),
+        (1, 0.5, -3.0, 30, 1),
+    ],
+)
+def test_quality_goes_down_when_a_stream_runs_dry(
+    steps: int, speed: float, slack: float, chunks: int, expected: int
+) -> None:
+    quality = Quality(steps)
+    feed(quality, chunks, speed, slack)
+    assert quality.steps == expected
+
+
+@pytest.mark.parametrize(("speed", "chunks", "expected"), [(1.35, 9, 1), (1.35, 10, 2), (1.25, 100, 1), (9.0, 100, 2)])
+def test_quality_comes_back_when_there_is_time_to_spare(speed: float, chunks: int, expected: int) -> None:
+    quality = Quality(2)
+    feed(quality, 3, 0.9, 0.1)
+    feed(quality, chunks, speed)
+    assert quality.steps == expected
+
+
+def test_chunks_from_before_a_change_say_nothing_about_it() -> None:
+    quality = Quality(4)
+    feed(quality, 3, 0.9, 0.1)
+    assert (quality.steps, quality.applied, quality.level) == (3, 4, 0)
+    for _ in range(5):  # begun before
+        assert not quality.arrive(Arrival(1.0, 2.0, -1.0), 4)
+    assert (quality.steps, quality.level) == (3, 0)
+    assert feed(quality, 3, 0.9, 0.1) == [2]
+    assert (quality.steps, quality.level, quality.levels) == (2, 1, 3)
+
+
+def test_what_says_nothing_about_speed_counts_for_nothing() -> None:
+    quality = Quality(2)
+    for _ in range(20):
+        assert not quality.arrive(Arrival(1.0, None, -1.0), 2)
+        assert not quality.arrive(Arrival(1.0, None, None), 2)
+    assert not quality.arrive(Arrival(1.0, 2.0, None), 2)
+
+
+def test_who_cannot_keep_the_better_quality_tries_less_and_less_often() -> None:
+    quality, waits = Quality(2), []
+    for _ in range(7):
+        assert feed(quality, 3, 0.9, 0.1) == [2]
+        wait = 1
+        while not feed(quality, 1, 2.0):
+            wait += 1
+        waits.append(wait)
+    assert waits == [10, 20, 40, 80, 160, 160, 160]
+    assert waits[-1] == MAX_UP_CHUNKS
+
+
+def test_what_a_chunk_took_and_how_long_before_its_time_it_came() -> None:
+    clock = playback()
+    assert (grant := clock.grant(0.0)) and grant.limit == 2
+    # The first one says nothing about speed, and there is no clock yet.
+    assert clock.arrive(9, 0.25, 0.25) == Arrival(9 * PERIOD, None, None)
+    assert clock.tick(0.25, watched=True) == Show(0, 0.0)
+    # The second could begin when the first was there.
+    assert clock.arrive(12, 0.25, 0.5) == Arrival(12 * PERIOD, 0.25, 9 * PERIOD - 0.25)
+    # The third only when it was granted.
+    clock.shown = 9
+    assert (grant := clock.grant(0.8125)) and grant.limit == 3
+    arrival = clock.arrive(12, 0.25, 1.0625)
+    assert (arrival.taken, arrival.slack) == (0.25, 0.25 + 21 * PERIOD - 1.0625)
+
+
+def test_a_pause_and_a_new_engine_are_no_slow_chunks() -> None:
+    clock = playback()
+    clock.grant(0.0)
+    clock.arrive(9, 0.25, 0.25)
+    clock.pause(0.3)
+    assert clock.arrive(12, 0.25, 60.0).taken is None
+    clock.resume(61.0)
+    clock.shown = 9
+    clock.grant(61.0)
+    assert clock.arrive(12, 0.25, 61.25).taken == 0.25
+    clock.shown = 21
+    clock.grant(62.0)
+    clock.forget_grant()
+    clock.grant(70.0)
+    assert clock.arrive(12, 0.25, 70.25).taken is None
