@@ -1,20 +1,48 @@
-"""Waiting for an event or a time, as everything does that plays frames: some thousand times a second in all."""
+"""Two waits that asyncio lacks: for an event or a time, and for the first of several coroutines."""
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar, overload
+
+T = TypeVar("T")
 
 
-async def wait_until(wake: asyncio.Event, until: float | None) -> None:
-    """Wait for `wake`, which is set at `until` (on the monotonic clock) at the latest.
+async def wait_until(event: asyncio.Event, deadline: float | None) -> None:
+    """Wait for `event`; set it at `deadline`, a time of the monotonic clock, if nobody has done so before.
 
-    It takes no task and no exception, and unlike Python 3.11's `wait_for` it never forgets a cancellation that comes in
-    the same turn.
+    Playback calls this a thousand times a second, so it starts no task and raises no exception. Unlike `wait_for` of
+    Python 3.11 it never loses a cancellation that arrives in the same turn of the event loop.
     """
     timer = None
-    if until is not None:
-        timer = asyncio.get_running_loop().call_later(max(0.0, until - time.monotonic()), wake.set)
+    if deadline is not None:
+        timer = asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), event.set)
     try:
-        await wake.wait()
+        await event.wait()
     finally:
         if timer is not None:
             timer.cancel()
+
+
+@overload
+async def first_of(*work: Coroutine[Any, Any, T]) -> T: ...
+
+
+@overload
+async def first_of(*work: Coroutine[Any, Any, T], timeout: float) -> T | None: ...
+
+
+async def first_of(*work: Coroutine[Any, Any, T], timeout: float | None = None) -> T | None:
+    """Run coroutines side by side and return the result of the first to finish, or raise its exception.
+
+    The others are cancelled, and have ended when this returns; so have all, if this is cancelled. If several finish in
+    the same turn of the event loop, the one given first counts. None if none finishes within `timeout` seconds.
+    """
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done).result() if done else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
