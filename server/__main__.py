@@ -146,7 +146,7 @@ async def serve(config: Config, tracing: Tracing) -> int:
             config.model,
             threads=config.engine_threads,
             loras=config.loras,
-            spare=config.engine_spare == "on",
+            standby=config.engine_spare == "on",
             arguments=config.engine_arguments,
             start_seconds=config.engine_start_timeout_s,
             hung_seconds=config.engine_timeout_s,

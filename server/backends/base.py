@@ -1,7 +1,7 @@
-"""The gateway's handle on an engine: four verbs, and the engine's messages in return.
+"""The gateway's handle on an engine: `start`, `send`, `health`, `stop`, and a callback for what the engine sends.
 
-What goes to the engine and what comes back are the messages of `engine.wire`; a backend adds where the engine runs
-and what happens when it dies. `local` runs one as a child process, `fake` pretends.
+The messages in both directions are those of `engine.wire`. A backend adds where the engine runs and what happens when
+it dies. `local` runs it as a child process; `fake` imitates one for tests and benchmarks.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from engine import wire
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The engine is gone, and with it every stream it held.
+    """The engine process is gone, and its streams' state with it.
 
-    With `retrying` a new one is on its way and can take the streams up. Without, they are over; `wire.Ready` tells if
-    one ever comes up again.
+    With `retrying`, a replacement is starting and can resume the streams. Without it, the streams are over; if an
+    engine does come up again later, `wire.Ready` says so.
     """
 
     reason: str
@@ -25,30 +25,30 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the engine can take work now, and if not, why not."""
+    """Whether the engine can take work now, and why not if it cannot."""
 
     ready: bool
     reason: str
     generation: int
-    """Number of the current engine process: 1 is the first, 0 is none yet."""
+    """Number of the current engine process: 0 before the first one, then counting from 1."""
 
 
 EngineEvent = wire.ToGateway | Lost
 Deliver = Callable[[EngineEvent, bytes], None]
-"""Called on the event loop for every message, in order; the second argument holds the pixels of `wire.Frames`."""
+"""Called on the event loop for every event, in order. The second argument holds the pixels of a `wire.Frames`."""
 
 
 class Backend(Protocol):
     """Where streams are generated."""
 
     async def start(self, deliver: Deliver) -> None:
-        """Begin to bring the engine up, without waiting for it: `wire.Ready` tells when it is."""
+        """Start the engine without waiting for it: it delivers `wire.Ready` once it can serve."""
 
     def send(self, message: wire.ToEngine) -> None:
-        """Hand a message to the engine. Dropped when there is none: `Lost` was or will be delivered."""
+        """Send a message to the engine. Without an engine it is dropped: `Lost` has been or will be delivered."""
 
     def health(self) -> Health:
-        """How the engine is."""
+        """The engine's current health."""
 
     async def stop(self) -> None:
-        """End the engine and everything started for it. Delivers nothing any more."""
+        """End the engine and everything started for it. Nothing is delivered afterwards."""

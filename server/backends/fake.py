@@ -1,7 +1,7 @@
-"""An engine that pretends: a moving test picture made from prompt and seed, at any speed, with hooks for disaster.
+"""A fake engine for tests and benchmarks: a moving test picture made from prompt and seed, with failures on demand.
 
-It keeps the contract of the real one (credits, steers, trimmed last chunk, counters that survive a restart), so the
-gateway and its clients can be built and tested without torch.
+It follows the real engine's contract (credits, steers, a trimmed last chunk, counters that survive a restart), so that
+the gateway and its clients can be built and tested without torch.
 """
 
 import asyncio
@@ -16,15 +16,15 @@ from engine import wire
 from server.backends.base import Deliver, Health, Lost
 
 STAMP_FIELDS = (16, 32, 8, 8)
-"""Bits of a stamp: frame, milliseconds since 1970, prompt, checksum. The first two are counted modulo their size."""
+"""Bits of a stamp's fields: frame number, milliseconds since 1970, prompt, checksum. Values are taken modulo 2^bits."""
 STAMP_BITS = sum(STAMP_FIELDS)
 STAMP_ROWS = 2
 
 
 def stamp(draw: ImageDraw.ImageDraw, width: int, frame: int, milliseconds: int, prompt: int) -> None:
-    """Write a stamp on the top of a picture, as black and white squares that survive every codec.
+    """Draw a stamp along the top of a picture, as black and white squares that survive every codec.
 
-    The bits of all fields, the highest first, in two rows. The checksum is the sum of the other fields' bytes.
+    The bits of all fields, most significant first, fill two rows. The checksum is the sum of the other fields' bytes.
     """
     values = [value % (1 << bits) for value, bits in zip((frame, milliseconds, prompt), STAMP_FIELDS, strict=False)]
     data = b"".join(value.to_bytes(bits // 8) for value, bits in zip(values, STAMP_FIELDS, strict=False))
@@ -47,17 +47,17 @@ class _Stream:
     due_at: float = 0.0
     steer: wire.Steer | None = None
     fresh: bool = True
-    """The scene starts with the next chunk."""
+    """The next chunk starts a new scene."""
     started: bool = False
     steps: int | None = None
-    """As `wire.SetSteps` asked, where that is not its own number."""
+    """Denoising steps that `wire.SetSteps` asked for; None for the model's own number."""
     busy: bool = False
-    """Chunk `chunk` is being generated: a steer comes too late for it."""
+    """Chunk `chunk` is being generated, so a steer applies to the one after it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class FakeBackend:
-    """One pretended engine. `chunk_seconds` is both what it claims and what it takes per chunk."""
+    """One fake engine. `chunk_seconds` is both what it reports and what it takes per chunk."""
 
     width: int = 256
     height: int = 256
@@ -66,19 +66,19 @@ class FakeBackend:
     first_chunk_frames: int = 9
     chunk_seconds: float = 0.25
     steps: int = 2
-    """Denoising steps that it claims to make; with fewer it is faster."""
+    """Denoising steps that it reports; with fewer it is faster."""
     model: str = "mini"
     ready_after: float = 0.0
     restart_after: float = 0.05
     restarts_left: int = 1_000_000
     """How many crashes it recovers from."""
     extra_seconds: float = 0.0
-    """Set to slow it down beyond what it claims."""
+    """Added to every chunk's time, beyond what it reports."""
     stamped: bool = False
-    """Write on every picture when it was made, for `server.bench.latency`; see `stamp`."""
+    """Stamp every picture with the time it was made, for `server.bench.latency`; see `stamp`."""
     refuse_steers: bool = False
     loras: tuple[str, ...] = ()
-    """LoRAs that it claims to have; they change nothing."""
+    """LoRAs that it reports; they change nothing in the picture."""
     sent: list[wire.ToEngine] = field(default_factory=list)
     """Every message from the gateway except credits."""
     _deliver: Deliver | None = None
@@ -90,7 +90,7 @@ class FakeBackend:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
 
-    # the backend
+    # Backend
 
     async def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
@@ -133,10 +133,10 @@ class FakeBackend:
         await self._cancel()
         self._ready = False
 
-    # disasters
+    # failures on demand
 
     def crash(self, reason: str = "the engine crashed") -> None:
-        """Die now, and come back after `restart_after` seconds while `restarts_left` lasts."""
+        """Crash now, and restart after `restart_after` seconds unless `restarts_left` is used up."""
         assert self._task is not None
         self._task.cancel()
         self._streams.clear()
@@ -150,7 +150,7 @@ class FakeBackend:
             self._task = asyncio.create_task(self._run(self.restart_after), name="fake engine")
 
     def break_stream(self, stream: str, message: str = "the latents became NaN") -> None:
-        """Let one stream fail."""
+        """Make one stream fail."""
         self._streams.pop(stream, None)
         self._emit(wire.Fault("numeric", message, stream))
 
@@ -183,12 +183,12 @@ class FakeBackend:
             stream.fresh |= steer.transition == "cut"
         stream.busy = True
         steps = stream.steps
-        # A context pass costs as much as a step.
+        # The context pass costs as much as a denoising step.
         seconds = (self.chunk_seconds + self.extra_seconds) * (1 + (steps or self.steps)) / (1 + self.steps)
         await asyncio.sleep(seconds)
         stream.busy = False
         if self._streams.get(name) is not stream:
-            return  # closed meanwhile
+            return  # closed in the meantime
         frames = self.first_chunk_frames if stream.fresh else self.chunk_frames
         if stream.opened.max_frames is not None:
             frames = min(frames, stream.opened.max_frames - stream.frame)

@@ -1,11 +1,12 @@
-"""The engine as a child process of the gateway, spoken to over a private unix socket, watched, and replaced.
+"""The engine as a child process of the gateway: started, supervised and replaced when it fails.
 
-A process (`server.backends.process`) that exits, falls silent, or has work but does not step is killed by its process
-id and replaced: at once by the spare, where one waits, and otherwise by a new one, at growing intervals, until engines
-have died `BREAKER_DEATHS` times within `BREAKER_SECONDS`. Then it is given up for as long, and tried again.
+An engine process (`server.backends.process`) is killed when it exits, falls silent, or has work but makes no progress.
+A standby, where one is ready, takes over at once; otherwise a new process starts after a pause that grows with each
+failure. After `BREAKER_DEATHS` failures within `BREAKER_SECONDS` the backend gives up for `BREAKER_SECONDS`, and then
+tries again.
 
-The spare is one more process, started when the engine is ready. A spare that dies is no engine that dies: it is missed
-by nobody and replaced, at growing intervals as well.
+The standby is a second engine process, started once the engine is ready. A standby that dies does not count as an
+engine failure: it is replaced, also after growing pauses.
 """
 
 import asyncio
@@ -14,13 +15,13 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from msgspec import structs
 
 from engine import wire
+from server.aio import first_of
 from server.backends.base import Deliver, Health, Lost
 from server.backends.process import EngineProcess
 
@@ -28,28 +29,29 @@ logger = logging.getLogger("livereel.engine")
 
 BREAKER_DEATHS = 3
 BREAKER_SECONDS = 60.0
-"""Deaths within this time count as a loop. A loop is given up for as long."""
+"""`BREAKER_DEATHS` failures within this time are a crash loop; the backend then waits for as long before it retries."""
 BACKOFF_SECONDS = (0.5, 10.0)
-"""First and longest pause before a restart; it doubles with every death that the breaker still remembers."""
+"""First and longest pause before a restart. It doubles with each failure within `BREAKER_SECONDS`."""
 START_SECONDS = 900.0
-"""Loading and warming up may take this long: big weights, cold compilation."""
+"""Limit for loading and warming up: large weights and a cold compilation take minutes."""
 SILENT_SECONDS = 10.0
-"""A heartbeat comes twice a second; this long without one means that the process is stuck."""
-SPARED_SILENT_SECONDS = 3.0
-"""The same while a spare waits that can serve at once, so that an error costs little."""
-SPARE_SECONDS = (5.0, 300.0)
-"""From an engine that is ready to the start of its spare, so that streams come first; it doubles with every spare that
-is lost, up to the second."""
-ASIDE_SECONDS = (0.1, 2.0)
-"""How long a spare prepares and then stands still, in turns, while the engine has work to do."""
-LOOK_SECONDS = 0.02
-FRESH_SECONDS = 2.0
-"""A spare that has said nothing for longer is not relied on."""
+"""A heartbeat comes twice a second. Without one for this long, the process counts as stuck."""
+SILENT_WITH_STANDBY_SECONDS = 3.0
+"""The same limit while a warm standby waits, because replacing a healthy engine by mistake then costs little."""
+STANDBY_SECONDS = (5.0, 300.0)
+"""Pause from the engine's `Ready` to the start of a standby, so that streams start first. It doubles with each standby
+that is lost, up to the second value."""
+STANDBY_TURN_SECONDS = (0.1, 2.0)
+"""While the engine has work, a loading standby runs for the first and is paused for the second, in turns."""
+STANDBY_POLL_SECONDS = 0.02
+STANDBY_FRESH_SECONDS = 2.0
+"""A standby whose last message is older is not trusted to take over."""
 HUNG_SECONDS = 20.0
-"""A step loop with work to do that has not moved for this long hangs."""
-LAST_WORDS_SECONDS = 0.2
+"""An engine that has work and reports no step for this long is hung."""
+EXIT_DRAIN_SECONDS = 0.2
+"""After an exit, how long to read what the process sent last."""
 USAGE_ERROR = 2
-"""The exit status by which a program says that its command line makes no sense."""
+"""Exit status of a program that rejects its command line (argparse's)."""
 
 
 class LocalBackend:
@@ -62,16 +64,16 @@ class LocalBackend:
         command: Sequence[str] = (sys.executable, "-m", "engine"),
         threads: int | None = None,
         loras: Path | None = None,
-        spare: bool = False,
+        standby: bool = False,
         arguments: Sequence[str] = (),
         start_seconds: float = START_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
         hung_seconds: float = HUNG_SECONDS,
         backoff_seconds: tuple[float, float] = BACKOFF_SECONDS,
         breaker_seconds: float = BREAKER_SECONDS,
-        spare_seconds: tuple[float, float] = SPARE_SECONDS,
+        standby_seconds: tuple[float, float] = STANDBY_SECONDS,
     ) -> None:
-        """With `spare`, a second process with the option `--spare` waits to take over."""
+        """With `standby`, a second process (started with `--spare`) waits to take over."""
         self._command = [*command, model]
         self._options = ["--threads", str(threads)] if threads is not None else []
         if loras is not None:
@@ -82,20 +84,20 @@ class LocalBackend:
         self._hung_seconds = hung_seconds
         self._backoff_seconds = backoff_seconds
         self._breaker_seconds = breaker_seconds
-        self._with_spare = spare
-        self._spare_seconds = spare_seconds
+        self._with_standby = standby
+        self._standby_seconds = standby_seconds
         self._deliver: Deliver | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._engine: EngineProcess | None = None
-        self._spare: EngineProcess | None = None
-        self._sparing: asyncio.Task[None] | None = None
+        self._standby: EngineProcess | None = None
+        self._standby_task: asyncio.Task[None] | None = None
         self._generation = 0
         self._failure = ""
-        self._hopeless = ""
+        self._permanent_failure = ""
         self._stopping = False
-        # Chunks allowed and chunks received per stream: whether the engine has work to do.
-        self._owed: dict[str, tuple[int, int]] = {}
-        # By model, what a chunk takes: measured by an engine that had the machine for itself.
+        # By stream: chunks allowed, chunks received. The engine has work while the first exceeds the second.
+        self._progress: dict[str, tuple[int, int]] = {}
+        # By model: seconds per chunk, as measured by an engine that had the machine to itself.
         self._chunk_seconds: dict[str, float] = {}
 
     @property
@@ -104,9 +106,9 @@ class LocalBackend:
         return self._engine.pid if self._engine is not None else None
 
     @property
-    def spare_pid(self) -> int | None:
-        """Process id of the spare that waits to take over."""
-        return self._spare.pid if self._spare is not None and self._spare_waits() else None
+    def standby_pid(self) -> int | None:
+        """Process id of the standby, once it can take over."""
+        return self._standby.pid if self._standby is not None and self._standby_ready() else None
 
     async def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
@@ -117,11 +119,11 @@ class LocalBackend:
             return
         match message:
             case wire.Open(stream=stream, start_chunk=chunk):
-                self._owed[stream] = (chunk, chunk)
-            case wire.Credit(stream=stream, limit=limit) if stream in self._owed:
-                self._owed[stream] = (max(limit, self._owed[stream][0]), self._owed[stream][1])
+                self._progress[stream] = (chunk, chunk)
+            case wire.Credit(stream=stream, limit=limit) if stream in self._progress:
+                self._progress[stream] = (max(limit, self._progress[stream][0]), self._progress[stream][1])
             case wire.Close(stream=stream):
-                self._owed.pop(stream, None)
+                self._progress.pop(stream, None)
         self._engine.send(message)
 
     def health(self) -> Health:
@@ -129,7 +131,7 @@ class LocalBackend:
             return Health(False, self._failure, self._generation)
         if self._engine is None or not self._engine.ready:
             return Health(False, "the engine is starting", self._generation)
-        silent = time.monotonic() - self._engine.heard_at
+        silent = time.monotonic() - self._engine.last_message_at
         if silent > self._silent_seconds / 2:
             return Health(False, f"the engine has been silent for {silent:.0f} s", self._generation)
         return Health(True, "ready", self._generation)
@@ -138,8 +140,8 @@ class LocalBackend:
         self._deliver = None
         self._stopping = True
         if self._engine is not None and self._engine.ready:
-            # One that is still loading hears nothing, and a spare has nothing to put in order: they get a SIGTERM.
-            await self._engine.leave()
+            # A loading engine does not read messages, and a standby has no state to save: those get a SIGTERM.
+            await self._engine.shut_down()
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -150,79 +152,80 @@ class LocalBackend:
     async def _supervise(self) -> None:
         deaths: deque[float] = deque(maxlen=BREAKER_DEATHS)
         try:
-            while await self._replace(deaths):
+            while await self._run_and_recover(deaths):
                 pass
         finally:
-            await self._end_spare()
+            await self._end_standby()
 
-    async def _replace(self, deaths: deque[float]) -> bool:
-        """Run an engine to its end, and wait until it is time for the next; false when there is to be none."""
+    async def _run_and_recover(self, deaths: deque[float]) -> bool:
+        """Run one engine until it fails, and wait until the next may start. False when there is to be no next one."""
         try:
-            reason = await self._run()
+            reason = await self._run_engine()
         except OSError as error:
             reason = f"the engine could not be started: {error}"
-        self._owed.clear()
+        self._progress.clear()
         if self._stopping:
             return False
         now = time.monotonic()
         deaths.append(now)
         recent = sum(now - death < self._breaker_seconds for death in deaths)
-        if self._hopeless or recent >= BREAKER_DEATHS:
-            self._failure = self._hopeless or f"{reason}; given up after {recent} failures"
+        if self._permanent_failure or recent >= BREAKER_DEATHS:
+            self._failure = self._permanent_failure or f"{reason}; given up after {recent} failures"
             logger.critical("%s", self._failure)
             self._emit(Lost(self._failure, retrying=False))
-            if self._hopeless:
+            if self._permanent_failure:
                 return False
-            await self._end_spare()
+            await self._end_standby()
             await asyncio.sleep(self._breaker_seconds)
             self._failure = ""
             deaths.clear()
-        elif self._spare_waits():
-            logger.error("%s; the spare takes over", reason)
+        elif self._standby_ready():
+            logger.error("%s; the standby takes over", reason)
             self._emit(Lost(reason, retrying=True))
         else:
             first, longest = self._backoff_seconds
             pause = min(longest, first * 2 ** (recent - 1))
             logger.error("%s; restarting in %.1f s", reason, pause)
             self._emit(Lost(reason, retrying=True))
-            await self._end_spare()  # a new one, which need not give way to others, is ready sooner
+            await self._end_standby()  # a new engine at normal priority is ready sooner than a half-loaded standby
             await asyncio.sleep(pause)
         return True
 
-    async def _run(self) -> str:
-        """Run one engine process to its end and say how it ended. However this is left, the process is gone."""
+    async def _run_engine(self) -> str:
+        """Run one engine process until it fails, and return the reason. The process is gone afterwards in any case."""
         self._generation += 1
-        if spared := self._spare_waits():
-            assert self._spare is not None
-            self._engine, self._spare = self._spare, None
+        if takes_over := self._standby_ready():
+            assert self._standby is not None
+            self._engine, self._standby = self._standby, None
             self._engine.ready = False
         else:
             self._engine = await EngineProcess.start(self._command, self._options)
         engine = self._engine
         try:
-            await self._end_spare()  # it is none any more: nobody else is to hear what it says
-            if spared:
+            await self._end_standby()  # the standby's task must not read the messages of what is now the engine
+            if takes_over:
                 engine.serve()
-            reason = await _first(
-                self._receive(engine), self._watch(engine), engine.unread(), self._exit_report(engine)
+            reason = await first_of(
+                self._receive(engine), self._watch(engine), engine.send_failed(), self._exit_reason(engine)
             )
-            engine.kill()  # viewers wait for the next one
+            engine.kill()  # at once: viewers are waiting for the next engine
             return reason
         finally:
             await engine.end()
             self._engine = None
 
     async def _receive(self, engine: EngineProcess) -> str:
+        """Deliver the engine's messages. Returns only when one of them says that the engine is of no more use."""
         while True:
             message = await engine.receive()
             if isinstance(message, wire.Waiting):
-                continue  # it is no spare, or none any more
+                continue  # sent before this standby took over
             pixels = b""
             if isinstance(message, wire.Frames):
                 try:
                     pixels = engine.pixels(message)
                 except wire.DamagedError as error:
-                    # What is shown is what was generated, or nothing: the stream ends where its viewers can see it.
+                    # Damaged pixels are never shown: the stream fails with an error that its viewers see.
                     logger.error("a chunk of stream %s is damaged: %s", message.stream, error)
                     self.send(wire.Close(message.stream))
                     message = wire.Fault("chunk_damaged", "a chunk was damaged on its way", message.stream)
@@ -231,28 +234,28 @@ class LocalBackend:
                     return f"the engine speaks protocol {message.protocol}, the gateway {wire.PROTOCOL}"
                 case wire.Ready():
                     try:
-                        layout = engine.lay_out(message.models)
+                        layout = engine.allocate_ring(message.models)
                     except (OSError, ValueError, OverflowError) as error:
                         return f"there is no room for the engine's frames: {error}"
                     engine.ready = True
                     self.send(layout)
-                    engine.seclude()
-                    message = self._measured(engine, message)
-                    if self._with_spare and self._sparing is None:
-                        self._sparing = asyncio.create_task(self._keep_spare(), name="engine spare")
+                    engine.unlink_socket()
+                    message = self._with_known_chunk_seconds(engine, message)
+                    if self._with_standby and self._standby_task is None:
+                        self._standby_task = asyncio.create_task(self._keep_standby(), name="engine standby")
                 case wire.Fault(stream=None) if not engine.ready:
-                    # It will be so next time too: a weight file that is missing or damaged, for one.
-                    self._hopeless = f"the engine cannot start: {message.message}"
+                    # A restart would fail the same way: a weight file is missing or damaged, for example.
+                    self._permanent_failure = f"the engine cannot start: {message.message}"
                 case wire.Heartbeat() if message.step_age > self._hung_seconds and self._has_work():
                     return f"the engine has not moved for {message.step_age:.0f} s"
-                case wire.Frames(stream=stream, chunk=chunk) if stream in self._owed:
-                    self._owed[stream] = (self._owed[stream][0], chunk + 1)
+                case wire.Frames(stream=stream, chunk=chunk) if stream in self._progress:
+                    self._progress[stream] = (self._progress[stream][0], chunk + 1)
                 case wire.Ended(stream=stream) | wire.Fault(stream=str(stream), event=None):
-                    self._owed.pop(stream, None)
+                    self._progress.pop(stream, None)
             self._emit(message, pixels)
 
-    def _measured(self, engine: EngineProcess, ready: wire.Ready) -> wire.Ready:
-        """With what a chunk takes as it was measured before: a warm spare did so beside an engine at work."""
+    def _with_known_chunk_seconds(self, engine: EngineProcess, ready: wire.Ready) -> wire.Ready:
+        """Replace what a warm standby measured, beside an engine at work, by what an earlier engine measured alone."""
         known = self._chunk_seconds
         for info in ready.models:
             if not engine.warm or info.name not in known:
@@ -261,123 +264,115 @@ class LocalBackend:
         return structs.replace(ready, models=models)
 
     async def _watch(self, engine: EngineProcess) -> str:
+        """Return when the process starts too slowly or has been silent for too long."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.25)
             now = time.monotonic()
             if now - before > 1.0:
-                continue  # this process was the one that stood still; let the waiting messages in first
-            patience = self._silent_seconds
-            if self._spare is not None and self._spare.warm and self._spare_waits():
-                patience = min(patience, SPARED_SILENT_SECONDS)
-            start = self._silent_seconds if engine.warm else self._start_seconds
-            if not engine.ready and now - engine.began > start:
-                return f"the engine was not ready after {start:.0f} s"
-            if engine.ready and now - engine.heard_at > patience:
-                return f"the engine has been silent for {now - engine.heard_at:.0f} s"
+                continue  # the gateway itself was suspended: process the messages that queued up first
+            silent_limit = self._silent_seconds
+            if self._standby is not None and self._standby.warm and self._standby_ready():
+                silent_limit = min(silent_limit, SILENT_WITH_STANDBY_SECONDS)
+            start_limit = self._silent_seconds if engine.warm else self._start_seconds
+            if not engine.ready and now - engine.started_at > start_limit:
+                return f"the engine was not ready after {start_limit:.0f} s"
+            if engine.ready and now - engine.last_message_at > silent_limit:
+                return f"the engine has been silent for {now - engine.last_message_at:.0f} s"
 
-    async def _exit_report(self, engine: EngineProcess) -> str:
+    async def _exit_reason(self, engine: EngineProcess) -> str:
+        """Wait for the process to exit and say how it did."""
         status = await engine.exited()
-        await asyncio.sleep(LAST_WORDS_SECONDS)  # its last words may still be on the socket
+        await asyncio.sleep(EXIT_DRAIN_SECONDS)  # its last message, with the actual reason, may still be queued
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         if status == USAGE_ERROR and not engine.ready and engine is self._engine:
-            self._hopeless = "the engine refuses its command line"
+            self._permanent_failure = "the engine refuses its command line"
         return f"the engine (process {engine.pid}) {how}"
 
-    # the spare
+    # the standby
 
-    async def _keep_spare(self) -> None:
-        """Have a spare until this is cancelled, which ends it unless it was taken by then."""
-        first, longest = self._spare_seconds
+    async def _keep_standby(self) -> None:
+        """Keep one standby running until cancelled. Cancelling ends it, unless it has taken over by then."""
+        first, longest = self._standby_seconds
         pause = first
         while True:
             await asyncio.sleep(pause)
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
-                spare = self._spare = await EngineProcess.start(self._command, ["--spare", *self._options])
+                standby = self._standby = await EngineProcess.start(self._command, ["--spare", *self._options])
             except OSError as error:
                 reason = f"it could not be started: {error}"
             else:
                 try:
-                    reason = await _first(
-                        self._prepare(spare),
-                        self._step_aside(spare),
-                        self._watch(spare),
-                        spare.unread(),
-                        self._exit_report(spare),
+                    reason = await first_of(
+                        self._receive_standby(standby),
+                        self._throttle(standby),
+                        self._watch(standby),
+                        standby.send_failed(),
+                        self._exit_reason(standby),
                     )
                 finally:
-                    if self._spare is spare:
-                        self._spare = None
-                        await spare.end()
-            lasted = time.monotonic() - began > longest
+                    if self._standby is standby:
+                        self._standby = None
+                        await standby.end()
+            lasted = time.monotonic() - started_at > longest
             pause = first if lasted else min(longest, 2 * pause)
-            logger.warning("the spare is lost: %s; the next one comes in %.1f s", reason, pause)
+            logger.warning("the standby is lost: %s; the next one starts in %.1f s", reason, pause)
 
-    async def _prepare(self, spare: EngineProcess) -> str:
+    async def _receive_standby(self, standby: EngineProcess) -> str:
+        """Read a standby's messages. Returns the reason when one says that it cannot take over."""
         while True:
-            match await spare.receive():
+            match await standby.receive():
                 case wire.Waiting(warm=warm):
-                    spare.ready, spare.warm = True, warm
-                    spare.seclude()
-                    logger.info("a spare engine (process %d) is there to take over", spare.pid)
+                    standby.ready, standby.warm = True, warm
+                    standby.unlink_socket()
+                    logger.info("a standby engine (process %d) is ready to take over", standby.pid)
                 case wire.Heartbeat():
                     pass
                 case wire.Fault(message=message):
                     return message
                 case message:
-                    return f"it says {type(message).__name__} unasked"
+                    return f"it sent an unexpected {type(message).__name__}"
 
-    async def _step_aside(self, spare: EngineProcess) -> str:
-        """Until it is ready, let the spare work only while the engine has nothing to do; and a little in any case.
+    async def _throttle(self, standby: EngineProcess) -> str:
+        """Pause a loading standby while the engine has work, except for short turns so that it makes progress.
 
-        The lowest priority is not enough on few cores: a thread of the engine may still wait for the core that the
-        spare has while the other one is free for a moment. Only Linux ends what stands still when its parent dies.
+        The lowest scheduling priority is not enough on few cores: a thread of the engine can still wait for the core
+        that the standby occupies while another core is briefly free. Linux only, because only there does a paused
+        process end when its parent dies.
         """
-        work, rest = ASIDE_SECONDS
+        run_seconds, pause_seconds = STANDBY_TURN_SECONDS
         since = time.monotonic()
         while sys.platform == "linux":
-            await asyncio.sleep(LOOK_SECONDS)
-            if spare.ready:
+            await asyncio.sleep(STANDBY_POLL_SECONDS)
+            if standby.ready:
                 break
             now = time.monotonic()
-            if spare.halted and (not self._has_work() or now - since >= rest):
-                spare.go_on()
+            if standby.paused and (not self._has_work() or now - since >= pause_seconds):
+                standby.resume()
                 since = now
-            elif not spare.halted and self._has_work() and now - since >= work:
-                spare.halt()
+            elif not standby.paused and self._has_work() and now - since >= run_seconds:
+                standby.pause()
                 since = now
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
-    def _spare_waits(self) -> bool:
-        """Whether there is a spare that can take over."""
-        spare = self._spare
-        if spare is None or not (spare.ready and spare.alive):
+    def _standby_ready(self) -> bool:
+        """Whether a standby can take over now."""
+        standby = self._standby
+        if standby is None or not (standby.ready and standby.alive):
             return False
-        return time.monotonic() - spare.heard_at < FRESH_SECONDS
+        return time.monotonic() - standby.last_message_at < STANDBY_FRESH_SECONDS
 
-    async def _end_spare(self) -> None:
-        if self._sparing is not None:
-            self._sparing.cancel()
-            await asyncio.wait([self._sparing])
-            self._sparing = None
+    async def _end_standby(self) -> None:
+        if self._standby_task is not None:
+            self._standby_task.cancel()
+            await asyncio.wait([self._standby_task])
+            self._standby_task = None
 
     def _has_work(self) -> bool:
-        return any(done < limit for limit, done in self._owed.values())
+        return any(done < limit for limit, done in self._progress.values())
 
     def _emit(self, event: wire.ToGateway | Lost, pixels: bytes = b"") -> None:
         if self._deliver is not None:
             self._deliver(event, pixels)
-
-
-async def _first(*reports: Coroutine[Any, Any, str]) -> str:
-    """What the first of these says; the others are cancelled."""
-    tasks = [asyncio.create_task(report) for report in reports]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(task for task in tasks if task in done).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,11 +1,11 @@
-"""One engine process and what is its own: a private folder with a socket in it, and the memory that frames come in.
+"""One engine process, with its private socket folder and the shared memory that its frames arrive in.
 
-The folder is fresh (mode 0700) and so is the socket, so nothing that an old process sent late can reach a new one's
-streams. The bytes on the socket are `engine.wire` messages and never pickles; what does not decode is logged and
-dropped.
+The folder (mode 0700) and its socket are new for each process, so a late message from an old process cannot reach the
+streams of a new one. The socket carries `engine.wire` messages, never pickles; a message that does not decode is logged
+and dropped.
 
-Pixels come in shared memory of the process's own: a file descriptor that the process inherits, under no name that
-could outlive it. The kernel frees it when both ends are gone, however they went.
+Pixels arrive in anonymous shared memory, whose file descriptor the child inherits. It has no name that could outlive
+the process: the kernel frees it when both ends are gone, however they ended.
 """
 
 import asyncio
@@ -31,29 +31,29 @@ from engine import wire
 logger = logging.getLogger("livereel.engine")
 
 STOP_SECONDS = 3.0
-"""From `wire.Shutdown` to SIGTERM, and from there to SIGKILL."""
+"""From `wire.Shutdown` to SIGTERM, and from SIGTERM to SIGKILL."""
 STDERR = 2
 MAX_MESSAGE_BYTES = 1 << 20
-MAX_OUTBOX = 1000
-"""Messages that wait for an engine that does not read; past it the engine is taken for stuck."""
+MAX_QUEUED_MESSAGES = 1000
+"""Messages queued for an engine that does not read. Beyond this the engine counts as stuck."""
 SLOTS = 4
-"""Chunks that may be on their way at once. Each is copied as it arrives, so more would only hide a gateway too busy."""
+"""Chunks in transit at once. Each is copied on arrival, so more slots would only hide an overloaded gateway."""
 
 
 class EngineProcess:
-    """One that runs, from `start` to `end`; after that nothing of it is left."""
+    """A running engine process, from `start` to `end`, which removes everything that belonged to it."""
 
     def __init__(self) -> None:
-        """Only for `start`. Raises OSError."""
-        self.began = self.heard_at = time.monotonic()
-        """When it was started, or asked to serve; and when it last said something."""
+        """Called by `start` only. Raises OSError."""
+        self.started_at = self.last_message_at = time.monotonic()
+        """Monotonic time at which it was started (or told to serve), and at which its last message arrived."""
         self.ready = False
-        """Whether it has done what it was started for: to serve, or as a spare to wait."""
+        """An engine is ready when it serves; a standby, when it waits to take over."""
         self.warm = False
-        """Whether it waits, or has waited, with everything loaded: a spare that serves at once."""
-        self.halted = False
+        """It is or was a standby with everything loaded, which serves as soon as it is told to."""
+        self.paused = False
         self._process: asyncio.subprocess.Process | None = None
-        self._unread = asyncio.Event()
+        self._send_failed = asyncio.Event()
         self._ring: wire.Ring | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="livereel-"))  # mode 0700
         self._context = zmq.asyncio.Context()
@@ -61,13 +61,13 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str], options: Sequence[str]) -> Self:
-        """Run `command --socket ADDRESS --frames-fd FD --parent-pid PID`, with `options` after it. Raises OSError."""
+        """Run `command --socket ADDRESS --frames-fd FD --parent-pid PID`, followed by `options`. Raises OSError."""
         engine = cls()
         try:
             await engine._start(command, options)
         except BaseException as error:
             await engine.end()
-            if isinstance(error, zmq.ZMQError):  # descriptors are wanting
+            if isinstance(error, zmq.ZMQError):  # out of file descriptors
                 raise OSError(error.errno, str(error)) from None
             raise
         return engine
@@ -75,11 +75,11 @@ class EngineProcess:
     async def _start(self, command: Sequence[str], options: Sequence[str]) -> None:
         self._socket = socket = self._context.socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
-        socket.set(zmq.SNDHWM, MAX_OUTBOX)
+        socket.set(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
         socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         address = f"ipc://{self._directory / 'engine.sock'}"
         socket.bind(address)
-        self._memory = _anonymous_memory()
+        self._memory = _create_shared_memory()
         self._process = await asyncio.create_subprocess_exec(
             *command,
             "--socket",
@@ -90,9 +90,9 @@ class EngineProcess:
             str(os.getpid()),
             *options,
             stdin=asyncio.subprocess.DEVNULL,
-            # Standard output is the gateway's: it prints the address to open there and nothing else.
+            # The gateway's standard output carries the address to open and nothing else.
             stdout=STDERR,
-            # Ctrl-C in the terminal is for the gateway, which then ends the engine in order.
+            # Ctrl-C in the terminal reaches the gateway alone, which then shuts the engine down in order.
             start_new_session=True,
             pass_fds=(self._memory,),
         )
@@ -104,58 +104,58 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended, as far as is known."""
+        """Whether no exit has been noticed yet."""
         return self._process is not None and self._process.returncode is None
 
     def serve(self) -> None:
-        """Have a spare serve."""
-        self.began, self.ready = time.monotonic(), False
+        """Tell a standby to take over."""
+        self.started_at, self.ready = time.monotonic(), False
         self.send(wire.Serve())
 
     def send(self, message: wire.ToEngine) -> None:
-        """Hand it a message, or find that it reads none."""
+        """Queue a message. If the queue is full, `send_failed` returns."""
         try:
             future = self._socket.send(wire.encode(message), flags=zmq.NOBLOCK)
         except zmq.ZMQError:
-            self._unread.set()
+            self._send_failed.set()
             return
         if isinstance(future, asyncio.Future):
-            future.add_done_callback(self._sent)
+            future.add_done_callback(self._on_sent)
 
-    def _sent(self, future: asyncio.Future[Any]) -> None:
+    def _on_sent(self, future: asyncio.Future[Any]) -> None:
         if not future.cancelled() and future.exception() is not None:
-            self._unread.set()
+            self._send_failed.set()
 
     async def receive(self) -> wire.ToGateway | wire.Waiting:
-        """The next message."""
+        """Wait for the next message that decodes."""
         while True:
             parts = await self._socket.recv_multipart()
             try:
-                message: wire.ToGateway | wire.Waiting = wire.decode_to_gateway(_only(parts))
+                message: wire.ToGateway | wire.Waiting = wire.decode_to_gateway(_single_part(parts))
             except (msgspec.DecodeError, ValueError) as error:
                 logger.warning("dropped a malformed message of the engine: %s", error)
                 continue
-            self.heard_at = time.monotonic()
+            self.last_message_at = time.monotonic()
             return message
 
-    def seclude(self) -> None:
-        """It is connected, and nobody else is to be: the socket is not to be found any more."""
-        # Nor does a gateway that is killed leave one behind.
+    def unlink_socket(self) -> None:
+        """Remove the socket's folder once the engine has connected: nobody else can connect, and a gateway that is
+        killed leaves no folder behind."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def lay_out(self, models: Sequence[wire.ModelInfo]) -> wire.Layout:
-        """Give the shared memory the size that these models need. Raises OSError, ValueError, OverflowError."""
+    def allocate_ring(self, models: Sequence[wire.ModelInfo]) -> wire.Layout:
+        """Size the shared memory for these models. Raises OSError, ValueError, OverflowError."""
         chunks = [max(info.chunk_frames, info.first_chunk_frames) * info.height * info.width * 3 for info in models]
         slot_bytes = max(chunks, default=0)
         os.ftruncate(self._memory, wire.Ring.bytes_for(SLOTS, slot_bytes))
         if sys.platform == "linux":
-            # Cut short by one side, it would kill the other as soon as that touches it.
+            # If one side shrank it, the other would die of SIGBUS on its next access.
             fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._ring = wire.Ring(self._memory, SLOTS, slot_bytes)
         return wire.Layout(SLOTS, slot_bytes)
 
     def pixels(self, message: wire.Frames) -> bytes:
-        """Copied out of their slot, which is the engine's again. Raises `wire.DamagedError`."""
+        """Copy a chunk out of its slot and release the slot to the engine. Raises `wire.DamagedError`."""
         if self._ring is None:
             raise wire.DamagedError("it came before the engine was ready")
         try:
@@ -163,30 +163,30 @@ class EngineProcess:
         finally:
             self.send(wire.Release(message.slot, message.generation))
 
-    async def unread(self) -> str:
-        """Returns once it is known not to read its messages."""
-        await self._unread.wait()
+    async def send_failed(self) -> str:
+        """Return once a message could not be sent because the engine reads none."""
+        await self._send_failed.wait()
         return "the engine does not read its messages"
 
     async def exited(self) -> int:
-        """Its exit status, when it has one; below zero it is the signal that killed it."""
+        """Wait for the exit status; a negative one is the number of the signal that killed the process."""
         assert self._process is not None
         return await self._process.wait()
 
-    async def leave(self) -> None:
-        """Ask it to, and give it time for that."""
+    async def shut_down(self) -> None:
+        """Ask the engine to exit, and wait up to `STOP_SECONDS` for it."""
         self.send(wire.Shutdown())
         assert self._process is not None
-        await _exits(self._process, STOP_SECONDS)
+        await _exits_within(self._process, STOP_SECONDS)
 
-    def halt(self) -> None:
-        """Have it stand still, until `go_on` or its end."""
-        self.halted = True
+    def pause(self) -> None:
+        """Stop the process with SIGSTOP, until `resume` or `end`."""
+        self.paused = True
         self._signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """After `halt`."""
-        self.halted = False
+    def resume(self) -> None:
+        """Continue a paused process."""
+        self.paused = False
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -195,17 +195,17 @@ class EngineProcess:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """It is dead or beyond a request."""
+        """Send SIGKILL."""
         self._signal(signal.SIGKILL)
 
     async def end(self) -> None:
-        """Make sure that it is gone, and what is its own as well."""
+        """End the process (SIGTERM, then SIGKILL) and free its socket, memory and folder."""
         try:
             process = self._process
             if process is not None and process.returncode is None:
                 self._signal(signal.SIGTERM)
-                self.go_on()
-                if not await _exits(process, STOP_SECONDS):
+                self.resume()
+                if not await _exits_within(process, STOP_SECONDS):
                     self.kill()
                     await process.wait()
         except asyncio.CancelledError:
@@ -222,15 +222,15 @@ class EngineProcess:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _only(parts: list[bytes]) -> bytes:
-    """A message has one part."""
+def _single_part(parts: list[bytes]) -> bytes:
+    """The body of a one-part ZeroMQ message. Raises ValueError for any other."""
     if len(parts) != 1:
         raise ValueError(f"a message of {len(parts)} parts")
     return parts[0]
 
 
-def _anonymous_memory() -> int:
-    """A descriptor of shared memory that has no name and, until it is laid out, no size."""
+def _create_shared_memory() -> int:
+    """A descriptor of unnamed shared memory of size 0; `allocate_ring` gives it its size."""
     if sys.platform == "linux":
         descriptor = os.memfd_create("livereel-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:
@@ -239,7 +239,7 @@ def _anonymous_memory() -> int:
     return descriptor
 
 
-async def _exits(process: asyncio.subprocess.Process, seconds: float) -> bool:
+async def _exits_within(process: asyncio.subprocess.Process, seconds: float) -> bool:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await process.wait()

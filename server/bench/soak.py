@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from server.backends.base import Backend
-from server.backends.local import SILENT_SECONDS, SPARED_SILENT_SECONDS, LocalBackend
+from server.backends.local import SILENT_SECONDS, SILENT_WITH_STANDBY_SECONDS, LocalBackend
 from server.bench.clients import SOCKETS, Client, Noted
 from server.bench.engine import COMMAND
 from server.bench.gateway import Gateway, Sample, growth, look, quantile, report, running, settled
@@ -53,7 +53,9 @@ STOLEN_SHARE = 0.1
 
 def backend(engine: str) -> Backend:
     """The engine by name: `mini`, or `pretended` in a process of its own."""
-    return LocalBackend("mini", spare=True) if engine == "mini" else LocalBackend("mini", command=COMMAND, spare=True)
+    if engine == "mini":
+        return LocalBackend("mini", standby=True)
+    return LocalBackend("mini", command=COMMAND, standby=True)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Kill:
     @property
     def noticed(self) -> float:
         """When the gateway knows of it at the latest."""
-        silent = SILENT_SECONDS if self.both else SPARED_SILENT_SECONDS
+        silent = SILENT_SECONDS if self.both else SILENT_WITH_STANDBY_SECONDS
         return self.at + (silent + 2 if self.fate is signal.SIGSTOP else 1)
 
 

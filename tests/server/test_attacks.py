@@ -99,7 +99,7 @@ WITH_STUB = f"""
 import functools, sys
 from server import __main__ as server
 command = (sys.executable, {str(Path(__file__).with_name("stub_engine.py"))!r})
-server.LocalBackend = functools.partial(server.LocalBackend, command=command, spare_seconds=(0.05, 1.0))
+server.LocalBackend = functools.partial(server.LocalBackend, command=command, standby_seconds=(0.05, 1.0))
 sys.exit(server.main())
 """
 """The server as it is, but for the program that is its engine: one without torch, whose model is `mini`."""

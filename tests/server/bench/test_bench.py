@@ -82,9 +82,9 @@ def test_how_soon_each_lasting_stream_went_on() -> None:
 
 
 async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
-    backend = LocalBackend("mini", command=COMMAND, backoff_seconds=(60, 60), spare=True, spare_seconds=(0.01, 1))
+    backend = LocalBackend("mini", command=COMMAND, backoff_seconds=(60, 60), standby=True, standby_seconds=(0.01, 1))
     async with run_gateway(backend, ready=False) as gateway:
-        await gateway.until(lambda: backend.spare_pid is not None, 30)
+        await gateway.until(lambda: backend.standby_pid is not None, 30)
         stream = await gateway.open("a red ball", seed=1, duration_s=4)
         same = FakeBackend()
         noted = Noted()
@@ -92,14 +92,14 @@ async def test_the_pretended_engine_as_a_process(run_gateway: Any) -> None:
         seen = await watching
         assert seen.pts[:30] == [5625 * frame for frame in range(30)]
         assert len(seen.frames[0][1]) == 16 + 3 * same.width * same.height
-        [pid, spare] = children(os.getpid())
+        [pid, standby] = children(os.getpid())
         client = Client(gateway.http, noted)
         os.kill(pid, signal.SIGKILL)
         assert await client.watch(stream, "mjpeg", 20) > 30
         assert not noted.faults
         assert [len(noted.losses), len(noted.resumed)] == [1, 1]
         assert noted.resumed[0][0] > noted.losses[0][0]
-        assert backend.pid == spare
+        assert backend.pid == standby
     assert children(os.getpid()) == []
 
 
