@@ -29,7 +29,7 @@ from server.auth import keys as key_files
 from server.auth.keys import IMPLIED, Key, Keys
 from server.config import is_loopback
 from server.errors import ApiError, not_found, stream_not_found
-from server.streams.admission import Rate
+from server.rate_limit import TokenBucket
 from server.streams.registry import Streams
 
 PUBLIC = {"/livez", "/readyz", "/", "/docs"}
@@ -147,7 +147,7 @@ class Access:
         self.keys = keys
         self.origins = frozenset(origins)
         self._tokens = Tokens()
-        self._rates: OrderedDict[str, tuple[int, Rate]] = OrderedDict()
+        self._rates: OrderedDict[str, tuple[int, TokenBucket]] = OrderedDict()
         self._leases: dict[asyncio.Timeout, Principal] = {}
         self.holders: list[Callable[[Container[int]], None]] = []
         """Called with the serials of the keys that there are, whenever these have changed: to end what was begun under
@@ -212,7 +212,7 @@ class Access:
             name, limit = f"stream {principal.stream}", TOKEN_REQUESTS_PER_MINUTE
         known, rate = self._rates.pop(name, (0, None))
         if rate is None or known != limit:
-            rate = Rate(limit, now)
+            rate = TokenBucket(limit, now)
         self._rates[name] = limit, rate
         if len(self._rates) > MAX_RATES:
             self._rates.popitem(last=False)

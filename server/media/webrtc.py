@@ -36,7 +36,7 @@ from av.packet import Packet
 from server.errors import ApiError
 from server.media.encoder import Codec, EncodedFrame
 from server.media.viewer import Viewer
-from server.streams.admission import Rate
+from server.rate_limit import TokenBucket
 
 # It tells of every pair of addresses that it tries, which are viewers'.
 logging.getLogger("aioice").setLevel(logging.WARNING)
@@ -191,7 +191,7 @@ class Peer(Line):
         self._user_fragment = ""
         self.answer = ""
         """SDP, once negotiated."""
-        self._again = Rate(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
+        self._again = TokenBucket(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
 
     async def negotiate(self, offer: str) -> None:
         """Answer the offer: sets `answer` and `viewer`. Raises `ApiError` when it cannot be answered."""

@@ -37,7 +37,7 @@ def capacity(stream_cost: float, promised: float = PROMISED) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class QueuePosition:
     """A place in the queue: 1 is next. `wait` is an estimate in seconds, None when no live stream has a known end."""
 
     position: int
@@ -141,12 +141,12 @@ class Admission:
         self._live.pop(stream, None)
         self._waiting.pop(stream, None)
 
-    def places(self, now: float) -> dict[str, Place]:
+    def places(self, now: float) -> dict[str, QueuePosition]:
         """Every waiting stream with its place, in order."""
         ends = sorted(live.ends_at for live in self._live.values() if live.ends_at is not None)
         waits = [max(0.0, end - now) for end in ends]
         return {
-            stream: Place(position, waits[position - 1] if position <= len(waits) else None)
+            stream: QueuePosition(position, waits[position - 1] if position <= len(waits) else None)
             for position, stream in enumerate(self._order(), start=1)
         }
 
@@ -205,31 +205,3 @@ class Admission:
         live = [each for each in self._live.values() if owner is None or each.owner == owner]
         ends = [each.ends_at for each in live if each.ends_at is not None]
         return min(high, max(low, math.ceil(min(ends) - now))) if ends else high
-
-
-class Rate:
-    """Requests that may come: `per_minute` at once, and from then on as many as refill evenly."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self._per_minute = per_minute
-        self._tokens = float(per_minute)
-        self._at = now
-
-    @property
-    def left(self) -> int:
-        """How many may still come at once."""
-        return int(self._tokens)
-
-    @property
-    def full_in(self) -> float:
-        """Seconds from the last request on until as many as ever may come."""
-        return (self._per_minute - self._tokens) * 60 / self._per_minute
-
-    def take(self, now: float) -> int:
-        """Count a request, unless none is left; returns the whole seconds to wait before the next try, 0 for none."""
-        refilled = (now - self._at) * self._per_minute / 60
-        self._tokens, self._at = min(float(self._per_minute), self._tokens + refilled), now
-        if self._tokens < 1:
-            return max(1, math.ceil((1 - self._tokens) * 60 / self._per_minute))
-        self._tokens -= 1
-        return 0

@@ -49,6 +49,7 @@ from server.media.viewer import Viewer
 from server.metrics import Metrics
 from server.streams import admission
 from server.streams import playback as pacing
+from server.streams.quality import Quality
 from server.streams.session import Event, Session, State
 from server.tracing import Chunks, Tracing
 
@@ -95,7 +96,7 @@ class Stream:
     first_chunk_at: float = 0.0
     """When it had got so far, on the monotonic clock."""
     playback: pacing.Playback | None = None
-    quality: pacing.Quality | None = None
+    quality: Quality | None = None
     """None as long as `playback` is."""
     max_frames: int | None = None
     opened: bool = False
@@ -765,7 +766,7 @@ class Streams:
             stream.playback = pacing.Playback(
                 fps=info.fps, chunk_frames=info.chunk_frames, first_chunk_frames=info.first_chunk_frames
             )
-            stream.quality = pacing.Quality(info.steps)
+            stream.quality = Quality(info.steps)
             if stream.hold:
                 stream.playback.pause(time.monotonic())
         return (session.width, session.height, session.fps) == (info.width, info.height, info.fps)

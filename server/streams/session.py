@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from server.streams.admission import Place
+from server.streams.admission import QueuePosition
 
 Event = dict[str, Any]
 """A JSON object with at least `type`, `seq` and `ts`."""
@@ -61,7 +61,7 @@ class Session:
     """Sequence number of the newest event; 0 before the first."""
     pause_reason: PauseReason | None = None
     """Why playback holds, or will hold from the first frame on."""
-    queue: Place | None = None
+    queue: QueuePosition | None = None
     frames_generated: int = 0
     time_to_first_frame_s: float | None = None
     """From the request to the first frame ready to be sent."""
@@ -83,7 +83,7 @@ class Session:
 
     # the queue
 
-    def wait(self, place: Place, ts: float) -> list[Event]:
+    def wait(self, place: QueuePosition, ts: float) -> list[Event]:
         """The stream has this place in the queue; says so when it is news."""
         moved = self.queue is None or self.queue.position != place.position
         self.queue = place

@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("engine", "server") for path in (ROOT / folder).rglob("*.py"))
-PURE = ["server/streams/session.py", "server/streams/admission.py", "server/streams/playback.py", "engine/scheduler.py"]
+PURE = [
+    "server/streams/session.py",
+    "server/streams/admission.py",
+    "server/streams/playback.py",
+    "server/streams/quality.py",
+    "server/rate_limit.py",
+    "engine/scheduler.py",
+]
 WIRE = "engine/wire.py"
 
 

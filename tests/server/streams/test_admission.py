@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.streams.admission import Admission, Full, Place, capacity, cost
+from server.streams.admission import Admission, Full, QueuePosition, capacity, cost
 
 
 def admission(share: float = 0.4, queue_limit: int = 2) -> Admission:
@@ -50,7 +50,7 @@ def test_first_come_first_served() -> None:
     assert list(places.places(0.0)) == ["c", "d"]
     places.release("a")
     assert places.admit() == ["c"]
-    assert places.places(0.0) == {"d": Place(1, None)}
+    assert places.places(0.0) == {"d": QueuePosition(1, None)}
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
@@ -80,7 +80,12 @@ def test_waiting_times_come_from_the_ends_that_are_known() -> None:
         places.admit()
     places.expect_end("a", 30.0)
     places.expect_end("c", 10.0)
-    assert places.places(4.0) == {"d": Place(1, 6.0), "e": Place(2, 26.0), "f": Place(3, None), "g": Place(4, None)}
+    assert places.places(4.0) == {
+        "d": QueuePosition(1, 6.0),
+        "e": QueuePosition(2, 26.0),
+        "f": QueuePosition(3, None),
+        "g": QueuePosition(4, None),
+    }
 
 
 def test_leaving_the_queue_moves_the_others_up() -> None:
@@ -97,7 +102,7 @@ def test_everybody_waits_until_the_engine_is_up() -> None:
     places = Admission(2)
     assert places.request("a", "mini", 0.0) is None
     assert places.admit() == []
-    assert places.places(0.0) == {"a": Place(1, None)}
+    assert places.places(0.0) == {"a": QueuePosition(1, None)}
     places.set_costs({"mini": 0.5})
     assert places.admit() == ["a"]
 

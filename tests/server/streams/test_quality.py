@@ -7,8 +7,78 @@ import pytest
 
 from engine import wire
 from server.backends.fake import FakeBackend
+from server.streams.playback import Arrival
+from server.streams.quality import MAX_UP_CHUNKS, Quality
 
 pytestmark = pytest.mark.anyio
+
+
+def feed(quality: Quality, chunks: int, speed: float, slack: float = 1.0) -> list[int]:
+    """Chunks that play 1 s each, at this speed, all made as asked; returns at which of them `steps` changed."""
+    return [index for index in range(chunks) if quality.arrive(Arrival(1.0, 1.0 / speed, slack), quality.steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "speed", "slack", "chunks", "expected"),
+    [
+        (2, 1.0, 0.4, 2, 2),  # three chunks must say so
+        (2, 1.0, 0.4, 3, 1),
+        (2, 1.04, 0.4, 3, 1),
+        (2, 1.06, 0.4, 30, 2),  # fast enough
+        (2, 0.9, 0.6, 30, 2),  # nothing is lost yet
+        (2, 0.5, -3.0, 30, 1),  # one step is the least
+        (4, 0.5, -3.0, 3, 3),  # one level at a time
+        (4, 0.5, -3.0, 6, 2),
+        (4, 0.5, -3.0, 30, 2),  # half the steps are the least
+        (3, 0.5, -3.0, 30, 2),
+        (1, 0.5, -3.0, 30, 1),
+    ],
+)
+def test_quality_goes_down_when_a_stream_runs_dry(
+    steps: int, speed: float, slack: float, chunks: int, expected: int
+) -> None:
+    quality = Quality(steps)
+    feed(quality, chunks, speed, slack)
+    assert quality.steps == expected
+
+
+@pytest.mark.parametrize(("speed", "chunks", "expected"), [(1.35, 9, 1), (1.35, 10, 2), (1.25, 100, 1), (9.0, 100, 2)])
+def test_quality_comes_back_when_there_is_time_to_spare(speed: float, chunks: int, expected: int) -> None:
+    quality = Quality(2)
+    feed(quality, 3, 0.9, 0.1)
+    feed(quality, chunks, speed)
+    assert quality.steps == expected
+
+
+def test_chunks_from_before_a_change_say_nothing_about_it() -> None:
+    quality = Quality(4)
+    feed(quality, 3, 0.9, 0.1)
+    assert (quality.steps, quality.applied, quality.level) == (3, 4, 0)
+    for _ in range(5):  # begun before
+        assert not quality.arrive(Arrival(1.0, 2.0, -1.0), 4)
+    assert (quality.steps, quality.level) == (3, 0)
+    assert feed(quality, 3, 0.9, 0.1) == [2]
+    assert (quality.steps, quality.level, quality.levels) == (2, 1, 3)
+
+
+def test_what_says_nothing_about_speed_counts_for_nothing() -> None:
+    quality = Quality(2)
+    for _ in range(20):
+        assert not quality.arrive(Arrival(1.0, None, -1.0), 2)
+        assert not quality.arrive(Arrival(1.0, None, None), 2)
+    assert not quality.arrive(Arrival(1.0, 2.0, None), 2)
+
+
+def test_who_cannot_keep_the_better_quality_tries_less_and_less_often() -> None:
+    quality, waits = Quality(2), []
+    for _ in range(7):
+        assert feed(quality, 3, 0.9, 0.1) == [2]
+        wait = 1
+        while not feed(quality, 1, 2.0):
+            wait += 1
+        waits.append(wait)
+    assert waits == [10, 20, 40, 80, 160, 160, 160]
+    assert waits[-1] == MAX_UP_CHUNKS
 
 
 async def test_quality_gives_way_before_playback_does_and_comes_back(run_gateway: Any) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from server.streams.admission import Place
+from server.streams.admission import QueuePosition
 from server.streams.session import TRANSITIONS, Event, Session, State
 
 
@@ -24,7 +24,7 @@ def types(events: list[Event]) -> list[str]:
 
 def test_a_whole_life() -> None:
     made = session()
-    events = made.wait(Place(2, 5.0), 100.0)
+    events = made.wait(QueuePosition(2, 5.0), 100.0)
     events += made.admit(100.5)
     events += chunk(made)
     events += made.pause("asked", 102.0)
@@ -65,10 +65,10 @@ def test_nothing_leaves_the_end() -> None:
 
 def test_a_place_is_told_once() -> None:
     made = session()
-    assert types(made.wait(Place(3, None), 0.0)) == ["queue.position"]
-    assert made.wait(Place(3, 7.0), 0.0) == []
-    assert made.queue == Place(3, 7.0)
-    assert types(made.wait(Place(2, 7.0), 0.0)) == ["queue.position"]
+    assert types(made.wait(QueuePosition(3, None), 0.0)) == ["queue.position"]
+    assert made.wait(QueuePosition(3, 7.0), 0.0) == []
+    assert made.queue == QueuePosition(3, 7.0)
+    assert types(made.wait(QueuePosition(2, 7.0), 0.0)) == ["queue.position"]
     made.admit(0.0)
     assert made.queue is None
 
