@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate clean
+.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate docs clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -27,7 +27,7 @@ serve: setup
 	@$(BIN)/python -m server --host $(HOST) --port $(PORT) $(ARGS)
 
 lint: setup
-	$(BIN)/ruff check engine server tests
+	$(BIN)/ruff check docs engine server tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -72,6 +72,10 @@ soak: setup
 
 evaluate: setup
 	$(BIN)/python -m engine.recipes.evaluate --served $(ARGS)
+
+# docs/options.md from the options that the programs declare
+docs: setup
+	$(BIN)/python -m docs.options
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
