@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.wire import LORA_NAME
 from server.api import idempotency
-from server.egress.destination import WANTED as OUTPUT_URL
+from server.egress.destination import OUTPUT_URL
 from server.errors import ApiError
 from server.uploads.images import WANTED
 

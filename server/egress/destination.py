@@ -1,30 +1,36 @@
-"""Where a stream may be pushed to: a URL from a request, held against the operator's list, resolved once and pinned.
+"""Where a stream may be pushed to: parse the URL, check it against the operator's list, resolve it, connect to it.
 
-Whoever may open URLs through a server can reach what the server reaches. So nothing is opened that the operator has not
-named; the name is looked up once and that very address connected to; and a name must not lead inside.
+A client that can make the server open URLs can reach whatever the server can reach (SSRF). So only hosts that the
+operator listed are opened, a name is resolved once and that same address is connected to, and a name must not resolve
+to a private address.
 """
 
 import asyncio
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from server.errors import ApiError
+from server.media.viewer import Viewer
 
-PORTS = {"rtmp": 1935, "rtmps": 443, "https": 443}
-"""By scheme: what is pushed to, and its port when the URL names none. HTTPS is WHIP's."""
-WANTED = "an address of rtmp://, rtmps:// or, for WHIP, https://, of at most 1024 ASCII characters"
+DEFAULT_PORTS = {"rtmp": 1935, "rtmps": 443, "https": 443}
+"""The schemes that can be pushed to, each with its default port. HTTPS means WHIP."""
+CONNECT_SECONDS = 15.0
+"""From the first packet until the server accepts the stream."""
+OUTPUT_URL = "an address of rtmp://, rtmps:// or, for WHIP, https://, of at most 1024 ASCII characters"
 HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?|\[[0-9a-f:.]{2,45}\]")
 ENTRY = re.compile(rf"(?:{HOST.pattern})(?::\d{{1,5}})?")
-"""What the operator may list: a host, whose default ports are meant, or a host and a port."""
+"""An entry of the operator's list: a host (at its scheme's default port) or a host and a port."""
 
 
 class UnreachableError(Exception):
-    """The destination cannot be had; `code` is for programs. No message holds any part of the URL but its host."""
+    """The destination cannot be used; `code` is machine-readable. The message names the host and nothing else of the
+    URL."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -33,14 +39,14 @@ class UnreachableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A URL that may be opened. What follows the host may be a key, and is shown to nobody."""
+    """A URL that the operator allows. Everything after the host may be a secret key and is never shown."""
 
     scheme: str
     host: str
-    """As in the URL: IPv6 in brackets."""
+    """As in the URL: an IPv6 address is in brackets."""
     port: int
     path: str = field(repr=False)
-    """With the query."""
+    """Path and query."""
 
     @property
     def kind(self) -> Literal["rtmp", "whip"]:
@@ -48,19 +54,21 @@ class Destination:
 
     @property
     def authority(self) -> str:
-        return self.host if self.port == PORTS[self.scheme] else f"{self.host}:{self.port}"
+        """Host, and port unless it is the scheme's default."""
+        return self.host if self.port == DEFAULT_PORTS[self.scheme] else f"{self.host}:{self.port}"
 
     @property
     def masked(self) -> str:
+        """The URL without its secret part, as clients see it."""
         return f"{self.scheme}://{self.authority}/***"
 
 
-def destination(url: str, allowed: Collection[str]) -> Destination:
-    """Read a URL. `allowed` is the operator's list. Raises `ApiError` when it must not be opened."""
+def parse_destination(url: str, allowed: Collection[str]) -> Destination:
+    """Parse a URL. `allowed` is the operator's list. Raises `ApiError` if the URL is invalid or not allowed."""
     if not allowed:
         message = "This server pushes nothing out: its operator must name the hosts with --outputs."
         raise ApiError(403, "outputs_disabled", message)
-    # What parsers disagree about is refused before one is asked: white space, backslashes, user names, other scripts.
+    # Refuse what URL parsers disagree about: white space, backslashes, user names, non-ASCII characters.
     if not re.fullmatch(r"[!-~]{1,1024}", url) or re.search(r"[\\@#<>\"^`{|}]", url):
         raise _invalid("it has characters that it must not have")
     match = re.match(r"(?i)(rtmps?|https)://([^/?]+)(/[^?]*)?(\?.*)?$", url)
@@ -76,8 +84,8 @@ def destination(url: str, allowed: Collection[str]) -> Destination:
         raise _invalid("its host is no host")
     if scheme != "https" and not path.strip("/"):
         raise _invalid("the application and the key are missing: rtmp://HOST/APPLICATION/KEY")
-    found = Destination(scheme, host, port or PORTS[scheme], path)
-    names = {f"{host}:{found.port}"} | ({host} if found.port == PORTS[scheme] else set())
+    found = Destination(scheme, host, port or DEFAULT_PORTS[scheme], path)
+    names = {f"{host}:{found.port}"} | ({host} if found.port == DEFAULT_PORTS[scheme] else set())
     if not names & set(allowed):
         message = "The operator has not allowed this host and port: they must be listed with --outputs."
         raise ApiError(403, "output_not_allowed", message, param="url")
@@ -85,37 +93,71 @@ def destination(url: str, allowed: Collection[str]) -> Destination:
 
 
 def _invalid(what: str) -> ApiError:
-    return ApiError(400, "invalid_url", f"`url` must be {WANTED}; {what}.", param="url")
+    return ApiError(400, "invalid_url", f"`url` must be {OUTPUT_URL}; {what}.", param="url")
 
 
-async def resolve(where: Destination) -> str:
-    """The one address to connect to. Raises `UnreachableError`.
+async def resolve(target: Destination) -> str:
+    """The address to connect to. Raises `UnreachableError`.
 
-    An address that the operator listed is taken as it is; a name must lead to public addresses only, whoever may have
-    a say in its zone.
+    An IP address that the operator listed is used as it is. A name must resolve to public addresses only, because its
+    DNS records may be under somebody else's control.
     """
-    host = where.host.strip("[]")
+    host = target.host.strip("[]")
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         pass
     try:
         async with asyncio.timeout(10):
-            found = await asyncio.get_running_loop().getaddrinfo(host, where.port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().getaddrinfo(host, target.port, type=socket.SOCK_STREAM)
     except (OSError, TimeoutError):
-        raise UnreachableError("not_resolved", f"{where.host} cannot be looked up") from None
+        raise UnreachableError("not_resolved", f"{target.host} cannot be looked up") from None
     addresses = [ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found]
-    if not addresses or not all(public(address) for address in addresses):
-        raise UnreachableError("address_not_public", f"{where.host} leads to an address that is not public")
+    if not addresses or not all(is_public(address) for address in addresses):
+        raise UnreachableError("address_not_public", f"{target.host} leads to an address that is not public")
     return str(addresses[0])
 
 
-def public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether the address is one of the internet's, also when it is an IPv4 address in IPv6's clothes."""
+async def connect(target: Destination, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the resolved address; over TLS, the certificate must be valid for the host. Raises
+    `UnreachableError`."""
+    secure = target.scheme != "rtmp"
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await asyncio.open_connection(
+                address,
+                target.port,
+                ssl=ssl.create_default_context() if secure else None,
+                server_hostname=target.host.strip("[]") if secure else None,
+            )
+    except ssl.SSLCertVerificationError:
+        raise UnreachableError("certificate_refused", f"the certificate of {target.host} is not valid for it") from None
+    except (OSError, TimeoutError):
+        raise UnreachableError("not_connected", f"{target.authority} cannot be connected to") from None
+
+
+class Feed(Protocol):
+    """The stream's side of a push: where its frames come from, and whom it tells that it is live."""
+
+    @property
+    def fps(self) -> int: ...
+
+    async def attach(self, viewer: Viewer) -> None:
+        """Start queueing the stream's frames for this viewer. Raises `ApiError` if the stream has too many viewers."""
+
+    def request_key(self, viewer: Viewer) -> None:
+        """Ask for a keyframe: the receiver cannot show anything before it."""
+
+    def on_live(self) -> None:
+        """The server has accepted the stream."""
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether the address is globally routable. An IPv4 address embedded in IPv6 is judged as the IPv4 address."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
         if inner:
-            return public(inner)
+            return is_public(inner)
         if address in ipaddress.ip_network("64:ff9b::/96"):
-            return public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     return address.is_global and not address.is_multicast

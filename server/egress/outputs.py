@@ -1,7 +1,7 @@
-"""Outputs: a stream pushed to a server elsewhere, tried again when that fails, for as long as the stream lasts.
+"""Outputs: a stream pushed to another server, with retries, until the stream ends.
 
-Where to, is `server.egress.destination`'s to allow; how, `server.egress.outgoing`'s. An output is one more viewer of
-the stream. What follows the host in its URL, and its token, may be secrets: neither is shown or logged.
+`server.egress.destination` decides where to; `rtmp` and `whip` do the pushing. An output counts as a viewer of the
+stream. The part of its URL after the host and its token may be secrets: neither is shown or logged.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ from server.api import schemas
 from server.api.http import Route, streams_of
 from server.auth.access import principal_of
 from server.config import Config
-from server.egress.destination import Destination, UnreachableError, destination, resolve
-from server.egress.outgoing import push_rtmp, push_whip
+from server.egress.destination import Destination, UnreachableError, parse_destination, resolve
+from server.egress.rtmp import push_rtmp
+from server.egress.whip import push_whip
 from server.errors import ApiError, stream_ended
 from server.media.viewer import Viewer
 from server.media.webrtc import ice_servers
@@ -31,29 +32,32 @@ from server.streams.registry import Stream, Streams
 logger = logging.getLogger("livereel.outputs")
 
 MAX_OUTPUTS = 4
-"""Per stream, those that are over included."""
+"""Per stream, including those that have ended."""
 MAX_FAILURES = 8
-"""So many attempts in a row that came to nothing are enough."""
+"""After this many failed attempts in a row an output is given up."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
-STEADY_SECONDS = 30.0
-"""Who was live for so long starts counting anew."""
-LOOK_SECONDS = 0.25
+STABLE_SECONDS = 30.0
+"""An attempt that was live for this long resets the count of failures."""
+POLL_SECONDS = 0.25
 
 State = Literal["waiting", "connecting", "live", "ended", "failed"]
 
 
 @dataclass(slots=True)
-class Retries:
-    """When to try again. Pure: `chance` is what chance says, from 0 to 1, so that many do not come at once."""
+class RetryPolicy:
+    """When to retry: exponential backoff with jitter. Pure."""
 
     failures: int = 0
 
-    def failed(self, live_seconds: float, chance: float) -> float | None:
-        """An attempt is over that was live for so long; returns the seconds to wait, None to give up."""
-        self.failures = 1 if live_seconds >= STEADY_SECONDS else self.failures + 1
+    def next_delay(self, live_seconds: float, jitter: float) -> float | None:
+        """Seconds to wait after a failed attempt that was live for `live_seconds`; None to give up.
+
+        `jitter` is a random number from 0 to 1, which spreads the retries of many outputs.
+        """
+        self.failures = 1 if live_seconds >= STABLE_SECONDS else self.failures + 1
         if self.failures >= MAX_FAILURES:
             return None
-        return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** (self.failures - 1)) * (0.75 + chance / 2)
+        return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** (self.failures - 1)) * (0.75 + jitter / 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,17 +66,17 @@ class Output:
 
     id: str
     stream: Stream
-    where: Destination
+    target: Destination
     token: str = field(repr=False)
     created_at: float
     key: int | None = None
-    """Serial of the API key that it was made with."""
+    """Serial of the API key that created it."""
     state: State = "waiting"
     attempts: int = 0
     live_since: float | None = None
     retry_at: float | None = None
     error: dict[str, str] | None = None
-    """Why the last attempt came to nothing."""
+    """Why the last attempt failed."""
     task: asyncio.Task[None] | None = None
 
     @property
@@ -80,13 +84,13 @@ class Output:
         return self.state in ("ended", "failed")
 
     def snapshot(self) -> dict[str, Any]:
-        """The object of the API."""
+        """The API's output object."""
         return {
             "id": self.id,
             "object": "output",
             "stream_id": self.stream.session.id,
-            "url": self.where.masked,
-            "kind": self.where.kind,
+            "url": self.target.masked,
+            "kind": self.target.kind,
             "state": self.state,
             "attempts": self.attempts,
             "created_at": self.created_at,
@@ -96,8 +100,8 @@ class Output:
         }
 
 
-class _Feed:
-    """One attempt's end of the stream."""
+class _AttemptFeed:
+    """The `Feed` of one attempt. Counts how long it was live."""
 
     def __init__(self, outputs: "Outputs", output: Output) -> None:
         self._outputs, self._output = outputs, output
@@ -123,9 +127,9 @@ class _Feed:
     def request_key(self, viewer: Viewer) -> None:
         self._outputs.streams.request_key(self._output.stream, viewer)
 
-    def live(self) -> None:
+    def on_live(self) -> None:
         self._live_at = time.monotonic()
-        self._outputs.enter(self._output, "live")
+        self._outputs.set_state(self._output, "live")
 
 
 class Outputs:
@@ -138,43 +142,43 @@ class Outputs:
         self._outputs: dict[str, Output] = {}
 
     def open(self, stream: Stream, url: str, token: str, key: int | None = None) -> Output:
-        """Begin to push the stream out. `key` is the serial of the API key that allows it.
+        """Start pushing the stream to `url`. `key` is the serial of the API key that asks for it.
 
-        Raises `ApiError` when it may not be.
+        Raises `ApiError` if the URL is not allowed, the stream has ended, or it has too many outputs.
         """
-        where = destination(url, self._config.outputs)
+        target = parse_destination(url, self._config.outputs)
         if stream.session.state.over:
             raise stream_ended(stream.session.ended_reason)
         if len(self.all(stream)) >= MAX_OUTPUTS:
             message = f"A stream has at most {MAX_OUTPUTS} outputs: remove one first."
             raise ApiError(409, "too_many_outputs", message)
-        output = Output(f"out_{secrets.token_hex(8)}", stream, where, token, time.time(), key)
+        output = Output(f"out_{secrets.token_hex(8)}", stream, target, token, time.time(), key)
         self._outputs[output.id] = output
         self._metrics.outputs.labels(output.state).inc()
         output.task = asyncio.create_task(self._run(output), name=f"output {output.id}")
         return output
 
     def all(self, stream: Stream) -> list[Output]:
-        """Those of a stream, the oldest first."""
+        """A stream's outputs, oldest first."""
         for output in list(self._outputs.values()):
             if output.over and self.streams.forgotten(output.stream):
                 self._forget(output)
         return [output for output in self._outputs.values() if output.stream is stream]
 
     def get(self, stream: Stream, id: str) -> Output:
-        """The output of this id."""
+        """The stream's output with this id. Raises `ApiError`."""
         output = self._outputs.get(id)
         if output is None or output.stream is not stream:
             raise ApiError(404, "output_not_found", "The stream has no output of this id.")
         return output
 
     async def remove(self, output: Output) -> None:
-        """Hang up, and wait until that is done."""
+        """Stop the output, wait until it has stopped, and forget it."""
         await self._stop(output)
         self._forget(output)
 
     def keep_keys(self, serials: Container[int]) -> None:
-        """End the outputs of all other keys: these were taken away."""
+        """Stop the outputs of keys that are not in `serials`: those keys were removed."""
         for output in self._outputs.values():
             if output.key is not None and output.key not in serials and output.task is not None:
                 output.task.cancel()
@@ -187,15 +191,15 @@ class Outputs:
         if output.task is not None:
             output.task.cancel()
             await asyncio.gather(output.task, return_exceptions=True)
-        if not output.over:  # it had not begun
-            self.enter(output, "ended")
+        if not output.over:  # its task was cancelled before it started
+            self.set_state(output, "ended")
 
     def _forget(self, output: Output) -> None:
         if self._outputs.pop(output.id, None):
             self._metrics.outputs.labels(output.state).dec()
 
-    def enter(self, output: Output, state: State, retry_in: float | None = None) -> None:
-        """Note the state, and tell who listens to the stream."""
+    def set_state(self, output: Output, state: State, retry_in: float | None = None) -> None:
+        """Change the state, update the metrics, and send the stream's viewers an `output.state` event."""
         self._metrics.outputs.labels(output.state).dec()
         self._metrics.outputs.labels(state).inc()
         output.state = state
@@ -203,11 +207,11 @@ class Outputs:
         output.retry_at = None if retry_in is None else time.time() + retry_in
         if state == "live":
             output.error = None
-        fields = {"output": output.id, "url": output.where.masked, "state": state, "error": output.error}
+        fields = {"output": output.id, "url": output.target.masked, "state": state, "error": output.error}
         self.streams.tell(output.stream, "output.state", **fields, retry_in_s=retry_in and round(retry_in, 3))
 
     async def _run(self, output: Output) -> None:
-        stream, session, retries = output.stream, output.stream.session, Retries()
+        stream, session, retries = output.stream, output.stream.session, RetryPolicy()
 
         def over() -> bool:
             return session.state.over
@@ -215,46 +219,46 @@ class Outputs:
         self.streams.keep(stream)
         try:
             while not over():
-                if stream.last is None:  # nothing to show yet
-                    await asyncio.sleep(LOOK_SECONDS)
+                if stream.last is None:  # no frame to send yet
+                    await asyncio.sleep(POLL_SECONDS)
                     continue
                 output.attempts += 1
-                self.enter(output, "connecting")
+                self.set_state(output, "connecting")
                 live_seconds = await self._attempt(output)
                 if over():
                     break
                 assert output.error is not None
                 logger.info("output %s: %s", output.id, output.error["message"])
-                if (wait := retries.failed(live_seconds, random.random())) is None:
-                    self.enter(output, "failed")
+                if (delay := retries.next_delay(live_seconds, random.random())) is None:
+                    self.set_state(output, "failed")
                     return
-                self.enter(output, "waiting", wait)
-                until = time.monotonic() + wait
+                self.set_state(output, "waiting", delay)
+                until = time.monotonic() + delay
                 while time.monotonic() < until and not over():
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
             output.error = None
         finally:
             if output.state != "failed":
-                self.enter(output, "ended")
+                self.set_state(output, "ended")
             self.streams.keep(stream, by=-1)
 
     async def _attempt(self, output: Output) -> float:
-        """Connect and push, until the stream is over or the connection; returns for how long it was live."""
-        where, config, feed = output.where, self._config, _Feed(self, output)
+        """Connect and push until the stream or the connection ends; returns for how many seconds it was live."""
+        target, config, feed = output.target, self._config, _AttemptFeed(self, output)
         try:
-            address = await resolve(where)
-            if where.kind == "rtmp":
-                await push_rtmp(where, address, feed)
+            address = await resolve(target)
+            if target.kind == "rtmp":
+                await push_rtmp(target, address, feed)
             else:
                 servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
-                await push_whip(where, address, output.token, servers, feed)
-            output.error = {"code": "connection_lost", "message": f"{where.authority} ended the connection"}
+                await push_whip(target, address, output.token, servers, feed)
+            output.error = {"code": "connection_lost", "message": f"{target.authority} ended the connection"}
         except UnreachableError as error:
             output.error = {"code": error.code, "message": str(error)}
         except ApiError as error:
             output.error = {"code": error.code, "message": error.detail}
         except Exception as error:
-            # Not its text, nor where it came from: either may hold the URL.
+            # Log neither the text nor the traceback: either may contain the URL.
             logger.error("output %s failed in the gateway: %s", output.id, type(error).__name__)
             output.error = {"code": "internal_error", "message": "the server failed to push the stream out"}
         finally:

@@ -1,10 +1,11 @@
-"""The process that pushes one stream out over RTMP, started by `server.egress.outgoing` and told nothing but that.
+"""The sandboxed process that pushes one stream over RTMP, started by `server.egress.rtmp`.
 
-libav holds the interpreter's lock while it waits for the network, so this never runs in the gateway. It connects to a
-relay of the gateway's on this machine and nowhere else. Standard input brings msgpack messages, each after its length
-in 4 bytes: an `Opening`, then an `AccessUnit` a frame. Standard output says `live`, then `frame` for each one sent.
+It is a process because libav holds the interpreter's lock while it waits for the network. It connects to the gateway's
+relay on this machine and nowhere else. Standard input carries msgpack messages, each prefixed with its length in
+4 bytes: one `Opening`, then one `AccessUnit` per frame. Standard output gets `live` once, then `frame` for each frame
+sent.
 
-It is run by its path and imports nothing of ours.
+It is run by its path and imports nothing from this project.
 """
 
 import io
@@ -20,35 +21,35 @@ LENGTH = struct.Struct("!I")
 
 
 class Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first message. The URL comes this way since others may read a command line."""
+    """The first message. The URL is sent here because other users can read a command line."""
 
     url: str
     fps: int
 
 
 class AccessUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One frame of H.264 in Annex B, keyframes with parameter sets; the first is a keyframe."""
+    """One H.264 frame in Annex B; keyframes include their parameter sets. The first frame is a keyframe."""
 
     time: int
-    """1/90000 s."""
+    """In 1/90000 s."""
     key: bool
     data: bytes
 
 
-def message(item: Opening | AccessUnit) -> bytes:
-    """As it crosses the pipe."""
-    body = msgspec.msgpack.encode(item)
+def pack(message: Opening | AccessUnit) -> bytes:
+    """The message as it crosses the pipe: length, then msgpack."""
+    body = msgspec.msgpack.encode(message)
     return LENGTH.pack(len(body)) + body
 
 
 def read(pipe: BinaryIO) -> bytes:
-    """The next message's body; empty at the end."""
+    """The next message's body; empty at the end of the pipe."""
     head = pipe.read(LENGTH.size)
     return pipe.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
 
 
 def push(pipe: BinaryIO) -> None:
-    """Until the pipe ends. Raises what libav raises when the connection breaks."""
+    """Push frames until the pipe ends. Raises what libav raises when the connection breaks."""
     opening = msgspec.msgpack.decode(read(pipe), type=Opening)
     start: int | None = None
     decode = msgspec.msgpack.Decoder(AccessUnit).decode
@@ -56,7 +57,7 @@ def push(pipe: BinaryIO) -> None:
     while body := read(pipe):
         unit = decode(body)
         if out is None or stream is None:
-            # The demuxer finds size and parameter sets, which go ahead of the frames.
+            # The demuxer extracts size and parameter sets, which RTMP sends before the frames.
             with av.open(io.BytesIO(unit.data), format="h264") as template:
                 out = av.open(opening.url, "w", format="flv", container_options={"flvflags": "no_duration_filesize"})
                 stream = out.add_stream_from_template(template.streams.video[0], time_base=Fraction(1, 1000))
@@ -74,9 +75,9 @@ def push(pipe: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    av.logging.set_level(None)  # its messages hold the URL
+    av.logging.set_level(None)  # libav's messages contain the URL
     try:
         push(sys.stdin.buffer)
-    except Exception as error:  # whatever it is, its text may hold the URL
+    except Exception as error:  # of any kind; its text may contain the URL
         print(f"error {type(error).__name__}", flush=True)
         sys.exit(1)

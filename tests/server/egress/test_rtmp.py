@@ -1,0 +1,110 @@
+"""A stream pushed to a real RTMP listener, plain and behind TLS."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from server.bench.gateway import children
+from tests.server.egress.harness import SECRET, free_port, listen, post, reached
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_rtmp(run_gateway: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A listener gets the stream; it goes away and comes back, and gets it again. No viewer is needed meanwhile."""
+    monkeypatch.setattr("server.egress.outputs.FIRST_RETRY_SECONDS", 0.3)
+    monkeypatch.setattr("server.streams.registry.HOUSEKEEPING_SECONDS", 0.02)
+    port = free_port()
+    async with run_gateway(outputs=(f"127.0.0.1:{port}",), unwatched_pause_s=0.5, idle_timeout_s=0.5) as gateway:
+        stream = await gateway.open()
+        listener = await listen(port, 45)
+        output = (await post(gateway, stream, url=f"rtmp://127.0.0.1:{port}/live/{SECRET}")).json()
+        live = await reached(gateway, output, "live")
+        assert live["live_since"] and live["error"] is None
+        record = await gateway.get(stream)
+        assert (record["state"], record["viewers"]) == ("live", 1)
+        printed = (await asyncio.wait_for(listener.communicate(), 30))[0]
+        got = json.loads(printed.splitlines()[-1])
+        assert got["size"] == [64, 48] and got["keys"] >= 2
+        times = [frame[0] for frame in got["frames"]]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert sum(abs(gap - 1 / 16) < 0.003 for gap in gaps) > 0.8 * len(gaps)
+        # It is the picture that the engine drew.
+        picture = gateway.backend._picture(gateway.backend._streams[stream["id"]], 10)
+        wanted = Image.frombytes("RGB", (64, 48), picture).resize((1, 1)).getpixel((0, 0))
+        assert max(abs(a - b) for a, b in zip(got["frames"][10][1:], wanted, strict=True)) < 12
+        # It is gone: the stream goes on without a viewer, and comes to the next one.
+        await reached(gateway, output, "waiting")
+        listener = await listen(port, 10)
+        again = await reached(gateway, output, "live")
+        assert again["attempts"] >= 2
+        await asyncio.wait_for(listener.communicate(), 30)
+        assert (await gateway.get(stream))["state"] == "live"
+        # Without the output it is a stream that nobody watches.
+        assert (await gateway.http.delete(f"/v1/streams/{stream['id']}/outputs/{output['id']}")).status_code == 204
+        await gateway.until(lambda: gateway.streams.get(stream["id"]).session.state == "ended")
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_the_process_that_pushes_is_told_no_secrets(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVEREEL_TURN_SECRET", "hush")
+    port = free_port()
+    async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
+        stream = await gateway.open()
+        listener = await listen(port, 10)
+        output = (await post(gateway, stream, url=f"rtmp://127.0.0.1:{port}/live/{SECRET}")).json()
+        await reached(gateway, output, "live")
+        [process] = [Path(f"/proc/{pid}") for pid in children(os.getpid()) if pid != listener.pid]
+        command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        opened = {int(each.name): os.readlink(each) for each in (process / "fd").iterdir()}
+        folder = os.readlink(process / "cwd")
+        await asyncio.wait_for(listener.communicate(), 30)
+    assert b"rtmp_worker.py" in command and SECRET.encode() not in command
+    assert {line.split(b"=")[0] for line in environment.split(b"\0") if line} <= {b"LD_LIBRARY_PATH"}
+    assert folder == "/"
+    # Beside the first three: the connection to the relay.
+    assert [name.split(":")[0] for each, name in opened.items() if each > 2] == ["socket"], opened
+
+
+async def test_rtmps(run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener behind something that ends TLS, as services have it."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    monkeypatch.setattr("server.egress.outputs.FIRST_RETRY_SECONDS", 0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    inner = free_port()
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+        sink.close()
+
+    async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", inner)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    server = await asyncio.start_server(on_client, "127.0.0.1", 0, ssl=context)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with run_gateway(outputs=(f"127.0.0.1:{port}",)) as gateway:
+            stream = await gateway.open()
+            listener = await listen(inner, 10)
+            output = (await post(gateway, stream, url=f"rtmps://127.0.0.1:{port}/live/{SECRET}")).json()
+            await reached(gateway, output, "live")
+            printed = (await asyncio.wait_for(listener.communicate(), 30))[0]
+            assert len(json.loads(printed.splitlines()[-1])["frames"]) >= 10

@@ -1,0 +1,168 @@
+"""A stream pushed to a WHIP server made with aiortc."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aioice.ice
+import pytest
+import uvicorn
+from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from tests.server.egress.harness import SECRET, free_port, get, post, reached
+
+pytestmark = pytest.mark.anyio
+
+
+class Receiver:
+    """A WHIP server over aiortc."""
+
+    def __init__(self, codec: str) -> None:
+        self.codec = codec
+        self.requests: list[tuple[str, str, str]] = []
+        self.pictures: list[Any] = []
+        self.peers: list[RTCPeerConnection] = []
+        self.redirect = ""
+        self.tasks: list[asyncio.Task[None]] = []
+        self.port = 0
+
+    async def publish(self, request: Request) -> Response:
+        self.requests.append((request.method, request.url.path, request.headers.get("authorization", "")))
+        if self.redirect:
+            return RedirectResponse(self.redirect, 307)
+        peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self.peers.append(peer)
+        peer.on("track", lambda track: self.tasks.append(asyncio.create_task(self.take(track))))
+        offer = (await request.body()).decode()
+        assert "a=sendonly" in offer
+        other = {"H264": "VP8", "VP8": "H264"}[self.codec]
+        await peer.setRemoteDescription(RTCSessionDescription(without(offer, other), "offer"))
+        await peer.setLocalDescription(await peer.createAnswer())
+        answer = peer.localDescription.sdp
+        return Response(answer, 201, {"Location": "/session/1"}, media_type="application/sdp")
+
+    async def hang_up(self, request: Request) -> Response:
+        self.requests.append((request.method, request.url.path, request.headers.get("authorization", "")))
+        return Response()
+
+    async def take(self, track: Any) -> None:
+        while True:
+            self.pictures.append(await track.recv())
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*(peer.close() for peer in self.peers))
+
+
+def without(sdp: str, codec: str) -> str:
+    """The SDP as if one codec were unknown."""
+    payloads = {line.split(":")[1].split()[0] for line in sdp.splitlines() if f" {codec}/90000" in line}
+    kept = []
+    for line in sdp.splitlines():
+        head = line.split(":")[1].split()[0] if line.startswith(("a=rtpmap:", "a=fmtp:", "a=rtcp-fb:")) else ""
+        if line.startswith("m=video"):
+            kept.append(" ".join(word for word in line.split(" ") if word not in payloads))
+        elif head not in payloads:
+            kept.append(line)
+    return "\r\n".join(kept) + "\r\n"
+
+
+@contextlib.asynccontextmanager
+async def whip_receiver(certificate: tuple[Path, Path], codec: str = "H264") -> AsyncIterator[Receiver]:
+    receiver = Receiver(codec)
+    app = Starlette(
+        routes=[
+            Route("/whip/{key}", receiver.publish, methods=["POST"]),
+            Route("/session/1", receiver.hang_up, methods=["DELETE"]),
+        ]
+    )
+    receiver.port = free_port()
+    settings = uvicorn.Config(
+        app,
+        port=receiver.port,
+        ssl_certfile=str(certificate[0]),
+        ssl_keyfile=str(certificate[1]),
+        log_config=None,
+        lifespan="off",
+    )
+    server = uvicorn.Server(settings)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield receiver
+    finally:
+        await receiver.close()
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+
+
+@pytest.mark.parametrize("codec", ["H264", "VP8"])
+@pytest.mark.usefixtures("loopback")
+async def test_whip(
+    run_gateway: Any,
+    certificate: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    codec: str,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    caplog.set_level(logging.INFO)
+    async with (
+        whip_receiver(certificate, codec) as receiver,
+        run_gateway(outputs=(f"127.0.0.1:{receiver.port}",)) as gateway,
+    ):
+        stream = await gateway.open()
+        url = f"https://127.0.0.1:{receiver.port}/whip/{SECRET}"
+        output = (await post(gateway, stream, url=url, token="tok_SECRET")).json()
+        assert (output["kind"], output["url"]) == ("whip", f"https://127.0.0.1:{receiver.port}/***")
+        await reached(gateway, output, "live")
+        await gateway.until(lambda: len(receiver.pictures) > 20, 15)
+        frame = receiver.pictures[-1]
+        assert (frame.width, frame.height) == (64, 48)
+        assert set(gateway.streams.get(stream["id"]).broadcasts) == {(codec.lower(), False)}
+        await gateway.http.delete(f"/v1/streams/{stream['id']}/outputs/{output['id']}")
+        assert [each[:2] for each in receiver.requests] == [("POST", f"/whip/{SECRET}"), ("DELETE", "/session/1")]
+        assert {each[2] for each in receiver.requests} == {"Bearer tok_SECRET"}
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("livereel")]
+    assert "SECRET" not in "".join(ours)
+
+
+@pytest.mark.usefixtures("loopback")
+async def test_whip_follows_no_redirect_and_trusts_no_certificate(
+    run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with whip_receiver(certificate) as receiver, run_gateway(outputs=(f"127.0.0.1:{receiver.port}",)) as gateway:
+        stream = await gateway.open()
+        url = f"https://127.0.0.1:{receiver.port}/whip/{SECRET}"
+        output = await reached(gateway, (await post(gateway, stream, url=url)).json(), "waiting")
+        while output["error"] is None:
+            output = await get(gateway, output)
+        assert output["error"]["code"] == "certificate_refused"
+        assert receiver.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        receiver.redirect = f"https://127.0.0.1:{receiver.port}/whip/elsewhere"
+        output = (await post(gateway, stream, url=url)).json()
+
+        async def failed() -> bool:
+            return bool((await get(gateway, output))["error"])
+
+        await gateway.until(failed, 20)
+        error = (await get(gateway, output))["error"]
+        assert error["code"] == "not_accepted" and "redirects" in error["message"]
+        assert {each[1] for each in receiver.requests} == {f"/whip/{SECRET}"}
+        assert SECRET not in error["message"]
