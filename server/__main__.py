@@ -15,15 +15,14 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server import logs
-from server import protocols as connections
+from server import logs, protocols
 from server.app import create_app, reload_keys
 from server.auth import keys
-from server.auth.access import MAX_HEAD_BYTES
 from server.backends.base import Backend
 from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
+from server.middleware.auth import MAX_HEAD_BYTES
 from server.streams.registry import Streams
 from server.tracing import Tracing, from_environment
 
@@ -110,14 +109,14 @@ def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = N
     app = create_app(config, backend, tracing)
     settings = uvicorn.Config(
         app,
-        http=connections.HttpProtocol,
-        ws=connections.WebSocketProtocol,
+        http=protocols.HttpProtocol,
+        ws=protocols.WebSocketProtocol,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
         log_config=None,
         log_level="error",  # of what peers do wrong it would write a line each
-        access_log=False,  # ours, with the names of keys and without queries, is in `server.api.http`
+        access_log=False,  # ours, with the names of keys and without queries, is in `server.middleware.request`
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
@@ -178,7 +177,7 @@ async def serve(config: Config, tracing: Tracing) -> int:
 
     announcer = asyncio.create_task(announce())
     if config.keys is not None:
-        reload = functools.partial(reload_keys, access, insist=True)
+        reload = functools.partial(reload_keys, access, force=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         await server.serve(sockets=[listener])

@@ -12,15 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from server.api import http, mjpeg, recordings, videos, whep
+from server.api import mjpeg, outputs, recordings, schemas, server, streams, videos, whep
 from server.api.idempotency import Idempotency
-from server.api.websocket import cut_off, refuse_handshake, watch
-from server.auth.access import OWNED_PATH, Access, Gate, public
+from server.api.websocket import watch
+from server.auth.access import OWNED_PATH, Access, is_public
 from server.auth.keys import Keys
 from server.backends.base import Backend
 from server.config import Config
-from server.egress import outputs
+from server.egress.outputs import Outputs
 from server.metrics import Metrics
+from server.middleware.auth import AuthMiddleware
+from server.middleware.body_limits import BodyLimitMiddleware
+from server.middleware.request import RequestMiddleware, on_http_exception, on_validation_error
 from server.streams.registry import Streams
 from server.tracing import Tracing
 
@@ -50,23 +53,31 @@ carries one already.
 again, and gets what the first one made."""
 
 
-ROUTES = [*http.ROUTES, *whep.ROUTES, *mjpeg.ROUTES, *outputs.ROUTES, *videos.ROUTES, *recordings.ROUTES]
+ROUTES = [
+    *streams.ROUTES,
+    *server.ROUTES,
+    *whep.ROUTES,
+    *mjpeg.ROUTES,
+    *outputs.ROUTES,
+    *videos.ROUTES,
+    *recordings.ROUTES,
+]
 
 
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> FastAPI:
     """Put the gateway together. The backend and the traces start and stop with the application's lifespan."""
     tracing = tracing or Tracing()
     metrics = Metrics()
-    streams = Streams(config, backend, metrics, tracing)
-    sessions = whep.Sessions(config, streams, metrics)
-    pushed = outputs.Outputs(config, streams, metrics)
+    registry = Streams(config, backend, metrics, tracing)
+    whep_sessions = whep.WhepSessions(config, registry, metrics)
+    pushed = Outputs(config, registry, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
     ledger = Idempotency()
-    access.holders += [streams.keep_keys, sessions.keep_keys, pushed.keep_keys, ledger.keep_keys]
+    access.holders += [registry.keep_keys, whep_sessions.keep_keys, pushed.keep_keys, ledger.keep_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await streams.start()
+        await registry.start()
         watchers = [
             asyncio.create_task(watch_keys(access), name="keys"),
             asyncio.create_task(watch_lag(metrics), name="event loop lag"),
@@ -77,8 +88,8 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             for watcher in watchers:
                 watcher.cancel()
             await pushed.stop()
-            await streams.stop()
-            await sessions.stop()
+            await registry.stop()
+            await whep_sessions.stop()
             await asyncio.to_thread(tracing.close)
 
     app = Api(
@@ -87,21 +98,21 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
-            Middleware(http.Envelope, access=access, tracing=tracing),
-            Middleware(Gate, access=access, streams=streams, refuse=refuse_handshake, cut_off=cut_off),
-            Middleware(http.Bodies, access=access),
+            Middleware(RequestMiddleware, access=access, tracing=tracing),
+            Middleware(AuthMiddleware, access=access, streams=registry),
+            Middleware(BodyLimitMiddleware, access=access),
         ],
         exception_handlers={
-            HTTPException: http.on_http_exception,
-            RequestValidationError: http.on_validation_error,
+            HTTPException: on_http_exception,
+            RequestValidationError: on_validation_error,
         },
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
     )
-    app.state.streams = streams
+    app.state.streams = registry
     app.state.metrics = metrics
-    app.state.sessions = sessions
+    app.state.whep_sessions = whep_sessions
     app.state.outputs = pushed
     app.state.config = config
     app.state.routes = ROUTES
@@ -110,7 +121,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     for route in ROUTES:
         # FastAPI would document its own 422 unless an error is declared for everything else.
         statuses: tuple[int | str, ...] = (*route.errors, "default")
-        errors: dict[int | str, dict[str, Any]] = dict.fromkeys(statuses, http.ERROR)
+        errors: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in statuses}
         options = {"responses": errors} if route.path.startswith("/v1") else {}
         app.add_api_route(
             route.path,
@@ -121,8 +132,8 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             **{**options, **route.options},
         )
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
-    app.mount("/assets/overlay", StaticFiles(directory=http.OVERLAY))
-    app.mount("/assets", StaticFiles(directory=http.WEB))
+    app.mount("/assets/overlay", StaticFiles(directory=server.OVERLAY))
+    app.mount("/assets", StaticFiles(directory=server.WEB))
     return app
 
 
@@ -141,7 +152,7 @@ class Api(FastAPI):
                 owned = OWNED_PATH.fullmatch(path)
                 shown = ["key", "token"] if owned and owned[1] == "stream" else ["key"]
                 for method, operation in methods.items():
-                    operation["security"] = [] if public(method.upper(), path) else [{each: []} for each in shown]
+                    operation["security"] = [] if is_public(method.upper(), path) else [{each: []} for each in shown]
         return super().openapi()
 
 
@@ -169,10 +180,10 @@ async def watch_keys(access: Access) -> None:
         reload_keys(access)
 
 
-def reload_keys(access: Access, *, insist: bool = False) -> None:
+def reload_keys(access: Access, *, force: bool = False) -> None:
     """Read the keys again if their file has changed; a file that is no good leaves those that there are."""
     try:
-        if access.reload(insist=insist):
+        if access.reload(force=force):
             logger.info("the keys were read again")
     except ValueError as error:
         logger.error("the keys stay as they were: %s", error)

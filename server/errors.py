@@ -1,19 +1,24 @@
-"""Everything that can go wrong under /v1, as one exception and one JSON object."""
+"""The errors of the HTTP API: one exception, and the JSON object that clients get for it."""
 
 import contextvars
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
-"""Of the request that is being served; empty outside of any."""
+"""Id of the request that is being served; empty outside of any request."""
+
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""Error type by status. Every other 4xx is an `invalid_request_error`, every 5xx a `server_error`."""
 
 
 class ApiError(HTTPException):
-    """A failure that the client is told about: `{"error": {"message", "type", "param", "code"}, "request_id"}`.
+    """An error that is reported to the client: `{"error": {"message", "type", "param", "code"}, "request_id"}`.
 
-    `param` names the field at fault, if one is; `code` is stable and meant for programs, `message` for people.
+    `param` names the request field at fault, if there is one. `code` is stable and meant for programs, `message` for
+    people.
     """
 
     def __init__(
@@ -30,20 +35,21 @@ class ApiError(HTTPException):
         self.param = param
 
     @property
+    def error(self) -> dict[str, Any]:
+        """The error object: `message`, `type`, `param` and `code`."""
+        default = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        type = ERROR_TYPES.get(self.status_code, default)
+        return {"message": self.detail, "type": type, "param": self.param, "code": self.code}
+
+    @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that the client gets."""
-        if self.status_code == 401:
-            type = "authentication_error"
-        elif self.status_code == 403:
-            type = "permission_error"
-        elif self.status_code == 429:
-            type = "rate_limit_error"
-        elif self.status_code >= 500:
-            type = "server_error"
-        else:
-            type = "invalid_request_error"
-        error = {"message": self.detail, "type": type, "param": self.param, "code": self.code}
-        return {"error": error, "request_id": request_id.get()}
+        """The whole response body: the error object and the id of the request that is being served."""
+        return {"error": self.error, "request_id": request_id.get()}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The response that reports this error."""
+        return JSONResponse(self.body, self.status_code, dict(self.headers or {}))
 
 
 def stream_not_found() -> ApiError:

@@ -10,8 +10,8 @@ import re
 import sys
 from typing import Any, Literal
 
-from server.auth.access import TOKEN_PREFIX
 from server.auth.keys import PREFIX
+from server.auth.tokens import TOKEN_PREFIX
 from server.errors import request_id
 
 SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")

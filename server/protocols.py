@@ -16,7 +16,10 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request
 
-from server.api.http import ABORT
+from server.errors import ApiError
+
+ABORT = "livereel.abort"
+"""ASGI extension that these protocols offer: drops the connection without waiting for the peer."""
 
 HEAD_SECONDS = 10.0
 """From the first byte that is expected to the end of the headers."""
@@ -139,8 +142,7 @@ class HttpProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # in the middle of another answer
             return
-        type = "server_error" if status >= 500 else "invalid_request_error"
-        body = json.dumps({"error": {"message": message, "type": type, "param": None, "code": code}}).encode()
+        body = json.dumps({"error": ApiError(status, code, message).error}).encode()
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),

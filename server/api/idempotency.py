@@ -1,44 +1,58 @@
-"""Requests that are sent again because nobody heard the answer: what they made is made once.
+"""Idempotent requests: a request that is retried under the same `Idempotency-Key` creates its resource only once.
 
-A client that sends `Idempotency-Key` with a request (draft-ietf-httpapi-idempotency-key-header-07) may send it again,
-and gets what the first one made. Keys of one client are none of another's.
+The retry gets the resource that the first request created (draft-ietf-httpapi-idempotency-key-header-07). Each client
+has its own namespace of keys.
 """
 
 import hashlib
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
+
+from server.api.routing import principal_of
 from server.errors import ApiError
 
 HEADER = "Idempotency-Key"
 KEY = r"^[\x21-\x7e][\x20-\x7e]{0,254}$"
 REPLAYED = {"Idempotent-Replayed": "true"}
-"""Headers of an answer that was given before."""
+"""Headers of a response to a retried request."""
 
 KEPT_SECONDS = 24 * 3600.0
 MAX_CLAIMS = 8192
-"""Of all clients together; beyond that, the oldest of whoever has most are forgotten before their time."""
+"""Of all clients together. Beyond that, the client with the most claims loses its oldest ones early."""
+
+PARAMETER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": KEY},
+    "description": "Sent again with the same request within a day, it gets what the first one made, with the header "
+    "`Idempotent-Replayed: true`.",
+}
+"""The header's description for OpenAPI."""
 
 
 @dataclass(slots=True)
 class Claim:
-    """A request that nobody but its sender may send again."""
+    """A request that was sent under an idempotency key."""
 
     fingerprint: str
     since: float
     made: str | None = None
-    """Id of what the request has made. Set it before the claim is left; without it nothing has happened."""
+    """Id of the resource that the request created. Set it before the context ends; unset means that it failed."""
     replayed: bool = False
-    """`made` is of an earlier request: answer with that."""
+    """An earlier request created `made`: answer with that."""
 
 
 def fingerprint(operation: str, payload: Any, *uploads: bytes) -> str:
-    """What tells requests apart: the operation, such as `POST /v1/streams`, and its checked body."""
+    """SHA-256 of a request: the operation, such as `POST /v1/streams`, its validated body and its uploads."""
     digest = hashlib.sha256(json.dumps([operation, payload], sort_keys=True).encode())
     for upload in uploads:
         digest.update(hashlib.sha256(upload).digest())
@@ -46,9 +60,9 @@ def fingerprint(operation: str, payload: Any, *uploads: bytes) -> str:
 
 
 class Idempotency:
-    """What was asked for under which key, by client: the serial of an API key, or None where there are none.
+    """The claims of all clients. A client is the serial of an API key, or None where no keys are configured.
 
-    Times are seconds of any one monotonic clock.
+    Times are monotonic seconds.
     """
 
     def __init__(self) -> None:
@@ -57,12 +71,13 @@ class Idempotency:
 
     @contextmanager
     def claim(self, client: int | None, key: str | None, fingerprint: str, now: float) -> Iterator[Claim]:
-        """Do something once: either `replayed`, or to be done here, whereupon `made` is to be set.
+        """Claim the right to create a resource under a key, for the duration of the context.
 
-        Without a key it is always to be done. Whoever fails or makes nothing may try again under the same key.
+        If the claim is `replayed`, `made` is the id of the existing resource; otherwise the caller creates it and sets
+        `made`. Without a key the caller always creates it. If the context ends with `made` unset, the key is released.
 
         Raises:
-            ApiError: the key is none (400), is of another request (422), or of one that is still going on (409).
+            ApiError: the key is malformed (400), belongs to another request (422), or to one in progress (409).
         """
         if key is None:
             yield Claim(fingerprint, now)
@@ -70,7 +85,7 @@ class Idempotency:
         if not re.fullmatch(KEY, key):
             message = f"`{HEADER}` must be 1 to 255 characters of ASCII without control characters."
             raise ApiError(400, "invalid_idempotency_key", message, param=HEADER)
-        self._forget(now)
+        self._expire(now)
         mine = self._claims.get(client, OrderedDict[str, Claim]())
         if known := mine.get(key):
             if known.fingerprint != fingerprint:
@@ -91,11 +106,11 @@ class Idempotency:
                 self._drop(client, key)
 
     def keep_keys(self, serials: Container[int]) -> None:
-        """Forget what was asked for under all other API keys."""
+        """Drop the claims of API keys that are not in `serials`, because they were revoked."""
         for client in [client for client in self._claims if client is not None and client not in serials]:
             self._count -= len(self._claims.pop(client))
 
-    def _forget(self, now: float) -> None:
+    def _expire(self, now: float) -> None:
         for client, claims in list(self._claims.items()):
             while claims and now - next(iter(claims.values())).since >= KEPT_SECONDS:
                 self._drop(client, next(iter(claims)))
@@ -108,3 +123,15 @@ class Idempotency:
         self._count -= 1
         if not self._claims[client]:
             del self._claims[client]
+
+
+def claim(request: Request, operation: str, payload: Any, *uploads: bytes) -> AbstractContextManager[Claim]:
+    """`Idempotency.claim` for the sender and the `Idempotency-Key` header of this request."""
+    claims: Idempotency = request.app.state.idempotency
+    client, keys = principal_of(request).key, request.headers.getlist(HEADER)
+    return claims.claim(
+        client.serial if client else None,
+        ", ".join(keys) if keys else None,
+        fingerprint(operation, payload, *uploads),
+        time.monotonic(),
+    )

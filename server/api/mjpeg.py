@@ -1,4 +1,4 @@
-"""The stream as pictures that replace each other, for an `<img>` and for programs that know nothing newer."""
+"""Watching as MJPEG over HTTP (`multipart/x-mixed-replace`): for an `<img>` and for simple programs."""
 
 import asyncio
 
@@ -6,7 +6,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.http import LongLivedResponse, Route, abort, streams_of, wants_alpha
+from server.api.responses import LongLivedResponse, abort_and_wait
+from server.api.routing import Route, streams_of, wants_alpha
 from server.errors import stream_ended
 from server.media.frames import HEADER
 from server.media.viewer import Viewer
@@ -14,11 +15,11 @@ from server.streams.registry import Stream, Streams
 
 BOUNDARY = "frame"
 SEND_SECONDS = 10.0
-"""A viewer to whom nothing could be sent for this long is let go."""
+"""A viewer is disconnected if one picture takes longer than this to send."""
 
 
-class Pictures(LongLivedResponse):
-    """Lasts as long as the stream."""
+class MjpegResponse(LongLivedResponse):
+    """One viewer's JPEGs, until the stream ends."""
 
     media_type = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
 
@@ -50,7 +51,7 @@ class Pictures(LongLivedResponse):
         except TimeoutError:
             self._streams.detach(self._stream, self._viewer)
             self._streams.viewer_too_slow()
-            await abort(scope)
+            await abort_and_wait(scope)
 
 
 async def watch(request: Request, id: str) -> Response:
@@ -61,7 +62,9 @@ async def watch(request: Request, id: str) -> Response:
         raise stream_ended(stream.session.ended_reason)
     viewer = Viewer("mjpeg", events=False, alpha=wants_alpha(request))
     await streams.attach(stream, viewer)
-    return Pictures(streams, stream, viewer)
+    return MjpegResponse(streams, stream, viewer)
 
 
-ROUTES = [Route("GET", "/v1/streams/{id}/mjpeg", watch, None, 200, (400, 404, 409, 503), {"response_class": Pictures})]
+ROUTES = [
+    Route("GET", "/v1/streams/{id}/mjpeg", watch, None, 200, (400, 404, 409, 503), {"response_class": MjpegResponse})
+]

@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from server.api import schemas
-from server.api.http import Route, film, streams_of
-from server.auth.access import principal_of
+from server.api.responses import film_response
+from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
 from server.library.recorder import Recorder, shown
 from server.library.recording_writer import MEDIA_TYPES
@@ -74,7 +74,7 @@ async def content(request: Request, id: str) -> Response:
     tape = recordings.tape(recording)
     path = recordings.path(recording)
     name = f"{id}{recording.suffix}"
-    return film("recording", path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
+    return film_response("recording", path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
 
 
 ROUTES = [

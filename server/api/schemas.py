@@ -21,7 +21,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.wire import LORA_NAME
-from server.api import idempotency
 from server.egress.destination import OUTPUT_URL
 from server.errors import ApiError
 from server.uploads.images import WANTED
@@ -248,17 +247,6 @@ def body_schema(kind: type[Request], file: str) -> dict[str, Any]:
         "required": True,
         "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
     }
-
-
-IDEMPOTENCY_KEY = {
-    "name": idempotency.HEADER,
-    "in": "header",
-    "required": False,
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": idempotency.KEY},
-    "description": "Sent again with the same request within a day, it gets what the first one made, with the header "
-    "`Idempotent-Replayed: true`.",
-}
-"""For OpenAPI."""
 
 
 class ChangeStream(Request):

@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from server.api import idempotency, schemas
-from server.api.http import Route, claim_of, film, read_fields, read_picture, streams_of
-from server.auth.access import principal_of
+from server.api.forms import read_fields, read_image
+from server.api.responses import film_response
+from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
 from server.library import clip_maker as clips
 from server.library.clip import Change, Clip, Status, remix
@@ -26,7 +27,7 @@ async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Make a clip. It is made beside the live streams, of what they leave of the engine."""
     fields, upload = await read_fields(request, "input_reference", ("seed", "at_s"))
     body = schemas.read(schemas.CreateVideo, fields)
-    with claim_of(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
+    with idempotency.claim(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
         if claim.made is None:
             claim.made = (await create(request, body, upload)).id
         else:
@@ -54,7 +55,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
         url = body.input_reference
         try:
             url = url.image_url if isinstance(url, schemas.ImageReference) else url
-            picture = await read_picture(streams, info, upload, url)
+            picture = await read_image(streams, info, upload, url)
         except ApiError as error:
             raise named("input_reference", error) from None
     seed = body.extra.seed
@@ -116,7 +117,7 @@ async def delete_video(request: Request, id: str) -> dict[str, Any]:
 
 async def remix_video(request: Request, response: Response, id: str, body: schemas.RemixVideo) -> dict[str, Any]:
     """Make a clip from another: with its seed, its picture and its prompts, but from `at_s` on with the new prompt."""
-    with claim_of(request, f"POST /v1/videos/{id}/remix", body.model_dump()) as claim:
+    with idempotency.claim(request, f"POST /v1/videos/{id}/remix", body.model_dump()) as claim:
         if claim.made is None:
             claim.made = (await create_remix(request, id, body)).id
         else:
@@ -170,7 +171,7 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
         raise ApiError(409, "video_not_ready", message, headers={"Retry-After": "2"})
     if variant == "thumbnail":
         return FileResponse(owned.file(clip, clips.STILL), media_type="image/webp")
-    return film("video", owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
+    return film_response("video", owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
 
 
 def check_times(prompts: list[Change], seconds: float) -> None:
@@ -204,7 +205,7 @@ ROUTES = [
         {
             "openapi_extra": {
                 "requestBody": schemas.body_schema(schemas.CreateVideo, "input_reference"),
-                "parameters": [schemas.IDEMPOTENCY_KEY],
+                "parameters": [idempotency.PARAMETER],
             }
         },
     ),
@@ -218,7 +219,7 @@ ROUTES = [
         schemas.VideoObject,
         200,
         (400, 404, 409, 413, 415, 422, 429, 503, 507),
-        {"openapi_extra": {"parameters": [schemas.IDEMPOTENCY_KEY]}},
+        {"openapi_extra": {"parameters": [idempotency.PARAMETER]}},
     ),
     Route("GET", "/v1/videos/{id}/content", content, None, 200, (400, 404, 409), {"response_class": FileResponse}),
 ]

@@ -1,4 +1,4 @@
-"""The WebSocket side: one socket per viewer, events as text, frames as bytes."""
+"""Watching over a WebSocket: events as text messages, frames as binary messages."""
 
 import asyncio
 import contextlib
@@ -8,72 +8,77 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from server.api.http import drop, streams_of, wants_alpha, ws_url
-from server.auth.access import FORBIDDEN, UNAUTHENTICATED
+from server.api.responses import abort_connection
+from server.api.routing import streams_of, wants_alpha, ws_url
 from server.errors import ApiError
 from server.media.viewer import Viewer, Watching
 from server.streams.registry import Streams
 
 FORMATS: dict[str, Watching] = {"mjpeg": "mjpeg", "rgb24": "rgb24", "fmp4": "fmp4", "events": "events"}
-"""`?format=`: the last is for who watches otherwise."""
+"""Values of `?format=`. `events` sends no frames, for clients that get them another way."""
 
-POLICY, TRY_LATER, NOT_FOUND = 1008, 1013, 4404
+POLICY, TRY_LATER, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND = 1008, 1013, 4401, 4403, 4404
+"""Close codes."""
+CLOSE_CODES = {401: UNAUTHENTICATED, 403: FORBIDDEN, 404: NOT_FOUND, 429: TRY_LATER, 503: TRY_LATER}
+"""Close code by HTTP status; `POLICY` for any other error."""
 
 SEND_SECONDS = 10.0
-"""A viewer to whom nothing could be sent for this long is let go."""
+"""A viewer is disconnected if one message takes longer than this to send."""
 CLOSE_SECONDS = 1.0
 MAX_MESSAGES, MESSAGES_SECONDS = 100, 10.0
-"""A viewer has nothing to say; more messages than this within this many seconds are an attack or a bug."""
+"""A viewer has nothing to send; more messages than this in this many seconds are an attack or a bug."""
 
 
 async def watch(websocket: WebSocket) -> None:
-    """Serve one viewer until it leaves, the stream ends, or it falls too far behind."""
+    """Serve one viewer until it disconnects, the stream ends, or it falls too far behind."""
     with contextlib.suppress(WebSocketDisconnect):
         await websocket.accept()
         await serve(websocket, streams_of(websocket))
 
 
 async def serve(websocket: WebSocket, streams: Streams) -> None:
-    name = websocket.query_params.get("format", "mjpeg")
+    """Attach a viewer to the stream in the path and serve it over an accepted socket."""
+    format = websocket.query_params.get("format", "mjpeg")
     try:
         stream = streams.get(websocket.path_params["id"])
-        if name not in FORMATS:
+        if format not in FORMATS:
             raise ApiError(400, "invalid_value", f"`format` must be one of {', '.join(FORMATS)}.", param="format")
-        viewer = Viewer(FORMATS[name], alpha=wants_alpha(websocket))
+        viewer = Viewer(FORMATS[format], alpha=wants_alpha(websocket))
         await streams.attach(stream, viewer, ws_url(websocket, stream.session.id))
     except ApiError as error:
-        await refuse(websocket, error)
+        await reject(websocket, error)
         return
     try:
-        ending = await talk(websocket, viewer)
+        close = await exchange(websocket, viewer)
     finally:
         streams.detach(stream, viewer)
         viewer.forget()
-    if ending is None:
+    if close is None:
         return
-    code, reason = ending
+    code, reason = close
     if code == TRY_LATER:
         streams.viewer_too_slow()
-    await hang_up(websocket, code, reason)
+    await close_or_abort(websocket, code, reason)
 
 
-async def talk(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:
-    """Send what there is until somebody hangs up; returns the close code and why, None when the client has left.
+async def exchange(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:
+    """Send and receive until one side is done; returns the close code and reason, None if the client disconnected.
 
-    That it has left is no exception of the tasks here: the exception would hold this frame, and this frame the task,
-    so that the socket and all around it would stay until the garbage collector looks through everything.
+    The tasks return None for a disconnect instead of raising: the exception's traceback would refer to this frame and
+    the frame to the task, a cycle that keeps the socket alive until the garbage collector runs.
     """
-    sender, listener = asyncio.create_task(send_all(websocket, viewer)), asyncio.create_task(listen(websocket))
+    sender, receiver = asyncio.create_task(send_all(websocket, viewer)), asyncio.create_task(receive_all(websocket))
     try:
-        done, _ = await asyncio.wait((sender, listener), return_when=asyncio.FIRST_COMPLETED)
-        return (sender if sender in done else listener).result()
+        done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
+        return (sender if sender in done else receiver).result()
     finally:
         sender.cancel()
-        listener.cancel()
-        await asyncio.gather(sender, listener, return_exceptions=True)
+        receiver.cancel()
+        await asyncio.gather(sender, receiver, return_exceptions=True)
 
 
 async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:
+    """Send the viewer's events and frames; returns the close code and reason, None if the client disconnected."""
     while (item := await viewer.next()) is not None:
         try:
             async with asyncio.timeout(SEND_SECONDS):
@@ -90,8 +95,8 @@ async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | No
     return viewer.close_code or 1000, ""
 
 
-async def listen(websocket: WebSocket) -> tuple[int, str] | None:
-    """Ignore what the client says, unless it never stops; None when it leaves."""
+async def receive_all(websocket: WebSocket) -> tuple[int, str] | None:
+    """Discard the client's messages; returns a close code and reason if there are too many, None on disconnect."""
     count, since = 0, time.monotonic()
     while True:
         message = await websocket.receive()
@@ -105,40 +110,27 @@ async def listen(websocket: WebSocket) -> tuple[int, str] | None:
             return POLICY, "too many messages"
 
 
-async def refuse(websocket: WebSocket, error: ApiError) -> None:
-    """Say what is wrong as an event, and close."""
-    detail = error.body["error"]
+async def reject(websocket: WebSocket, error: ApiError) -> None:
+    """Send the error as an event, then close an accepted socket."""
+    detail = error.error
     event = {"type": "error", "seq": 0, "ts": time.time(), **{k: detail[k] for k in ("code", "message", "param")}}
     await websocket.send_text(msgspec.json.encode({**event, "retryable": error.status_code >= 500}).decode())
-    codes = {401: UNAUTHENTICATED, 403: FORBIDDEN, 404: NOT_FOUND, 429: TRY_LATER, 503: TRY_LATER}
-    code = codes.get(error.status_code, POLICY)
-    await hang_up(websocket, code, error.code)
+    await close_or_abort(websocket, CLOSE_CODES.get(error.status_code, POLICY), error.code)
 
 
-async def refuse_handshake(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
-    """Say so to a socket that is not accepted yet: scripts of a page see no status of a handshake, only this."""
+async def reject_handshake(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
+    """Accept a socket only to reject it: scripts cannot read the HTTP status of a failed handshake."""
     websocket = WebSocket(scope, receive, send)
-    await websocket.receive()  # its wish to connect
+    await websocket.receive()  # `websocket.connect`
     await websocket.send({"type": "websocket.accept"})
     with contextlib.suppress(WebSocketDisconnect):
-        await refuse(websocket, error)
+        await reject(websocket, error)
 
 
-async def cut_off(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
-    """End a socket in the middle of whatever it does; or a response, which is not to look complete."""
-    if scope["type"] == "websocket":
-        await hang_up(WebSocket(scope, receive, send), UNAUTHENTICATED, error.code)
-    else:
-        drop(scope)
-
-
-async def hang_up(websocket: WebSocket, code: int, reason: str) -> None:
-    """Close, politely if the peer still reads, and for certain in any case."""
+async def close_or_abort(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close the socket; abort the connection if the peer does not take the close frame in time."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await websocket.close(code, reason)
     except (TimeoutError, RuntimeError, WebSocketDisconnect):
-        pass
-    else:
-        return
-    drop(websocket.scope)
+        abort_connection(websocket.scope)

@@ -12,8 +12,7 @@ from collections.abc import Container
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.http import Route, streams_of, wants_alpha
-from server.auth.access import principal_of
+from server.api.routing import Route, principal_of, streams_of, wants_alpha
 from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
 from server.media.webrtc import Peer, ice_servers, invalid_sdp
@@ -29,12 +28,12 @@ FRAGMENT = "application/trickle-ice-sdpfrag"
 CONNECT_SECONDS = 15.0
 """A session whose connection is not up by then is given up."""
 MAX_CONNECTING = 64
-"""Sessions whose connection is not up yet, of all streams together: each holds sockets."""
+"""WhepSessions whose connection is not up yet, of all streams together: each holds sockets."""
 MAX_CONNECTING_PER_KEY = 32
 """The same of one API key and of the tokens made with it, so that it leaves room for others."""
 
 
-class Sessions:
+class WhepSessions:
     """The WHEP sessions of one gateway."""
 
     def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
@@ -138,10 +137,10 @@ async def either(one: asyncio.Event, other: asyncio.Event, seconds: float) -> No
             task.cancel()
 
 
-def sessions_of(request: Request) -> Sessions:
+def sessions_of(request: Request) -> WhepSessions:
     """The application's sessions."""
-    sessions = request.app.state.sessions
-    assert isinstance(sessions, Sessions)
+    sessions = request.app.state.whep_sessions
+    assert isinstance(sessions, WhepSessions)
     return sessions
 
 
@@ -225,7 +224,7 @@ async def trickle(request: Request, id: str, session: str) -> Response:
         message = "The server does not restart ICE: open a new session instead."
         raise ApiError(422, "ice_restart_unsupported", message)
     if match is not None:
-        raise ApiError(412, "no_such_etag", "Sessions have no ETag here: leave `If-Match` out.")
+        raise ApiError(412, "no_such_etag", "WhepSessions have no ETag here: leave `If-Match` out.")
     await peer.trickle(await read_sdp(request))
     return Response(status_code=204)
 

@@ -155,13 +155,13 @@ class Keys:
         self._seen = self._look()
         self._keys = self._read()
 
-    def reload(self, *, insist: bool = False) -> bool:
-        """Read the file again if it has changed, or with `insist` in any case; returns whether it was read.
+    def reload(self, *, force: bool = False) -> bool:
+        """Read the file again if it has changed, or with `force` in any case; returns whether it was read.
 
         Raises `ValueError` when it cannot be trusted or read; the keys stay as they were.
         """
         seen = self._look()
-        if seen == self._seen and not insist:
+        if seen == self._seen and not force:
             return False
         self._seen = seen
         self._keys = self._read()

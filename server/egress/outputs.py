@@ -13,12 +13,6 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from server.api import schemas
-from server.api.http import Route, streams_of
-from server.auth.access import principal_of
 from server.config import Config
 from server.egress.destination import Destination, UnreachableError, parse_destination, resolve
 from server.egress.rtmp import push_rtmp
@@ -264,47 +258,3 @@ class Outputs:
         finally:
             feed.detach()
         return feed.live_seconds
-
-
-def outputs_of(request: Request) -> Outputs:
-    """The application's outputs."""
-    outputs = request.app.state.outputs
-    assert isinstance(outputs, Outputs)
-    return outputs
-
-
-async def create_output(request: Request, response: Response, id: str, body: schemas.CreateOutput) -> dict[str, Any]:
-    """Push the stream to a server elsewhere: RTMP, or WHIP. The host must be one that the operator has listed."""
-    key = principal_of(request).key
-    stream = streams_of(request).get(id)
-    output = outputs_of(request).open(stream, body.url, body.token or "", key.serial if key else None)
-    response.headers["Location"] = f"/v1/streams/{id}/outputs/{output.id}"
-    return output.snapshot()
-
-
-async def list_outputs(request: Request, id: str) -> dict[str, Any]:
-    """Where the stream is pushed to."""
-    outputs = outputs_of(request).all(streams_of(request).get(id))
-    return {"object": "list", "data": [output.snapshot() for output in outputs]}
-
-
-async def get_output(request: Request, id: str, output: str) -> dict[str, Any]:
-    """How one of them is."""
-    return outputs_of(request).get(streams_of(request).get(id), output).snapshot()
-
-
-async def delete_output(request: Request, id: str, output: str) -> Response:
-    """Push there no more."""
-    outputs = outputs_of(request)
-    await outputs.remove(outputs.get(streams_of(request).get(id), output))
-    return Response(status_code=204)
-
-
-PATH = "/v1/streams/{id}/outputs"
-
-ROUTES = [
-    Route("POST", PATH, create_output, schemas.OutputObject, 201, (400, 403, 404, 409, 413, 415)),
-    Route("GET", PATH, list_outputs, schemas.OutputList, 200, (404,)),
-    Route("GET", PATH + "/{output}", get_output, schemas.OutputObject, 200, (404,)),
-    Route("DELETE", PATH + "/{output}", delete_output, None, 204, (404,)),
-]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from server.__main__ import uvicorn_config
-from server.api.http import ROUTES
+from server.app import ROUTES
 from server.auth.keys import PREFIX, read_keys
 from server.auth.keys import main as keys_command
 from server.backends.fake import FakeBackend

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import websockets
 
-from server.api import http
+from server.api import streams
 from server.auth.keys import add_key
 from server.backends.fake import FakeBackend
 from server.errors import request_id
@@ -93,7 +93,7 @@ async def test_errors_name_their_request(run_gateway: Any, monkeypatch: pytest.M
         def fail(*arguments: object) -> None:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(http, "stream_object", fail)
+        monkeypatch.setattr(streams, "stream_object", fail)
         response = await gateway.http.post("/v1/streams", json={"prompt": "a"}, headers={"x-request-id": "mine-2"})
         assert (response.status_code, response.json()["request_id"]) == (500, "mine-2")
     [failed] = [line for line in lines(log) if line["level"] == "error"]

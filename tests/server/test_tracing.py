@@ -75,7 +75,7 @@ async def test_a_failure_says_nothing_of_its_cause(
         raise RuntimeError("very private")
 
     async with run_gateway(tracing=traced) as gateway:
-        monkeypatch.setattr("server.api.http.stream_object", fail)
+        monkeypatch.setattr("server.api.streams.stream_object", fail)
         assert (await gateway.http.post("/v1/streams", json={"prompt": "a"})).status_code == 500
     [post] = named(exporter.get_finished_spans(), "POST request")
     assert post.attributes["http.response.status_code"] == 500

@@ -188,7 +188,7 @@ async def test_bodies(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None
         response = await patch("/v1/streams/st_x", content=chunks(), headers=JSON)
         assert error_of(response, 413)["code"] == "body_too_large"
 
-        monkeypatch.setattr("server.api.http.BODY_SECONDS", 0.1)
+        monkeypatch.setattr("server.middleware.body_limits.BODY_SECONDS", 0.1)
 
         async def slow() -> Any:
             yield b'{"prompt": '
@@ -241,7 +241,7 @@ async def test_forms_are_bounded(run_gateway: Any) -> None:
 
 
 async def test_an_upload_that_drips_is_let_go(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.http.BODY_SECONDS", 0.2)  # times three for who may bring a picture
+    monkeypatch.setattr("server.middleware.body_limits.BODY_SECONDS", 0.2)  # times three for who may bring a picture
     async with run_gateway() as gateway:
 
         async def dripping() -> Any:

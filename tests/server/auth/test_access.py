@@ -13,10 +13,11 @@ import pytest
 import websockets
 from fastapi import FastAPI
 
-from server import protocols as connections
+from server import protocols
 from server.app import create_app
 from server.auth import keys
-from server.auth.access import Grant, Tokens, needed
+from server.auth.access import required_scope
+from server.auth.tokens import Grant, Tokens
 from server.backends.fake import FakeBackend
 from server.config import Config
 
@@ -449,12 +450,14 @@ def test_a_network_address_needs_keys() -> None:
 
 
 def test_scopes_that_requests_need() -> None:
-    assert needed("GET", "/v1/streams/x") == "view"
-    assert needed("POST", "/v1/streams") == needed("PATCH", "/v1/streams/x") == "control"
-    assert needed("POST", "/v1/streams/x/whep") == needed("DELETE", "/v1/streams/x/whep/y") == "view"
-    assert needed("PUT", "/v1/loras") == "admin"
+    assert required_scope("GET", "/v1/streams/x") == "view"
+    assert required_scope("POST", "/v1/streams") == required_scope("PATCH", "/v1/streams/x") == "control"
+    assert required_scope("POST", "/v1/streams/x/whep") == required_scope("DELETE", "/v1/streams/x/whep/y") == "view"
+    assert required_scope("PUT", "/v1/loras") == "admin"
     # Where a stream is pushed to is nothing for who may only watch it.
-    assert needed("GET", "/v1/streams/x/outputs") == needed("GET", "/v1/streams/x/outputs/y") == "control"
+    assert (
+        required_scope("GET", "/v1/streams/x/outputs") == required_scope("GET", "/v1/streams/x/outputs/y") == "control"
+    )
 
 
 # connections
@@ -470,8 +473,8 @@ def test_scopes_that_requests_need() -> None:
     ],
 )
 async def test_who_drips_is_let_go(run_gateway: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(protocols, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocols, "REQUEST_SECONDS", 0.3)
     async with run_gateway() as gateway:
         reader, writer = await asyncio.open_connection(*gateway.address.split(":"))
         writer.write(sent)
@@ -482,7 +485,7 @@ async def test_who_drips_is_let_go(run_gateway: Start, monkeypatch: pytest.Monke
 
 
 async def test_connections_are_bounded(run_gateway: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(protocols, "MAX_CONNECTIONS", 5)
     async with run_gateway() as gateway:
         opened = [await asyncio.open_connection(*gateway.address.split(":")) for _ in range(8)]
         answers = []

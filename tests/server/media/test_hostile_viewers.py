@@ -153,7 +153,7 @@ async def test_a_storm_of_lost_packets_and_pictures(
 
 def gateway_peers(gateway: Any) -> list[Any]:
     """The connections that the gateway has."""
-    return list(gateway.app.state.sessions._peers.values())
+    return list(gateway.app.state.whep_sessions._peers.values())
 
 
 async def test_one_key_leaves_room_for_others_to_connect(

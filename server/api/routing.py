@@ -1,0 +1,89 @@
+"""Routes as data, and what an endpoint looks up through its connection: the streams, the sender, URLs."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from server.auth.access import Access, Principal
+from server.errors import ApiError
+from server.streams.registry import Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint, and what FastAPI has to know about it."""
+
+    method: str
+    path: str
+    endpoint: Any
+    model: Any = None
+    """Response model."""
+    status: int = 200
+    errors: tuple[int, ...] = ()
+    """Statuses of the errors that OpenAPI documents."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `FastAPI.add_api_route`."""
+    accepts: str = "application/json"
+    """Media type of the request body; empty if the endpoint reads none."""
+
+
+def routes_at(scope: Scope) -> Sequence[Route]:
+    """The application's routes for the path of a request, one for each method."""
+    routes: Sequence[Route] = scope["app"].state.routes
+    return [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), scope["path"])]
+
+
+def streams_of(connection: HTTPConnection) -> Streams:
+    """The application's streams."""
+    streams = connection.app.state.streams
+    assert isinstance(streams, Streams)
+    return streams
+
+
+def access_of(connection: HTTPConnection) -> Access:
+    """The application's access rules."""
+    access = connection.app.state.access
+    assert isinstance(access, Access)
+    return access
+
+
+def principal_of(connection: HTTPConnection) -> Principal:
+    """The sender of this request, as `AuthMiddleware` authenticated it."""
+    principal = connection.state.principal
+    assert isinstance(principal, Principal)
+    return principal
+
+
+def wants_alpha(connection: HTTPConnection) -> bool:
+    """Whether `?alpha=stacked` asks for frames stacked on their mattes. Raises `ApiError` for an unknown value."""
+    alpha = connection.query_params.get("alpha", "none")
+    if alpha not in ("none", "stacked"):
+        raise ApiError(400, "invalid_value", "`alpha` must be none or stacked.", param="alpha")
+    return alpha == "stacked"
+
+
+def ws_url(connection: HTTPConnection, id: str) -> str:
+    """URL of the stream's WebSocket for this client, with a view token where the server has keys.
+
+    Browsers cannot send an Authorization header with a WebSocket, so the URL carries the credential.
+    """
+    token = access_of(connection).issue_token(principal_of(connection), id)
+    return with_token(socket_url(connection, id), token)
+
+
+def socket_url(connection: HTTPConnection, id: str) -> str:
+    """URL of the stream's WebSocket without a token: absolute, or only the path if the Host header is malformed."""
+    path, host = f"/v1/streams/{id}/ws", connection.headers.get("host", "")
+    if not re.fullmatch(r"[A-Za-z0-9.\-_]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host):
+        return path
+    scheme = "wss" if connection.url.scheme in ("https", "wss") else "ws"
+    return f"{scheme}://{host}{path}"
+
+
+def with_token(url: str, token: str) -> str:
+    """The URL, which has no query yet, with `?token=`; unchanged if the token is empty."""
+    return f"{url}?token={token}" if token else url

@@ -1,0 +1,108 @@
+"""The server itself: its models and LoRAs, health checks, metrics, and the pages that it serves."""
+
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from engine import wire
+from server.api import schemas
+from server.api.routing import Route, access_of, streams_of
+from server.metrics import CONTENT_TYPE, Metrics
+from server.streams import admission
+
+CLIENTS = Path(__file__).resolve().parents[2] / "clients"
+WEB, OVERLAY = CLIENTS / "web", CLIENTS / "overlay"
+
+
+async def list_models(request: Request) -> dict[str, Any]:
+    """The models that the engine serves; empty until the engine has started."""
+    streams = streams_of(request)
+    data = []
+    for info in streams.models:
+        share = admission.cost(info.chunk_seconds, info.chunk_frames, info.fps)
+        data.append(
+            {
+                "id": info.name,
+                "object": "model",
+                **{name: getattr(info, name) for name in schemas.MODEL_FIELDS},
+                "real_time_factor": share,
+                "capacity": admission.capacity(share, info.promised),
+                "default": info.name == streams.default_model,
+            }
+        )
+    return {"object": "list", "data": data}
+
+
+async def list_loras(request: Request) -> dict[str, Any]:
+    """The available LoRAs, and the strength of those that are applied."""
+    return lora_list(await streams_of(request).loras())
+
+
+async def change_loras(request: Request, body: schemas.ChangeLoras) -> dict[str, Any]:
+    """Apply exactly these LoRAs, to every stream, from its next chunk on."""
+    return lora_list(await streams_of(request).loras(body.loras))
+
+
+def lora_list(loras: wire.Loras) -> dict[str, Any]:
+    """The API's list of LoRAs. An applied LoRA is listed even if its file has been removed."""
+    data = [
+        {"id": name, "object": "lora", "strength": loras.applied.get(name)}
+        for name in sorted({*loras.names, *loras.applied})
+    ]
+    return {"object": "list", "data": data}
+
+
+async def livez() -> dict[str, Any]:
+    """Liveness: the process answers."""
+    return {"status": "ok"}
+
+
+async def readyz(request: Request, response: Response) -> dict[str, Any]:
+    """Readiness: a stream could start now, because the engine is up and responding. Otherwise 503 with the reason."""
+    ready, reason = streams_of(request).readiness()
+    if access_of(request).keys is not None:
+        reason = "ready" if ready else "see the server's log"  # this request needs no key, so give nothing away
+    response.status_code = 200 if ready else 503
+    return {"ready": ready, "reason": reason}
+
+
+async def metrics(request: Request) -> Response:
+    """Metrics for Prometheus."""
+    streams_of(request).count()
+    exported: Metrics = request.app.state.metrics
+    return Response(exported.render(), media_type=CONTENT_TYPE)
+
+
+async def page(request: Request) -> Response:
+    """The studio: a page to open, watch and steer streams."""
+    return FileResponse(WEB / "index.html")
+
+
+async def docs(request: Request) -> Response:
+    """The API reference."""
+    return FileResponse(WEB / "docs.html")
+
+
+async def overlay(request: Request, id: str) -> Response:
+    """A page that shows only the stream, with its transparency, for OBS and the like."""
+    return FileResponse(OVERLAY / "index.html")
+
+
+ROUTES = [
+    Route("GET", "/v1/models", list_models, schemas.ModelList),
+    Route("GET", "/v1/loras", list_loras, schemas.LoraList, 200, (503, 504)),
+    Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
+    Route("GET", "/livez", livez, schemas.Alive),
+    Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
+    Route(
+        "GET",
+        "/metrics",
+        metrics,
+        options={"response_class": Response, "responses": {"default": {"model": schemas.ErrorBody}}},
+    ),
+    Route("GET", "/docs", docs, options={"include_in_schema": False}),
+    Route("GET", "/overlay/{id}", overlay, options={"include_in_schema": False}),
+    Route("GET", "/", page, options={"include_in_schema": False}),
+]
