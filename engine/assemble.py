@@ -1,35 +1,28 @@
 """From a preset's name to a warm pipeline: verify, build on the meta device, load, cast, warm."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from engine.checkpoints import store
-from engine.config import PRESETS
+from engine.config import PRESETS, KVPrecision, TextFormat, TextPlacement
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
 from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
-from engine.offload.text import Place, place_text_encoder
-from engine.ops.linear import Format
-from engine.pipeline import NotFiniteError, Pipeline
+from engine.offload.text import place_text_encoder
+from engine.pipeline import Pipeline
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, PictureEncoding
-from engine.stream.kv_cache import Precision
-from engine.stream.state import StreamState
 from engine.transforms.apply import Speed, accelerate, fastest_exact
 from engine.transforms.calibrate import PROMPTS, calibrate
-from engine.transforms.cuda_graphs import GraphedWan
 from engine.transforms.low_bit import Policy, WeightFormat, unsupported_reason
 from engine.transforms.weight_only import weights_in_8_bits
+from engine.warmup import WarmupResult
 from engine.wire import ModelInfo
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -62,10 +55,10 @@ def assemble(
     weights: Path | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    kv_precision: Precision = "exact",
+    kv_precision: KVPrecision = "exact",
     decoder: Literal["light", "full"] = "light",
-    text_encoder: Place = "resident",
-    text_weights: Format | None = None,
+    text_encoder: TextPlacement = "resident",
+    text_weights: TextFormat | None = None,
     speed: Speed | None = None,
     loras: bool = False,
 ) -> Pipeline:
@@ -133,7 +126,7 @@ def assemble(
     if speed is None:
         speed = fastest_exact(device) if kv_precision == "exact" else Speed()
     served = accelerate(dit, decoding, preset, speed, kv_precision=kv_precision, keep_on_host=loras)
-    for line in told(served.policy, speed, device):
+    for line in device_notes(served.policy, speed, device):
         print(f"engine: {line}", flush=True)
     pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
     if speed.fixed_scales:
@@ -141,87 +134,15 @@ def assemble(
     return pipeline
 
 
-def told(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
-    """What whoever asked for `speed` would not expect of this device."""
+def device_notes(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:
+    """What a user who asked for `speed` should know about this device: what it emulates, and which projections are
+    sparse."""
     if speed.sparse_weights == "faster":
         yield f"2:4 sparse weights: {', '.join(sorted(policy.sparse)) or 'none would be faster here'}"
     for held in (WeightFormat(policy.form), *([WeightFormat(policy.form, sparse=True)] if policy.sparse else [])):
-        if fault := unsupported_reason(held, device):
+        if reason := unsupported_reason(held, device):
             form = f"2:4 {held.form or 'sparse'}" if held.sparse else held.form
-            yield f"{form} products are emulated here, and slower for it: {fault}"
-
-
-@dataclass(frozen=True)
-class WarmupResult:
-    """What warming up measured."""
-
-    chunk_seconds: float
-    """From one chunk at full window to the next, context pass included; in a batch, for each."""
-    batch: int = 1
-    """How many streams' chunks are to be made at once."""
-
-
-MOST_STREAMS = 8
-"""For more than so many at once nothing is prepared ahead."""
-
-
-FASTER = 0.97
-"""What a chunk in a batch may take of what one alone does: batches cost delay, and frames that repeat."""
-
-
-def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> WarmupResult:
-    """Run every shape that will be served once, then time chunks at full window (median of three), as they follow each
-    other when there is always one to make: on a GPU the next begins while this one is being decoded.
-
-    Where forwards are recorded for the cache they run on, that is done ahead for `streams`, by default for as many as
-    the device can keep at playback's pace, so that opening one takes no longer than its first chunk.
-
-    Chunks of `batch` streams are to be made at once if that is measured to be faster.
-    """
-    preset = pipeline.preset
-    state = pipeline.open("warm-up", seed=0)
-    shapes = len(state.cache.shapes())
-    _chunks(pipeline, [state], shapes)
-    warmth = WarmupResult(_seconds(_chunks(pipeline, [state], 4)))
-    opened = [state]
-    if isinstance(pipeline.dit, GraphedWan):
-        kept = max(1, int(preset.chunk_frames / preset.fps / warmth.chunk_seconds))
-        streams = streams or min(MOST_STREAMS, kept)
-        while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
-            opened.append(pipeline.open("warm-up", seed=0))
-            _chunks(pipeline, [opened[-1]], shapes)
-    if batch > 1:
-        for state in opened:
-            pipeline.close(state)
-        opened = [pipeline.open("warm-up", seed=0) for _ in range(max(batch, len(opened)))]
-        _chunks(pipeline, opened[:batch], shapes)
-        each = _seconds(_chunks(pipeline, opened[:batch], 4)) / batch
-        faster = each < FASTER * warmth.chunk_seconds
-        took = f"{1e3 * warmth.chunk_seconds:.0f} ms alone and {1e3 * each:.0f} in a batch of {batch}"
-        print(f"engine: a chunk takes {took}: batches are {'' if faster else 'not '}made", flush=True)
-        warmth = WarmupResult(each, batch) if faster else warmth
-    for state in opened:
-        pipeline.close(state)
-    return warmth
-
-
-def _chunks(pipeline: Pipeline, states: Sequence[StreamState], count: int) -> list[float]:
-    """Make so many chunks of all, each time in one batch; when their frames were there, in seconds of the clock.
-
-    Raises NotFiniteError, as serving would for every stream.
-    """
-    arrived = []
-    for _ in range(count):
-        for made in pipeline.next_chunks(states):
-            if isinstance(made, NotFiniteError):
-                raise made
-        arrived.append(time.perf_counter())
-        pipeline.commit(*states)
-    return arrived
-
-
-def _seconds(arrived: list[float]) -> float:
-    return median(after - before for before, after in pairwise(arrived))
+            yield f"{form} products are emulated here, and slower for it: {reason}"
 
 
 PROMISED = {"cuda": 0.95, "cpu": 0.9}
@@ -229,7 +150,7 @@ PROMISED = {"cuda": 0.95, "cpu": 0.9}
 for 0.94 of the time, with 5 streams or with 8 of 2 steps, none was late in 2 minutes (`docs/benchmarks.md`)."""
 
 
-def describe(pipeline: Pipeline, warmth: WarmupResult) -> ModelInfo:
+def describe(pipeline: Pipeline, warmup: WarmupResult) -> ModelInfo:
     preset = pipeline.preset
     modules = (pipeline.text_encoder, pipeline.served.wan, pipeline.decoder.network)
     return ModelInfo(
@@ -240,7 +161,7 @@ def describe(pipeline: Pipeline, warmth: WarmupResult) -> ModelInfo:
         chunk_frames=preset.chunk_frames,
         first_chunk_frames=preset.first_chunk_frames,
         steps=len(preset.steps),
-        chunk_seconds=warmth.chunk_seconds,
+        chunk_seconds=warmup.chunk_seconds,
         parameters=sum(p.numel() for module in modules for p in module.parameters()),
         description=preset.description,
         promised=PROMISED.get(pipeline.device.type, 0.9),

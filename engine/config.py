@@ -4,7 +4,7 @@ Importing this loads no torch, so that presets are listed and weights checked in
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, get_args
 
 from engine.models.config import (
     TAEW21,
@@ -22,9 +22,62 @@ from engine.models.config import (
 )
 from engine.stream.steps import step_sigmas
 
-if TYPE_CHECKING:
-    from engine.stream.kv_cache import CacheConfig
-    from engine.stream.rollout import RolloutConfig
+KVPrecision = Literal["exact", "fp8", "int8"]
+"""How the KV cache keeps past chunks; see `engine.stream.kv_cache`."""
+
+Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
+"""A projection of a transformer block; `qkv` joins three linear layers that read the same input."""
+ROLES: tuple[Role, ...] = get_args(Role)
+
+QuantScheme = Literal["fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights"]
+"""How a projection is quantised: both operands with a scale per row (fp8, int8), per matrix (fp8-tensor) or per block
+(mxfp8, nvfp4); or only the weights, with a scale per row."""
+
+TextPlacement = Literal["resident", "offload", "cpu"]
+"""Where the text encoder's weights live and where it runs; see `engine.offload.text`."""
+
+TextFormat = Literal["fp8", "int8"]
+"""What the text encoder's weights may be quantised to."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Geometry of the rolling KV cache, in latent frames, and in tokens for the rows and columns of a frame.
+
+    `window` counts everything that a query attends to: sink, past and the chunk itself.
+
+    Raises:
+        ValueError: window or sink is not a multiple of the chunk, or the window cannot hold sink and chunk.
+    """
+
+    chunk: int
+    window: int
+    sink: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sink"):
+            if getattr(self, name) % self.chunk:
+                raise ValueError(f"{name} must be a multiple of the chunk of {self.chunk}, got {getattr(self, name)}")
+        if self.window < self.sink + self.chunk:
+            raise ValueError(f"window {self.window} cannot hold the sink {self.sink} and a chunk of {self.chunk}")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What the rollout needs of a preset: noise levels, and the shape of a chunk's latents."""
+
+    sigmas: tuple[float, ...]
+    """Noise levels of the denoising steps, falling."""
+    chunk: int
+    latent_channels: int
+    latent_rows: int
+    latent_columns: int
+    first_sigmas: tuple[float, ...] | None = None
+    """Noise levels of a scene's first chunk where they differ: it has no past to condition on."""
+    context_sigma: float = 0.0
+    """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +147,11 @@ class Preset:
         """Noise levels of the first chunk of a scene."""
         return step_sigmas(self.first_steps or self.steps, self.shift)
 
-    def cache(self) -> "CacheConfig":
-        from engine.stream.kv_cache import CacheConfig
-
+    def cache(self) -> CacheConfig:
         _, ph, pw = self.dit.patch
         return CacheConfig(self.chunk, self.window, self.sink, self.latent_rows // ph, self.latent_columns // pw)
 
-    def rollout(self) -> "RolloutConfig":
-        from engine.stream.rollout import RolloutConfig
-
+    def rollout(self) -> RolloutConfig:
         return RolloutConfig(
             self.sigmas,
             self.chunk,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.config import Preset
+from engine.config import Preset, RolloutConfig
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
 from engine.stream.batch import JoinedCaches
 from engine.stream.decoding import PictureEncoding, SideStream, to_host
 from engine.stream.kv_cache import KVCache
-from engine.stream.rollout import RolloutConfig, Transformer, commit_chunk, denoise_chunk
+from engine.stream.rollout import Transformer, commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
 from engine.transforms.apply import Served
 from engine.transforms.cuda_graphs import GraphedWan
@@ -132,7 +132,7 @@ class Pipeline:
         count = len(self.preset.steps)
         state.steps = max(1, steps) if steps < count else None
 
-    def changed(self) -> None:
+    def refresh_weights(self) -> None:
         """The transformer's weights changed: take over what is held apart from them. Streams need `refresh`, too."""
         if isinstance(self.dit, FusedWan | GraphedWan):
             self.dit.refresh()

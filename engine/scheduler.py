@@ -1,7 +1,7 @@
-"""Which stream gets the next chunk: the one whose playback runs dry first.
+"""Which stream gets the next chunk: the one whose playback runs out of frames first.
 
-A stream that shows nothing yet does not make those that play run dry: it begins when there is time for it, or when it
-has waited for `PATIENCE_SECONDS`. A clip gets what all streams leave.
+A newly opened stream waits until its first chunks make no playing stream late, or for `PATIENCE_SECONDS`. Clips
+(`background`) get the time that live streams leave.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -12,80 +12,82 @@ PATIENCE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Demand:
-    """What the scheduler knows of a stream.
-
-    `due` is the time, in seconds of the caller's clock, at which its next chunk must be on screen; chunks with an
-    index below `limit` are allowed. A clip, which nobody watches while it is made, is `background`: it is never due.
-    `opened` is when a stream was opened that shows nothing yet, None of one that plays.
-    """
+    """What the scheduler knows of a stream. Times are in seconds of the caller's clock."""
 
     chunk: int
+    """Index of the chunk that it needs next."""
     limit: int
+    """Chunks with an index below it may be generated now."""
     due: float
+    """When chunk `chunk` must be on screen."""
     background: bool = False
+    """A clip: nobody watches while it is generated, so it is never due."""
     opened: float | None = None
+    """When a stream that shows nothing yet was opened; None once it plays."""
 
 
-def pick(claims: Mapping[str, Demand], now: float = 0.0, step_seconds: float = 0.0) -> str | None:
-    """The stream with the earliest due time among those that may generate and play; the first opened wins a tie.
+def pick(demands: Mapping[str, Demand], now: float = 0.0, step_seconds: float = 0.0) -> str | None:
+    """The stream to generate a chunk of now; None when none should be.
 
-    Before them, the stream that has waited longest for its first chunk, if after two steps of `step_seconds` for it
-    all that play could still have their next chunk in time: it soon wants a second one. Where no stream may, the first
-    clip that may, if they could after one step, which nothing interrupts. None when nothing should be generated now.
+    The playing stream with the earliest due time, the first opened on a tie; but before it, the newly opened stream
+    that has waited longest, if all playing streams would still have their next chunks in time after two steps of
+    `step_seconds` for it (it soon needs a second chunk). Where no live stream may generate, the first clip that may,
+    if the streams would still be in time after one step, which nothing interrupts.
     """
-    allowed = [name for name, claim in claims.items() if claim.chunk < claim.limit]
-    playing = [name for name in allowed if not claims[name].background and claims[name].opened is None]
-    waiting = {name: opened for name in allowed if (opened := claims[name].opened) is not None}
-    dues = _dues(claims, now)
-    if waiting:
-        first = min(waiting, key=lambda name: waiting[name])
-        if not playing or now - waiting[first] > PATIENCE_SECONDS or _in_time(dues, now + step_seconds, step_seconds):
+    allowed = [name for name, demand in demands.items() if demand.chunk < demand.limit]
+    playing = [name for name in allowed if not demands[name].background and demands[name].opened is None]
+    new = {name: opened for name in allowed if (opened := demands[name].opened) is not None}
+    dues = _due_times(demands, now)
+    if new:
+        first = min(new, key=lambda name: new[name])
+        if not playing or now - new[first] > PATIENCE_SECONDS or _all_in_time(dues, now + step_seconds, step_seconds):
             return first
     if playing:
-        return min(playing, key=lambda name: claims[name].due)
-    return allowed[0] if allowed and _in_time(dues, now, step_seconds) else None
+        return min(playing, key=lambda name: demands[name].due)
+    return allowed[0] if allowed and _all_in_time(dues, now, step_seconds) else None
 
 
 def batch_with(
-    claims: Mapping[str, Demand], first: str, alike: Collection[str], now: float, step_seconds: float, most: int
+    demands: Mapping[str, Demand], first: str, candidates: Collection[str], now: float, step_seconds: float, limit: int
 ) -> list[str]:
-    """Those of `alike` whose chunks are made in one batch with that of `first`, which `pick` chose: at most `most` with
-    it, the most urgent ones, and no more than leave it in time.
+    """The streams whose chunks to generate in one batch with that of `first`, which `pick` chose.
 
-    A batch is expected to take a step of `step_seconds` for each of its chunks. One that shows nothing yet goes alone,
-    and clips go with clips, while all streams could still have their next chunk in time.
+    Those are the most urgent of `candidates`, which make at most `limit` with `first`, and only as many as leave
+    `first` in time: a batch is expected to take a step of `step_seconds` per chunk. A newly opened stream gets no
+    batch. Clips are batched with clips, while all streams would still have their next chunk in time.
     """
-    claim = claims[first]
-    if claim.opened is not None:
+    demand = demands[first]
+    if demand.opened is not None:
         return []
     others = [
         name
-        for name in alike
-        if name != first and claims[name].chunk < claims[name].limit and claims[name].opened is None
-        if claims[name].background == claim.background
+        for name in candidates
+        if name != first and demands[name].chunk < demands[name].limit and demands[name].opened is None
+        if demands[name].background == demand.background
     ]
-    if claim.background:
-        others = others[: most - 1]
-        while others and not _in_time(_dues(claims, now), now + len(others) * step_seconds, step_seconds):
+    if demand.background:
+        others = others[: limit - 1]
+        dues = _due_times(demands, now)
+        while others and not _all_in_time(dues, now + len(others) * step_seconds, step_seconds):
             others.pop()
         return others
     if step_seconds > 0:
-        most = min(most, int((claim.due - now) / step_seconds))
-    return sorted(others, key=lambda name: claims[name].due)[: max(0, most - 1)]
+        limit = min(limit, int((demand.due - now) / step_seconds))
+    return sorted(others, key=lambda name: demands[name].due)[: max(0, limit - 1)]
 
 
-def _dues(claims: Mapping[str, Demand], now: float) -> list[float]:
-    """When streams that play need their next chunk.
+def _due_times(demands: Mapping[str, Demand], now: float) -> list[float]:
+    """When each playing stream needs its next chunk.
 
-    One that may generate nothing and is overdue all the same is paused: nobody waits for it.
+    A stream that is overdue and yet may generate nothing is paused: nobody waits for it.
     """
     return [
-        claim.due
-        for claim in claims.values()
-        if not claim.background and claim.opened is None and (claim.due > now or claim.chunk < claim.limit)
+        demand.due
+        for demand in demands.values()
+        if not demand.background and demand.opened is None and (demand.due > now or demand.chunk < demand.limit)
     ]
 
 
-def _in_time(dues: Iterable[float], now: float, step_seconds: float) -> bool:
-    """Whether a step for somebody else, and then one for each of these in turn, makes none of them late."""
+def _all_in_time(dues: Iterable[float], now: float, step_seconds: float) -> bool:
+    """Whether after one step for another stream, and then one for each of these in turn, none of these is late."""
     return all(now + step_seconds * (2 + before) <= due for before, due in enumerate(sorted(dues)))

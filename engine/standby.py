@@ -1,8 +1,8 @@
-"""A spare: an engine process that is as ready as its device allows, and in nobody's way until it is wanted.
+"""Standby: an engine process that prepares as far as its device allows, without slowing others down, and then waits.
 
-It prepares in a thread that only gets processor time which nobody else wants. A thread, because whoever is not root may
-give priority away but not take it back: this one ends, and the threads that serve never gave any away. What torch
-starts for it inherits its priority and goes with it; every thread that computes has such helpers of its own.
+It prepares in a thread of the lowest scheduling priority. A thread, because a process that is not root may lower a
+priority but not raise it again: this thread ends, and the threads that serve never lowered theirs. The threads that
+torch starts for it inherit its priority and end with it; every thread that computes has worker threads of its own.
 """
 
 import contextlib
@@ -14,36 +14,36 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-EXPENDABLE = 500
-"""Added to the kernel's score of who is ended first when memory runs out; 1000 is the most."""
+OOM_SCORE = 500
+"""Added to the score by which the kernel's out-of-memory killer chooses a process; 1000 is the highest."""
 
 
-def aside(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, in a thread of the lowest priority."""
-    with ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=_give_way) as thread:
+def run_at_idle_priority(work: Callable[[], T]) -> T:
+    """Run `work` in a thread of the lowest priority; returns or raises what it does."""
+    with ThreadPoolExecutor(1, thread_name_prefix="standby", initializer=_set_idle_priority) as thread:
         return thread.submit(work).result()
 
 
-def _give_way() -> None:
+def _set_idle_priority() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextlib.contextmanager
-def expendable() -> Iterator[None]:
-    """Meanwhile the kernel sooner ends this process than another, and gives its session what the others leave.
+def low_priority_process() -> Iterator[None]:
+    """Within this context the kernel kills this process before others when memory runs out, and runs its session last.
 
-    Where Linux groups processes by session, priority counts within a session alone, and the session has its own. These
-    two can be taken back by anyone.
+    Where Linux groups processes by session (autogroup), a thread's priority counts only within its session, so the
+    session needs a low priority too. Any user may raise both again.
     """
     score, group = Path("/proc/self/oom_score_adj"), Path("/proc/self/autogroup")
     before = ""
     with contextlib.suppress(OSError):
         before = score.read_text()
-        score.write_text(str(min(1000, int(before) + EXPENDABLE)))
-    alone = os.getsid(0) == os.getpid()
-    if alone:
+        score.write_text(str(min(1000, int(before) + OOM_SCORE)))
+    leads_session = os.getsid(0) == os.getpid()
+    if leads_session:
         with contextlib.suppress(OSError):
             group.write_text("19")
     try:
@@ -52,6 +52,6 @@ def expendable() -> Iterator[None]:
         with contextlib.suppress(OSError):
             if before:
                 score.write_text(before)
-        if alone:
+        if leads_session:
             with contextlib.suppress(OSError):
                 group.write_text("0")

@@ -19,13 +19,12 @@ from torch import Tensor
 from engine.assemble import WEIGHTS, assemble, best_device, best_dtype
 from engine.bench.rollout import random_model
 from engine.bench.streams import NoWords, RandomText
-from engine.config import PRESETS, Preset
+from engine.config import PRESETS, ROLES, Preset
 from engine.ops.linear import fp8_rows_supported
 from engine.pipeline import Pipeline
 from engine.stream import pruned_heads as heads
 from engine.transforms.apply import Speed, accelerate
 from engine.transforms.calibrate import calibrate
-from engine.transforms.low_bit import ROLES
 
 PROMPT = "a shiny red cube bouncing on grass at sunset with a small blue ball to the left, orbiting camera"
 

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from engine.assemble import best_device, best_dtype
 from engine.bench.rollout import ceiling
-from engine.config import PRESETS, Preset
+from engine.config import PRESETS, Preset, QuantScheme
 from engine.models.config import DiTConfig, TextConfig
 from engine.ops.linear import first_line
 from engine.ops.sparse import Sparse24, prune
 from engine.timing import milliseconds
-from engine.transforms.low_bit import Projection, QuantScheme, WeightFormat, tensors, unsupported_reason
+from engine.transforms.low_bit import Projection, WeightFormat, tensors, unsupported_reason
 from engine.transforms.sparse_weights import faster_roles
 
 FORMS: tuple[tuple[str, WeightFormat, bool], ...] = (

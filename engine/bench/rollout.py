@@ -16,22 +16,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype
-from engine.config import PRESETS, Preset
+from engine.config import PRESETS, KVPrecision, Preset
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.vae import CausalVAE
+from engine.options import add_speed
 from engine.stream import pruned_heads as heads
 from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, SideStream, to_host
-from engine.stream.kv_cache import Precision
 from engine.stream.rollout import commit_chunk, denoise_chunk
-from engine.transforms.apply import Speed, accelerate, add_arguments, from_arguments
+from engine.transforms.apply import Speed, accelerate, from_arguments
 from engine.transforms.calibrate import calibrate
 
 PROMPT_TOKENS = 200
@@ -154,7 +154,7 @@ def roll(
     preset: Preset,
     chunks: int,
     decoding: str,
-    precision: Precision,
+    precision: KVPrecision,
     speed: Speed,
     device: torch.device,
     dtype: torch.dtype,
@@ -235,7 +235,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
     parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
-    add_arguments(parser)
+    add_speed(parser)
     parser.add_argument(
         "--prune-share", type=float, metavar="SHARE", help="prune the first heads of every layer instead of a FILE's"
     )
@@ -268,7 +268,7 @@ def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device:
         parser.error(str(error))
 
 
-def told(preset: Preset, speed: Speed) -> str:
+def describe_speed(preset: Preset, speed: Speed) -> str:
     """What is done for speed, on one line."""
     pruned = f"{len(speed.pruned_heads)} of {preset.dit.num_layers * preset.dit.num_heads}"
     return " ".join(f"{name}={value}" for name, value in (vars(speed) | {"pruned_heads": pruned}).items())
@@ -279,7 +279,6 @@ def main() -> None:
     add_preset(parser)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--decoder", choices=("light", "full"), default="light")
-    parser.add_argument("--kv-cache", choices=get_args(Precision), default="exact")
     parser.add_argument("--batch", type=int, default=1, help="streams whose chunks are made in one batch")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help=f"of the prompt ({PROMPT_TOKENS})")
     parser.add_argument("--in-turn", action="store_true", help="decode before the context pass, not beside it")
@@ -313,7 +312,7 @@ def main() -> None:
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
     order = "before the context pass" if options.in_turn else "beside the context pass"
     print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {options.kv_cache} cache")
-    print(told(preset, speed))
+    print(describe_speed(preset, speed))
     frames = options.chunks * preset.chunk
     print(
         f"{options.chunks} chunks, {frames} latent frames, {options.batch} streams in a batch, "

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 
-from engine.assemble import best_device, best_dtype, warm
+from engine.assemble import best_device, best_dtype
 from engine.bench.rollout import add_preset, chosen
 from engine.bench.streams import build
+from engine.warmup import warm
 
 
 def main() -> None:

@@ -18,13 +18,14 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from engine.assemble import best_device, best_dtype, warm
-from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, random_model, random_prompt, told
+from engine.assemble import best_device, best_dtype
+from engine.bench.rollout import PROMPT_TOKENS, add_preset, chosen, describe_speed, random_model, random_prompt
 from engine.config import Preset
 from engine.pipeline import Pipeline
 from engine.scheduler import Demand, batch_with, pick
 from engine.transforms.apply import Speed, accelerate
 from engine.transforms.calibrate import calibrate
+from engine.warmup import warm
 from engine.worker import RECENT_STEPS
 
 START = 10.0
@@ -76,7 +77,7 @@ def play(
     end = start + seconds
     steps: deque[float] = deque(maxlen=RECENT_STEPS)
     while (now := clock()) < end:
-        claims = {
+        demands = {
             str(i): Demand(
                 state.chunk,
                 state.chunk + (shown.runs_dry - now <= length),
@@ -86,13 +87,13 @@ def play(
             for i, (state, shown) in enumerate(zip(states, seen, strict=True))
         }
         step_seconds = max(steps, default=0.0)
-        name = pick(claims, now, step_seconds)
+        name = pick(demands, now, step_seconds)
         if name is None:
             rest(min(shown.runs_dry for shown in seen) - now - length)
             continue
         kind = pipeline.kind(states[int(name)])
         alike = [str(i) for i, state in enumerate(states) if pipeline.kind(state) == kind]
-        served = [int(each) for each in (name, *batch_with(claims, name, alike, now, step_seconds, batch))]
+        served = [int(each) for each in (name, *batch_with(demands, name, alike, now, step_seconds, batch))]
         together = [states[i] for i in served]
         for i, chunk in zip(served, pipeline.next_chunks(together), strict=True):
             if isinstance(chunk, Exception):
@@ -126,14 +127,14 @@ def main() -> None:
     device = best_device()
     preset, speed = chosen(parser, options, device)
     pipeline = build(preset, speed, device, best_dtype(device))
-    warmth = warm(pipeline, max(options.streams), options.batch)
+    warmup = warm(pipeline, max(options.streams), options.batch)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{preset.name} on {where}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps")
-    print(told(preset, speed))
+    print(describe_speed(preset, speed))
     length = preset.chunk_frames / preset.fps
-    print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmth.chunk_seconds:.0f} ms; {warmth.batch} at once")
+    print(f"a chunk of {1e3 * length:.0f} ms takes {1e3 * warmup.chunk_seconds:.0f} ms; {warmup.batch} at once")
     for count in options.streams:
-        seen = play(pipeline, count, 60 * options.minutes, time.monotonic, time.sleep, warmth.batch)
+        seen = play(pipeline, count, 60 * options.minutes, time.monotonic, time.sleep, warmup.batch)
         arrivals = [arrival for shown in seen for arrival in shown.arrivals]
         slack = sorted(value for _, value in arrivals)
         late = [at for at, value in arrivals if value < 0]

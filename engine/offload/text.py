@@ -5,26 +5,23 @@ and brings one layer at a time to the device, so what it needs there is its larg
 encodes on the host and sends the result over.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.config import TextPlacement
 from engine.models.text_encoder import TextEncoder
 
-Place = Literal["resident", "offload", "cpu"]
 
-
-def place_text_encoder(encoder: TextEncoder, place: Place, device: torch.device) -> nn.Module:
+def place_text_encoder(encoder: TextEncoder, placement: TextPlacement, device: torch.device) -> nn.Module:
     """The encoder, to be called as before: ids int64 [B, length] to [B, length, dim] on `device`.
 
     The weights are taken over: with `offload` and `cpu` they move to the host. These two encode no more positions
     than the longest prompt has, since the others are masked and come out as zeros anyhow.
     """
-    if place == "resident":
+    if placement == "resident":
         return encoder.to(device)
-    if place == "offload":
+    if placement == "offload":
         _offload(encoder, device)
         return _Placed(encoder, device, device)
     return _Placed(encoder.to("cpu"), torch.device("cpu"), device)

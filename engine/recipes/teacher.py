@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import MINI, Preset
+from engine.config import MINI, CacheConfig, Preset
 from engine.models.dit import Attend, Block, CausalWan, TextContext
 from engine.models.text_encoder import TextEncoder
 from engine.ops.attention import attention
@@ -29,7 +29,6 @@ from engine.ops.rope import rope_angles, rotate
 from engine.recipes import captions, train_vae, world
 from engine.recipes.optimizer import Optimiser, Replay
 from engine.recipes.run import Run, learning_rate
-from engine.stream.kv_cache import CacheConfig
 
 CHUNKS = 4
 COPIES = 2

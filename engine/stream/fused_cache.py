@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.config import CacheConfig
 from engine.models.config import DiTConfig
 from engine.ops import fused
 from engine.ops.attention import BLOCK, attention
 from engine.ops.fused import Scales
 from engine.stream import pruned_heads as policy
-from engine.stream.kv_cache import CacheConfig, KVCache, Rows
+from engine.stream.kv_cache import KVCache, Rows
 from engine.stream.pruned_heads import Heads
 
 

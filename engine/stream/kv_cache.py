@@ -10,40 +10,16 @@ Past chunks may be kept in 8 bits; the chunk that is being denoised is always ex
 Shapes: B batch, S tokens of a chunk, N tokens of a frame.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from engine.config import CacheConfig, KVPrecision
 from engine.models.dit import Attend
 from engine.ops.attention import attention
 from engine.ops.rope import rope_angles, rotate
 
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Geometry of the cache, in latent frames.
-
-    `window` counts everything that a query sees: sink, past and the chunk itself.
-    """
-
-    chunk: int
-    window: int
-    sink: int
-    rows: int
-    columns: int
-
-    def __post_init__(self) -> None:
-        for name in ("window", "sink"):
-            if getattr(self, name) % self.chunk:
-                raise ValueError(f"{name} must be a multiple of the chunk of {self.chunk}, got {getattr(self, name)}")
-        if self.window < self.sink + self.chunk:
-            raise ValueError(f"window {self.window} cannot hold the sink {self.sink} and a chunk of {self.chunk}")
-
-
-Precision = Literal["exact", "fp8", "int8"]
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
@@ -53,7 +29,9 @@ class Rows:
     In 8 bits each vector of head_dim has a float32 scale that brings its largest magnitude to the format's.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: KVPrecision
+    ) -> None:
         self.dtype, self.largest = dtype, LARGEST.get(precision, 0.0)
         stored = {"exact": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[precision]
         self.data = torch.zeros(shape, device=device, dtype=stored)
@@ -96,7 +74,7 @@ class KVCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        precision: Precision = "exact",
+        precision: KVPrecision = "exact",
         stored: torch.dtype | None = None,
     ) -> None:
         """`stored` is the type of exact keys and values where that is not `dtype`."""

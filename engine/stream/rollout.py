@@ -1,12 +1,12 @@
 """The causal rollout: denoise a chunk against the cache, then commit it by a context pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from engine.config import RolloutConfig
 from engine.models.dit import TextContext
 from engine.stream.batch import JoinedCaches
 from engine.stream.kv_cache import KVCache
@@ -31,21 +31,6 @@ class Transformer(Protocol):
 
     def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> None:
         """Write the keys and values of x to the cache, as a call does, and nothing else."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """The numbers of a preset that the rollout needs; see `engine/config.py`."""
-
-    sigmas: tuple[float, ...]
-    chunk: int
-    latent_channels: int
-    latent_rows: int
-    latent_columns: int
-    first_sigmas: tuple[float, ...] | None = None
-    """Those of a scene's first chunk where they differ: it has no past to lean on."""
-    context_sigma: float = 0.0
-    """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
 def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: Cache) -> Tensor:

@@ -7,23 +7,22 @@ Sparse weights, low-bit, fused with sparse attention, compile, CUDA graphs; scal
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from engine.config import Preset
+from engine.config import KVPrecision, Preset, QuantScheme, Role
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
 from engine.stream import pruned_heads as heads
 from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
-from engine.stream.kv_cache import KVCache, Precision
+from engine.stream.kv_cache import KVCache
 from engine.stream.pruned_heads import Heads
 from engine.stream.rollout import Transformer
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import ROLES, Policy, QuantScheme, Role, WeightFormat
+from engine.transforms.low_bit import Policy, WeightFormat
 from engine.transforms.sparse_weights import faster_roles, prune_weights
 
 
@@ -77,36 +76,6 @@ def fastest_exact(device: torch.device) -> Speed:
     return Speed(fused=gpu, graphs=gpu)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that runs a model."""
-    group = parser.add_argument_group(
-        "speed", "What costs no exactness is done by itself on a GPU: kernels and graphs. The rest is asked for."
-    )
-    group.add_argument("--plain", action="store_true", help="the model as it is written")
-    group.add_argument("--low-bit", choices=get_args(QuantScheme), help="the transformer's projections in fewer bits")
-    group.add_argument(
-        "--fixed-scales", action="store_true", help="with --low-bit: scales of inputs from a calibration at the start"
-    )
-    group.add_argument(
-        "--sparse-weights",
-        nargs="*",
-        choices=ROLES,
-        metavar="ROLE",
-        help=f"projections with 2:4 sparse weights, of {', '.join(ROLES)} (default: those that this device speeds up)",
-    )
-    group.add_argument("--low-bit-attention", action="store_true", help="queries and keys in int8, values in float8")
-    group.add_argument(
-        "--keep", type=float, default=1.0, metavar="SHARE", help="of the past that is looked at (default: all)"
-    )
-    group.add_argument(
-        "--pruned-heads",
-        type=Path,
-        metavar="FILE",
-        help="heads that leave the past out, as `python -m engine.bench.heads` writes them",
-    )
-    group.add_argument("--no-context-pass", action="store_true", help="keep what the last denoising step wrote instead")
-
-
 def from_arguments(options: argparse.Namespace, device: torch.device, dit: DiTConfig) -> Speed:
     """Raises ValueError where the options contradict each other, the device or the model's sizes."""
     exact = Speed() if options.plain else fastest_exact(device)
@@ -153,7 +122,7 @@ def accelerate(
     preset: Preset,
     speed: Speed,
     *,
-    kv_precision: Precision = "exact",
+    kv_precision: KVPrecision = "exact",
     keep_on_host: bool = False,
     batch: int = 1,
 ) -> Served:

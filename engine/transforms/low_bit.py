@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.config import QuantScheme, Role
 from engine.models.dit import Block
 from engine.ops.blocks import E2M1, Blocks, blocks_unsupported_reason, linear_blocks, quantise_blocks
 from engine.ops.cublas import gelu_product
@@ -26,12 +27,6 @@ from engine.ops.linear import (
 )
 from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_unsupported_reason
 
-Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
-ROLES: tuple[Role, ...] = get_args(Role)
-
-QuantScheme = Literal["fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights"]
-"""Both operands with a scale a row (fp8, int8), one for each matrix (fp8-tensor), in blocks (mxfp8, nvfp4); or the
-weights alone, with a scale a row."""
 Weight = Tensor | QuantTensor | Sparse24 | Blocks
 HEADROOM: dict[Format, float] = {"fp8": 4.0, "int8": 1.25}
 """What a fixed scale leaves above the largest magnitude seen. Float8 rounds in proportion, so room costs it nothing."""

@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from engine.config import ROLES, QuantScheme, Role
 from engine.models.config import DiTConfig
 from engine.models.dit import Block, CausalWan
 from engine.ops.sparse import prune, sparse_unsupported_reason
 from engine.timing import milliseconds
-from engine.transforms.low_bit import ROLES, Policy, Projection, QuantScheme, Role, WeightFormat, layers_of
+from engine.transforms.low_bit import Policy, Projection, WeightFormat, layers_of
 
 GAIN = 1.03
 """A sparse product is kept where it is faster than the dense one by more than measurements scatter."""

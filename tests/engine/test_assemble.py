@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
 from engine import assemble as module
-from engine.assemble import assemble, warm
+from engine.assemble import assemble
 from engine.checkpoints import store
 from engine.config import PRESETS, Preset
 from engine.models.config import TAEW21, WAN21, DiTConfig, TextConfig
@@ -20,6 +20,7 @@ from engine.models.vae import CausalVAE
 from engine.stream.rollout import forward
 from engine.transforms.apply import Speed
 from engine.transforms.fused import FusedWan
+from engine.warmup import warm
 
 TOY = replace(
     PRESETS["longlive-1.3b"],

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.assemble import WEIGHTS, assemble, describe, warm
+from engine.assemble import WEIGHTS, assemble, describe
 from engine.checkpoints.store import verify
 from engine.config import MINI
 from engine.pipeline import Pipeline
 from engine.recipes import world
 from engine.recipes.export import Shipped
+from engine.warmup import warm
 
 FRAMES = """
 import hashlib, sys, torch

@@ -4,7 +4,7 @@ from engine.scheduler import Demand, batch_with, pick
 
 
 @pytest.mark.parametrize(
-    ("claims", "expected"),
+    ("demands", "expected"),
     [
         ({}, None),
         ({"a": Demand(0, 0, 1.0)}, None),
@@ -14,8 +14,8 @@ from engine.scheduler import Demand, batch_with, pick
         ({"a": Demand(0, 1, 1.0), "b": Demand(0, 1, 1.0)}, "a"),
     ],
 )
-def test_pick(claims: dict[str, Demand], expected: str | None) -> None:
-    assert pick(claims) == expected
+def test_pick(demands: dict[str, Demand], expected: str | None) -> None:
+    assert pick(demands) == expected
 
 
 def clip(chunk: int, limit: int) -> Demand:
@@ -23,7 +23,7 @@ def clip(chunk: int, limit: int) -> Demand:
 
 
 @pytest.mark.parametrize(
-    ("claims", "expected"),
+    ("demands", "expected"),
     [
         # Alone, at whatever speed there is; of two, the first.
         ({"clip": clip(0, 1)}, "clip"),
@@ -44,8 +44,8 @@ def clip(chunk: int, limit: int) -> Demand:
         ({"clip": clip(4, 4), "other": clip(0, 1)}, "other"),
     ],
 )
-def test_a_clip_gets_what_the_streams_leave(claims: dict[str, Demand], expected: str | None) -> None:
-    assert pick(claims, now=10.0, step_seconds=2.0) == expected
+def test_a_clip_gets_what_the_streams_leave(demands: dict[str, Demand], expected: str | None) -> None:
+    assert pick(demands, now=10.0, step_seconds=2.0) == expected
 
 
 @pytest.mark.parametrize(("streams", "step"), [(1, 0.67), (1, 0.3), (2, 0.33), (3, 0.22), (8, 0.08)])
@@ -53,14 +53,14 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
     """A simulated minute of streams that fill the engine as far as they are admitted, and a clip that always wants."""
     chunk, lead = 0.75, 0.75 + step  # of `server.streams.playback`: a chunk is allowed this long before it is due
     names = [f"s{k}" for k in range(streams)]
-    claims = {"clip": clip(0, 10**6), **{name: Demand(1, 1, 0.75 + k * 0.1) for k, name in enumerate(names)}}
+    demands = {"clip": clip(0, 10**6), **{name: Demand(1, 1, 0.75 + k * 0.1) for k, name in enumerate(names)}}
     now, late, clips = 0.0, 0.0, 0
     while now < 60:
         for name in names:
-            claim = claims[name]
-            if claim.chunk == claim.limit and now >= claim.due - lead:
-                claims[name] = Demand(claim.chunk, claim.limit + 1, claim.due)
-        picked = pick(claims, now, step)
+            demand = demands[name]
+            if demand.chunk == demand.limit and now >= demand.due - lead:
+                demands[name] = Demand(demand.chunk, demand.limit + 1, demand.due)
+        picked = pick(demands, now, step)
         if picked is None:
             now += 0.001
             continue
@@ -68,15 +68,15 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
         if picked == "clip":
             clips += 1
         else:
-            claim = claims[picked]
-            late = max(late, now - claim.due)
-            claims[picked] = Demand(claim.chunk + 1, claim.limit, claim.due + chunk)
+            demand = demands[picked]
+            late = max(late, now - demand.due)
+            demands[picked] = Demand(demand.chunk + 1, demand.limit, demand.due + chunk)
     assert late <= 1e-9
     assert clips > 3, "and the clip gets on"
 
 
 @pytest.mark.parametrize(
-    ("claims", "expected"),
+    ("demands", "expected"),
     [
         # Nobody plays: whoever has waited longest.
         ({"new": Demand(0, 1, 0.0, opened=9.5), "older": Demand(0, 1, 0.0, opened=9.0)}, "older"),
@@ -94,8 +94,8 @@ def test_no_stream_misses_a_deadline_for_a_clip(streams: int, step: float) -> No
         ({"new": Demand(0, 0, 0.0, opened=9.5), "clip": clip(0, 1)}, "clip"),
     ],
 )
-def test_a_new_stream_lets_those_that_play_go_on(claims: dict[str, Demand], expected: str) -> None:
-    assert pick(claims, now=10.0, step_seconds=2.0) == expected
+def test_a_new_stream_lets_those_that_play_go_on(demands: dict[str, Demand], expected: str) -> None:
+    assert pick(demands, now=10.0, step_seconds=2.0) == expected
 
 
 @pytest.mark.parametrize(("streams", "step"), [(5, 0.134), (8, 0.083)])
@@ -104,11 +104,11 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
     length, first, now = 0.75, 0.5625, 0.0
     shown: list[tuple[int, float]] = [(0, 0.0)] * streams  # chunks made, and when they will have been played
     while now < 30:
-        claims = {
+        demands = {
             str(i): Demand(made, made + (dry - now <= length), dry, opened=None if made else 0.0)
             for i, (made, dry) in enumerate(shown)
         }
-        if (name := pick(claims, now, step)) is None:
+        if (name := pick(demands, now, step)) is None:
             now += 0.001
             continue
         now += step
@@ -118,7 +118,7 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
 
 
 @pytest.mark.parametrize(
-    ("claims", "most", "expected"),
+    ("demands", "limit", "expected"),
     [
         ({"a": Demand(1, 2, 20.0), "b": Demand(1, 2, 22.0), "c": Demand(1, 2, 21.0)}, 1, []),
         # The most urgent ones, and no more than are asked for.
@@ -143,6 +143,6 @@ def test_streams_that_open_at_once_interrupt_nobody(streams: int, step: float) -
         ({"a": clip(1, 2), "b": clip(1, 2), "d": clip(0, 2)}, 2, ["b"]),
     ],
 )
-def test_who_goes_along(claims: dict[str, Demand], most: int, expected: list[str]) -> None:
-    assert batch_with(claims, "a", list(claims), 10.0, 2.0, most) == expected
-    assert batch_with(claims, "a", ["a"], 10.0, 2.0, most) == [], "only those that are alike"
+def test_who_goes_along(demands: dict[str, Demand], limit: int, expected: list[str]) -> None:
+    assert batch_with(demands, "a", list(demands), 10.0, 2.0, limit) == expected
+    assert batch_with(demands, "a", ["a"], 10.0, 2.0, limit) == [], "only those that are alike"

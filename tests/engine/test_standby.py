@@ -1,4 +1,4 @@
-"""A spare prepares in nobody's way, waits, and serves when it is told to."""
+"""A standby prepares without slowing others down, waits, and serves on request."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ import pytest
 import zmq
 
 from engine import wire
-from engine.standby import EXPENDABLE, aside
+from engine.standby import OOM_SCORE, run_at_idle_priority
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def test_work_aside_returns_and_raises_as_it_would_here() -> None:
-    assert aside(lambda: 7) == 7
+def test_work_at_idle_priority_returns_and_raises() -> None:
+    assert run_at_idle_priority(lambda: 7) == 7
     with pytest.raises(SystemExit, match="3"):
-        aside(lambda: sys.exit(3))
+        run_at_idle_priority(lambda: sys.exit(3))
 
 
 @linux
-def test_work_aside_has_the_lowest_priority_and_so_have_its_threads() -> None:
+def test_idle_priority_covers_the_threads_that_work_starts() -> None:
     def work() -> list[int]:
         found = [os.sched_getscheduler(0)]
         helper = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
@@ -33,19 +33,19 @@ def test_work_aside_has_the_lowest_priority_and_so_have_its_threads() -> None:
         return found
 
     before = os.sched_getscheduler(0)
-    assert aside(work) == [os.SCHED_IDLE, os.SCHED_IDLE]
+    assert run_at_idle_priority(work) == [os.SCHED_IDLE, os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == before
 
 
 @linux
-def test_what_is_expendable_is_so_for_a_while() -> None:
+def test_low_priority_of_the_process_ends_with_the_context() -> None:
     # In a process and session of its own, as an engine is.
     code = (
-        "from pathlib import Path; from engine.standby import expendable\n"
+        "from pathlib import Path; from engine.standby import low_priority_process\n"
         "files = [Path('/proc/self', name) for name in ('oom_score_adj', 'autogroup')]\n"
         "def show(): print(*(file.read_text().strip() for file in files if file.exists()))\n"
         "show()\n"
-        "with expendable(): show()\n"
+        "with low_priority_process(): show()\n"
         "show()"
     )
     run = subprocess.run(
@@ -53,23 +53,24 @@ def test_what_is_expendable_is_so_for_a_while() -> None:
     )
     before, meanwhile, after = (line.split() for line in run.stdout.splitlines())
     assert after == before
-    assert int(meanwhile[0]) == min(1000, int(before[0]) + EXPENDABLE)
+    assert int(meanwhile[0]) == min(1000, int(before[0]) + OOM_SCORE)
     if len(before) > 1:  # the kernel groups processes by session: "/autogroup-7 nice 0"
         assert (before[-1], meanwhile[-1]) == ("0", "19")
 
 
 AT_ITS_OWN_PRIORITY = """
 import sys
-from engine import __main__, standby as spare
-spare._give_way = lambda: None
+from engine import __main__, standby
+standby._set_idle_priority = lambda: None
 sys.exit(__main__.main())
 """
-"""The program, but that it gives no way, which takes minutes on a busy machine. Our session it leaves alone anyhow."""
+"""The program without the idle priority, at which it takes minutes on a busy machine. Only a session's leader changes
+the session's priority, and it is none."""
 
 
 @contextmanager
-def spare(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], "zmq.Socket[bytes]", int]]:
-    """The real program as a spare, our end of its socket, and the memory for its frames."""
+def standby(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], "zmq.Socket[bytes]", int]]:
+    """The real program as a standby, our end of its socket, and the memory for its frames."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         address = f"ipc://{folder}/engine.sock"
@@ -97,8 +98,8 @@ def next_of(socket: "zmq.Socket[bytes]") -> wire.Message:
 
 
 @linux
-def test_a_spare_on_a_cpu_is_warm_when_it_is_wanted(tmp_path: Path) -> None:
-    with spare(tmp_path) as (process, socket, memory):
+def test_a_standby_on_a_cpu_is_warm_before_it_serves(tmp_path: Path) -> None:
+    with standby(tmp_path) as (process, socket, memory):
         assert next_of(socket) == wire.Waiting(warm=True)
         score = Path(f"/proc/{process.pid}/oom_score_adj")
         assert int(score.read_text()) > int(Path("/proc/self/oom_score_adj").read_text())
@@ -120,17 +121,17 @@ def test_a_spare_on_a_cpu_is_warm_when_it_is_wanted(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_spare_elsewhere_leaves_the_device_alone(tmp_path: Path) -> None:
+def test_a_standby_on_a_gpu_puts_nothing_there(tmp_path: Path) -> None:
     # `meta` stands for a GPU. The weights are not even looked for while it waits.
-    with spare(tmp_path, "--device", "meta", "--weights", "/nowhere") as (process, socket, _):
+    with standby(tmp_path, "--device", "meta", "--weights", "/nowhere") as (process, socket, _):
         assert next_of(socket) == wire.Waiting(warm=False)
         socket.send(wire.encode(wire.Shutdown()))
         assert process.wait(20) == 0
 
 
 @linux
-def test_what_it_lacks_is_told_when_it_is_to_serve(tmp_path: Path) -> None:
-    with spare(tmp_path, "--device", "meta", "--weights", "/nowhere") as (process, socket, _):
+def test_missing_weights_are_reported_when_it_is_to_serve(tmp_path: Path) -> None:
+    with standby(tmp_path, "--device", "meta", "--weights", "/nowhere") as (process, socket, _):
         assert next_of(socket) == wire.Waiting(warm=False)
         socket.send(wire.encode(wire.Serve()))
         fault = next_of(socket)

@@ -13,9 +13,10 @@ import zmq
 from safetensors.torch import save_file
 
 from engine import wire
+from engine.gateway_link import GatewayLink
 from engine.pipeline import Chunk, NotFiniteError, Pipeline
 from engine.stream.state import StreamState
-from engine.worker import Wire, Worker
+from engine.worker import Worker
 
 SLOTS, SLOT_BYTES = 2, 12 * 64 * 64 * 3
 
@@ -67,7 +68,7 @@ def gateway(tmp_path: Path, pipeline: Pipeline, loras: Path, batch: int) -> Iter
     socket = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
-    link = Wire(address, parent=None)
+    link = GatewayLink(address, parent=None)
     link.start()
     memory = os.memfd_create("test")
     os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))
@@ -253,7 +254,7 @@ def test_a_lost_device_ends_the_loop(pipeline: Pipeline, tmp_path: Path, monkeyp
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(pipeline, "next_chunk", lost)
-    link = Wire(f"ipc://{tmp_path}/nobody.sock", parent=None)
+    link = GatewayLink(f"ipc://{tmp_path}/nobody.sock", parent=None)
     monkeypatch.setattr(link, "send", lambda _: None)
     memory = os.memfd_create("test")
     os.ftruncate(memory, wire.Ring.bytes_for(SLOTS, SLOT_BYTES))

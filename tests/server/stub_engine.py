@@ -12,7 +12,7 @@ import time
 import zmq
 
 from engine import wire
-from engine.__main__ import end_with
+from engine.serve import die_with_parent
 
 WIDTH, HEIGHT, FPS = 8, 4, 16
 CHUNK_FRAMES, FIRST_CHUNK_FRAMES = 12, 9
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--spare", action="store_true")
     options = parser.parse_args()
     behaviour, _, as_spare = options.behaviour.partition("+")
-    end_with(options.parent_pid)
+    die_with_parent(options.parent_pid)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(options.socket)

@@ -11,9 +11,8 @@ import torch
 
 from engine.bench import errors, rollout
 from engine.bench import heads as bench
-from engine.config import Preset
+from engine.config import CacheConfig, Preset
 from engine.pipeline import Pipeline
-from engine.stream.kv_cache import CacheConfig
 from engine.stream.pruned_heads import below
 from engine.transforms.apply import Speed
 

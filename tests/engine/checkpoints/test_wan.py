@@ -9,11 +9,11 @@ from torch import Tensor
 from engine.checkpoints import layouts, wan
 from engine.checkpoints.convert import load_dit
 from engine.checkpoints.headers import StoreError
-from engine.config import DIT_1_3B, DIT_5B, DIT_14B, PRESETS
+from engine.config import DIT_1_3B, DIT_5B, DIT_14B, PRESETS, CacheConfig
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
 from engine.models.text_encoder import TextEncoder
-from engine.stream.kv_cache import BlockCausal, CacheConfig, KVCache
+from engine.stream.kv_cache import BlockCausal, KVCache
 
 TINY = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, in_channels=4, out_channels=4, freq_dim=32)
 

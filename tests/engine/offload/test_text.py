@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import TextPlacement
 from engine.models.text_encoder import TextEncoder
-from engine.offload.text import Place, place_text_encoder
+from engine.offload.text import place_text_encoder
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 30, 1] + [0] * 8, [7, 1] + [0] * 10])
 
 
 @pytest.mark.parametrize("place", ["resident", "offload", "cpu"])
-def test_every_place_gives_the_same(encoder: TextEncoder, place: Place) -> None:
+def test_every_place_gives_the_same(encoder: TextEncoder, place: TextPlacement) -> None:
     expected = encoder(IDS)
     placed = place_text_encoder(copy.deepcopy(encoder), place, CPU)
     for _ in range(2):
@@ -64,7 +65,7 @@ def test_cpu_sends_the_result_to_the_model(encoder: TextEncoder) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["resident", "offload", "cpu"])
-def test_on_a_gpu(encoder: TextEncoder, place: Place) -> None:
+def test_on_a_gpu(encoder: TextEncoder, place: TextPlacement) -> None:
     expected = encoder(IDS)
     placed = place_text_encoder(encoder, place, torch.device("cuda"))
     found = placed(IDS.cuda())

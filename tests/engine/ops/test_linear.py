@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.config import QuantScheme
 from engine.ops import linear
 from engine.ops.cublas import gelu_unsupported_reason
 from engine.ops.linear import (
@@ -19,7 +20,7 @@ from engine.ops.linear import (
     quantise,
     rescale,
 )
-from engine.transforms.low_bit import Projection, QuantScheme, WeightFormat
+from engine.transforms.low_bit import Projection, WeightFormat
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

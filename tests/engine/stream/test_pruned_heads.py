@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import CacheConfig
 from engine.models.config import DiTConfig
 from engine.ops import attention as references
 from engine.ops.attention import BLOCK, unpack_values
 from engine.ops.triton import attention as kernels
 from engine.stream import pruned_heads as heads
 from engine.stream.fused_cache import FusedCache
-from engine.stream.kv_cache import CacheConfig
 from engine.stream.pruned_heads import Heads
 
 DIT = DiTConfig(dim=96, ffn_dim=64, num_heads=3, num_layers=3, text_dim=32, in_channels=4, out_channels=4)

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import assemble
-from engine.assemble import warm
-from engine.config import MINI, Preset
+from engine import warmup
+from engine.config import MINI, Preset, QuantScheme, Role
+from engine.options import add_speed
 from engine.pipeline import Chunk, NotFiniteError, Pipeline
 from engine.stream.state import StreamState
-from engine.transforms.apply import Speed, accelerate, add_arguments, fastest_exact, from_arguments
-from engine.transforms.low_bit import Policy, QuantScheme, Role
+from engine.transforms.apply import Speed, accelerate, fastest_exact, from_arguments
+from engine.transforms.low_bit import Policy
 from engine.transforms.sparse_weights import prune_weights
+from engine.warmup import warm
 
 Build = Callable[..., Pipeline]
 
@@ -135,7 +136,7 @@ def test_batches_are_made_where_they_are_faster(
         return ahead(states)
 
     monkeypatch.setattr(pipeline, "next_chunks", next_chunks)
-    monkeypatch.setattr(assemble.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(warmup.time, "perf_counter", lambda: now[0])
     found = warm(pipeline, batch=3)
     assert found.batch == batch and found.chunk_seconds == pytest.approx(0.1 * saves if batch > 1 else 0.1)
     said = capfd.readouterr().out
@@ -170,7 +171,7 @@ def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> No
 
 def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_speed(parser)
     return parser.parse_args(words)
 
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from engine.bench.errors import relative, run
-from engine.config import Preset
+from engine.config import Preset, QuantScheme
 from engine.pipeline import Pipeline
 from engine.transforms.apply import Speed
 from engine.transforms.calibrate import calibrate
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import QuantScheme
 
 Build = Callable[..., Pipeline]
 

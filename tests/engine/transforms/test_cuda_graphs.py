@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import ROLES, CacheConfig, QuantScheme
 from engine.models.config import DiTConfig, LatentStatistics, LightVAEConfig
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.ops import attention as references
 from engine.stream.decoding import LightDecoding
 from engine.stream.fused_cache import FusedCache
-from engine.stream.kv_cache import CacheConfig, KVCache
+from engine.stream.kv_cache import KVCache
 from engine.stream.pruned_heads import Heads
 from engine.transforms.cuda_graphs import GraphedDecoder, GraphedWan
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import ROLES, Policy, QuantScheme
+from engine.transforms.low_bit import Policy
 
 pytestmark = pytest.mark.gpu
 DIT = DiTConfig(dim=384, ffn_dim=1024, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import CacheConfig, QuantScheme
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
 from engine.stream.fused_cache import FusedCache
-from engine.stream.kv_cache import CacheConfig, KVCache
+from engine.stream.kv_cache import KVCache
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import Policy, QuantScheme
+from engine.transforms.low_bit import Policy
 
 DIT = DiTConfig(dim=192, ffn_dim=320, num_heads=3, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
 CONFIG = CacheConfig(chunk=3, window=12, sink=3, rows=8, columns=12)

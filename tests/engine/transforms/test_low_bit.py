@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.config import QuantScheme
 from engine.ops.linear import Fixed, QuantTensor
-from engine.transforms.low_bit import HEADROOM, Policy, Projection, QuantScheme, WeightFormat, bytes_of
+from engine.transforms.low_bit import HEADROOM, Policy, Projection, WeightFormat, bytes_of
 
 FORMS: tuple[QuantScheme | None, ...] = (
     None, "fp8", "fp8-tensor", "int8", "mxfp8", "nvfp4", "fp8-weights", "int8-weights",

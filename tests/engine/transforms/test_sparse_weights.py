@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from engine.config import ROLES, QuantScheme, Role
 from engine.ops.sparse import Sparse24, is_pruned
 from engine.stream.fused_cache import FusedCache
 from engine.transforms import sparse_weights
 from engine.transforms.fused import FusedWan
-from engine.transforms.low_bit import ROLES, Policy, Projection, QuantScheme, Role, layers_of
+from engine.transforms.low_bit import Policy, Projection, layers_of
 from engine.transforms.sparse_weights import faster_roles, prune_weights, role_shapes
 from tests.engine.transforms.test_fused import CONFIG, DIT, error, exact_cache, roll, wan
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import TextPlacement
 from engine.models.text_encoder import TextEncoder
-from engine.offload.text import Place, place_text_encoder
+from engine.offload.text import place_text_encoder
 from engine.ops.linear import Format
 from engine.transforms.weight_only import Linear8, weights_in_8_bits
 
@@ -23,7 +24,7 @@ def bytes_of(module: nn.Module) -> int:
 @pytest.mark.parametrize(("form", "limit"), [("fp8", 0.06), ("int8", 0.02)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encodes_nearly_the_same(
-    encoder: TextEncoder, place: Place, form: Format, limit: float, dtype: torch.dtype
+    encoder: TextEncoder, place: TextPlacement, form: Format, limit: float, dtype: torch.dtype
 ) -> None:
     expected = encoder(IDS)
     encoder.to(dtype)
@@ -50,7 +51,7 @@ def test_a_layer(bias: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["resident", "offload"])
 @pytest.mark.parametrize("form", ["fp8", "int8"])
-def test_on_a_gpu(encoder: TextEncoder, place: Place, form: Format) -> None:
+def test_on_a_gpu(encoder: TextEncoder, place: TextPlacement, form: Format) -> None:
     expected = encoder(IDS)
     encoder.to(torch.bfloat16)
     weights_in_8_bits(encoder, form)
