@@ -37,6 +37,7 @@ COPY engine ./engine
 COPY server ./server
 COPY clients/web ./clients/web
 COPY clients/overlay ./clients/overlay
+COPY clients/js ./clients/js
 ENV PATH=/opt/livereel/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -133,6 +133,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         )
     app.add_api_websocket_route("/v1/streams/{id}/ws", watch)
     app.mount("/assets/overlay", StaticFiles(directory=server.OVERLAY))
+    app.mount("/assets/js", StaticFiles(directory=server.JS))
     app.mount("/assets", StaticFiles(directory=server.WEB))
     return app
 

@@ -1,57 +1,61 @@
-// The stream of this address with its transparency, for OBS and whatever else lays a page over a picture.
+// Shows the stream of this address with its transparency, for OBS and other programs that lay a page over a picture.
 //
-// Every frame comes above its matte (`alpha=stacked`), and WebGL puts the two together. WHEP first; what shows nothing
-// gives way to fragments of MP4, then to JPEGs. `?token=` lets it in where the server has keys; `?lost=hide` hides the
-// last picture while a lost connection is tried again.
-"use strict";
+// Each received frame has its matte below it (`alpha=stacked`); WebGL combines the two. The transports are tried in turn:
+// WHEP, fragmented MP4, JPEGs. `?token=` is needed where the server has keys. `?lost=hide` hides the last picture while
+// a lost connection is retried.
 
-const FIRST_MS = 5000; // a transport that has shown nothing by then gives way to the next
-const SILENT_MS = 2000; // frames that stay away for so long are a lost connection
-const STEADY_MS = 10000; // who has played for so long starts counting failures anew
-const RETRY_MS = [500, 10000];
-const LAG_SECONDS = 1; // further behind than this, MP4 jumps to its end
-const KEPT_SECONDS = 10; // of MP4 that was played
-const HEADER_BYTES = 16;
-const MP4 = 'video/mp4; codecs="avc1.42c01f"';
+import { FragmentPlayer, WhepSession, decodeJpeg, onVideoFrame, openSocket, retryDelay } from "/assets/js/index.js";
+
+const FIRST_FRAME_MS = 5000; // a transport that has shown nothing by then is replaced by the next
+const SILENCE_MS = 2000; // no frames for this long mean a lost connection
+const STEADY_MS = 10000; // an attempt that played for this long resets the count of failures
+const MAX_RETRY_MS = 10000;
 
 const query = new URLSearchParams(location.search);
 const token = query.get("token") ?? "";
-const base = `/v1/streams/${location.pathname.split("/")[2]}`;
-const authorization = token ? { Authorization: `Bearer ${token}` } : {};
+const id = location.pathname.split("/")[2];
+const base = `/v1/streams/${id}`;
 const canvas = document.getElementById("picture");
 document.body.dataset.lost = query.get("lost") === "hide" ? "hide" : "hold";
 
-let run = null; // the attempt under way
-let timer = 0; // the next one
+let attempt = null; // the current one
+let timer = 0; // starts the next one
 let failures = 0;
 let preferred = 0; // index of the transport to try
 let visible = true;
 let over = false;
 
-// the picture
+/** `fetch` with the token, if there is one. */
+function send(path, { headers, ...options } = {}) {
+  return fetch(path, { ...options, headers: token ? { ...headers, Authorization: `Bearer ${token}` } : headers });
+}
+
+// The picture
 
 const VERTEX = `
 attribute vec2 corner;
-varying vec2 at;
+varying vec2 position;
 void main() {
-  at = vec2(corner.x, -corner.y) * 0.5 + 0.5;
+  position = vec2(corner.x, -corner.y) * 0.5 + 0.5;
   gl_Position = vec4(corner, 0.0, 1.0);
 }`;
 
-// Half a pixel stays away from the seam between the halves; codecs leave black and white a little grey.
+// Sampling stays half a pixel away from the seam between the halves. Codecs turn black and white slightly grey, which
+// the matte's range allows for.
 const FRAGMENT = `
 precision highp float;
 uniform sampler2D picture;
 uniform float inset;
-varying vec2 at;
+varying vec2 position;
 void main() {
-  vec2 color = vec2(at.x, clamp(at.y, inset, 1.0 - inset) * 0.5);
+  vec2 color = vec2(position.x, clamp(position.y, inset, 1.0 - inset) * 0.5);
   float matte = texture2D(picture, color + vec2(0.0, 0.5)).r;
   float alpha = clamp((matte - 0.04) / 0.92, 0.0, 1.0);
   gl_FragColor = vec4(texture2D(picture, color).rgb * alpha, alpha);
 }`;
 
-function painter() {
+/** A function that draws a stacked frame on the canvas; null without WebGL. */
+function createPainter() {
   const gl = canvas.getContext("webgl", { alpha: true, premultipliedAlpha: true, antialias: false, depth: false });
   if (!gl) return null;
   const program = gl.createProgram();
@@ -84,235 +88,195 @@ function painter() {
   };
 }
 
-let paint = painter();
+let paint = createPainter();
 canvas.addEventListener("webglcontextlost", (event) => {
   event.preventDefault();
   paint = null;
 });
-canvas.addEventListener("webglcontextrestored", () => { paint = painter(); });
+canvas.addEventListener("webglcontextrestored", () => { paint = createPainter(); });
 
-// one attempt
+// One attempt over one transport
 
-class Run {
+class Attempt {
   constructor(transport) {
     this.transport = transport;
-    this.startedAt = this.seenAt = performance.now();
+    this.startedAt = this.heardAt = performance.now();
     this.frames = 0;
-    this.quiet = false; // paused or stalled: no frames are to be expected
+    this.found = false; // the stream exists and runs, so a failure is the transport's
+    this.still = false; // paused or stalled: no frames are expected
     this.alive = true;
-    this.ends = []; // what to do when it is over
+    this.cleanups = [];
   }
 
   show(source, width, height) {
     if (!this.alive || !width || !height) return;
     paint?.(source, width, height);
     this.frames += 1;
-    this.seenAt = performance.now();
+    this.heardAt = performance.now();
     document.body.dataset.state = "playing";
   }
 
-  event({ type, state, phase }) {
+  onEvent({ type, state, phase }) {
     if (type === "ended") finish();
-    else if (type === "state") this.quiet = state === "paused";
-    else if (type === "stall") this.quiet = phase === "began";
+    else if (type === "state") this.still = state === "paused";
+    else if (type === "stall") this.still = phase === "began";
     else if (type === "error") return;
-    this.seenAt = performance.now();
+    this.heardAt = performance.now();
   }
 
   fail() {
-    if (this.alive) lost(this);
+    if (this.alive) retry(this);
   }
 
   stop() {
     this.alive = false;
-    for (const end of this.ends) end();
+    for (const cleanup of this.cleanups) cleanup();
   }
 }
 
-/** Call `step` for each frame that a video shows, while the attempt lasts. */
-function follow(attempt, video) {
-  const step = () => {
-    if (!attempt.alive) return;
-    attempt.show(video, video.videoWidth, video.videoHeight);
-    video.requestVideoFrameCallback(step);
-  };
-  video.requestVideoFrameCallback(step);
-}
-
-function player(attempt) {
+/** A video element whose frames are shown while the attempt lasts. */
+function createVideo(current) {
   const video = document.createElement("video");
   video.muted = video.playsInline = video.autoplay = true;
-  attempt.ends.push(() => {
+  current.cleanups.push(() => {
     video.srcObject = null;
     video.removeAttribute("src");
     video.load();
   });
-  follow(attempt, video);
+  onVideoFrame(video, () => {
+    if (current.alive) current.show(video, video.videoWidth, video.videoHeight);
+    return current.alive;
+  });
   return video;
 }
 
+function listen(current, format, onFrame) {
+  const socket = openSocket(id, {
+    format,
+    token,
+    alpha: "stacked",
+    onEvent: (event) => current.alive && current.onEvent(event),
+    onFrame: (frame) => current.alive && onFrame(frame),
+    onClose: () => current.fail(),
+  });
+  current.cleanups.push(() => socket.close());
+}
+
+/** How to watch over each transport, in the order in which they are tried. */
 const TRANSPORTS = {
-  async whep(attempt) {
-    const url = `${base}/whep?alpha=stacked`;
-    const peer = new RTCPeerConnection();
-    attempt.ends.push(() => peer.close());
-    peer.addTransceiver("video", { direction: "recvonly" });
-    peer.onconnectionstatechange = () => peer.connectionState === "failed" && attempt.fail();
-    peer.ontrack = ({ track }) => {
-      const video = player(attempt);
-      video.srcObject = new MediaStream([track]);
-      video.play().catch(() => {});
-    };
-    const links = (await fetch(url, { method: "OPTIONS", headers: authorization })).headers.get("Link") ?? "";
-    const servers = Array.from(links.matchAll(/<((?:stun|turns?):[^>]+)>([^<]*)/g), ([, urls, rest]) => ({
-      urls,
-      username: /username="([^"]*)"/.exec(rest)?.[1],
-      credential: /credential="([^"]*)"/.exec(rest)?.[1],
-    }));
-    if (servers.length) peer.setConfiguration({ iceServers: servers });
-    await peer.setLocalDescription();
-    const headers = { ...authorization, "Content-Type": "application/sdp" };
-    const answer = await fetch(url, { method: "POST", headers, body: peer.localDescription.sdp });
-    if (answer.status !== 201) throw new Error(`status ${answer.status}`);
-    const session = answer.headers.get("Location");
-    const hangUp = () => fetch(session, { method: "DELETE", headers: authorization, keepalive: true }).catch(() => {});
-    if (!attempt.alive) return void hangUp();
-    attempt.ends.push(hangUp);
-    await peer.setRemoteDescription({ type: "answer", sdp: await answer.text() });
-  },
-
-  async fmp4(attempt) {
-    if (!MediaSource.isTypeSupported(MP4)) throw new Error("no H.264");
-    const source = new MediaSource();
-    const video = player(attempt);
-    const url = URL.createObjectURL(source);
-    attempt.ends.push(() => URL.revokeObjectURL(url));
-    video.src = url;
-    await new Promise((opened) => source.addEventListener("sourceopen", opened, { once: true }));
-    const buffer = source.addSourceBuffer(MP4);
-    const waiting = [];
-    const append = () => {
-      if (!attempt.alive || buffer.updating) return;
-      const ranges = buffer.buffered;
-      const end = ranges.length ? ranges.end(ranges.length - 1) : 0;
-      const start = ranges.length ? ranges.start(0) : 0;
-      // The first fragment stands wherever the stream has come to; and nobody is to see what was long ago.
-      if (end - video.currentTime > LAG_SECONDS) video.currentTime = end - 0.1;
-      if (waiting.length) buffer.appendBuffer(waiting.shift());
-      else if (video.currentTime - start > 2 * KEPT_SECONDS) buffer.remove(start, video.currentTime - KEPT_SECONDS);
-    };
-    buffer.addEventListener("updateend", append);
-    video.addEventListener("error", () => attempt.fail());
-    listen(attempt, "fmp4", (data) => {
-      waiting.push(data);
-      append();
-      video.play().catch(() => {});
+  async whep(current) {
+    const session = new WhepSession(`${base}/whep?alpha=stacked`, {
+      fetch: send,
+      onTrack(track) {
+        const video = createVideo(current);
+        video.srcObject = new MediaStream([track]);
+        video.play().catch(() => {});
+      },
+      onFail: () => current.fail(),
     });
+    // Deleted even while connected: OBS may end the page before WebRTC has told the server.
+    current.cleanups.push(() => session.close(true));
+    await session.open();
   },
 
-  async mjpeg(attempt) {
-    let busy = false;
-    listen(attempt, "mjpeg", async (data) => {
-      if (busy) return;
-      busy = true;
+  async fmp4(current) {
+    const player = new FragmentPlayer(createVideo(current));
+    current.cleanups.push(() => player.close());
+    player.video.addEventListener("error", () => current.fail());
+    await player.open();
+    listen(current, "fmp4", ({ data }) => player.append(data));
+  },
+
+  async mjpeg(current) {
+    let decoding = false;
+    listen(current, "mjpeg", async ({ data }) => {
+      if (decoding) return;
+      decoding = true;
       try {
-        const bitmap = await createImageBitmap(new Blob([data], { type: "image/jpeg" }));
-        attempt.show(bitmap, bitmap.width, bitmap.height);
+        const bitmap = await decodeJpeg(data);
+        current.show(bitmap, bitmap.width, bitmap.height);
         bitmap.close();
       } catch {
-        attempt.fail();
+        current.fail();
       } finally {
-        busy = false;
+        decoding = false;
       }
     });
   },
 };
 const ORDER = Object.keys(TRANSPORTS);
 
-function listen(attempt, format, onData) {
-  const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const address = new URL(`${scheme}://${location.host}${base}/ws?format=${format}&alpha=stacked`);
-  if (token) address.searchParams.set("token", token);
-  const socket = new WebSocket(address);
-  socket.binaryType = "arraybuffer";
-  socket.onmessage = ({ data }) => {
-    if (!attempt.alive) return;
-    if (typeof data === "string") attempt.event(JSON.parse(data));
-    else onData(new Uint8Array(data, HEADER_BYTES));
-  };
-  socket.onclose = () => attempt.fail();
-  attempt.ends.push(() => socket.close());
-}
-
-// from one attempt to the next
+// From one attempt to the next
 
 async function connect() {
-  if (run || over || !visible) return;
-  const attempt = (run = new Run(ORDER[preferred]));
-  document.body.dataset.transport = attempt.transport;
+  if (attempt || over || !visible) return;
+  const current = (attempt = new Attempt(ORDER[preferred]));
+  document.body.dataset.transport = current.transport;
   try {
-    const response = await fetch(base, { headers: authorization, cache: "no-store" });
+    const response = await send(base, { cache: "no-store" });
     if ([401, 403, 404].includes(response.status)) return finish();
     if (!response.ok) throw new Error(`status ${response.status}`);
     const { state } = await response.json();
-    if (!attempt.alive) return;
+    if (!current.alive) return;
     if (state === "ended" || state === "failed") return finish();
-    if (state === "queued") return wait(attempt, 1000);
-    attempt.quiet = state === "paused" && attempt.transport !== "whep";
-    attempt.known = true;
-    await TRANSPORTS[attempt.transport](attempt);
+    if (state === "queued") return connectLater(current, 1000);
+    current.still = state === "paused" && current.transport !== "whep";
+    current.found = true;
+    await TRANSPORTS[current.transport](current);
   } catch {
-    attempt.fail();
+    current.fail();
   }
 }
 
-/** The attempt has failed: the next one, a little later. */
-function lost(attempt) {
-  if (attempt.frames && performance.now() - attempt.startedAt > STEADY_MS) failures = 0;
-  if (!attempt.frames && attempt.known) preferred = (preferred + 1) % ORDER.length;
-  failures += 1;
+/** Start another attempt after one that failed, over the next transport if this one showed nothing. */
+function retry(failed) {
+  if (failed.frames && performance.now() - failed.startedAt > STEADY_MS) failures = 0;
+  if (!failed.frames && failed.found) preferred = (preferred + 1) % ORDER.length;
   document.body.dataset.state = "lost";
-  const [least, most] = RETRY_MS;
-  wait(attempt, Math.min(most, least * 2 ** (failures - 1)) * (0.5 + Math.random()));
+  // The random factor keeps many overlays from returning at the same moment.
+  connectLater(failed, retryDelay(failures, MAX_RETRY_MS) * (0.5 + Math.random()));
+  failures += 1;
 }
 
-function wait(attempt, ms) {
-  attempt.stop();
-  run = null;
+function connectLater(current, ms) {
+  current.stop();
+  attempt = null;
   clearTimeout(timer);
   timer = setTimeout(connect, ms);
 }
 
-/** The stream is over, or not for us: nothing more will come. */
+/** The stream is over, or this page may not see it: stop for good. */
 function finish() {
   over = true;
-  run?.stop();
-  run = null;
+  attempt?.stop();
+  attempt = null;
   document.body.dataset.state = "over";
 }
 
 setInterval(() => {
-  if (!run) return;
+  if (!attempt) return;
   const now = performance.now();
-  if (!run.frames ? now - run.startedAt > FIRST_MS : !run.quiet && now - run.seenAt > SILENT_MS) run.fail();
+  const waited = now - attempt.startedAt > FIRST_FRAME_MS;
+  const silent = !attempt.still && now - attempt.heardAt > SILENCE_MS;
+  if (attempt.frames ? silent : waited) attempt.fail();
 }, 250);
 
-// OBS: who is not shown needs no frames.
+// OBS tells the page when its source is hidden: it then takes no frames.
 
-function show(shown) {
+function setVisible(shown) {
   if (visible === shown) return;
   visible = shown;
   if (shown) connect();
   else {
     clearTimeout(timer);
-    run?.stop();
-    run = null;
+    attempt?.stop();
+    attempt = null;
   }
 }
 
 for (const [name, field] of [["obsSourceVisibleChanged", "visible"], ["obsSourceActiveChanged", "active"]]) {
-  addEventListener(name, ({ detail }) => show(Boolean(detail?.[field])));
+  addEventListener(name, ({ detail }) => setVisible(Boolean(detail?.[field])));
 }
-addEventListener("pagehide", () => run?.stop());
+addEventListener("pagehide", () => attempt?.stop());
 
 connect();

@@ -1,6 +1,8 @@
-// The live preview: one stream at a time. Its events come over a WebSocket and its frames over WebRTC, or over the
-// WebSocket too where WebRTC does not get through.
-// No build step and no other scripts. Everything that came from elsewhere is written with textContent.
+// The studio page plays one stream at a time. Events arrive over a WebSocket. Frames arrive over WebRTC, or as JPEGs over
+// the WebSocket where WebRTC does not get through.
+// There is no build step and no third-party script. Text from elsewhere is written with textContent only.
+
+import { WhepSession, decodeJpeg, onVideoFrame, openSocket, retryDelay } from "/assets/js/index.js";
 
 const EXAMPLES = [
   "a shiny red cube bouncing on grass at sunset, orbiting camera",
@@ -10,14 +12,13 @@ const EXAMPLES = [
 ];
 
 const CLOCK_RATE = 90_000;
-const HEADER_BYTES = 16;
 const CHUNKS_SHOWN = 48;
 const CHUNKS_AVERAGED = 8;
-const DECODES_AHEAD = 4; // more undecoded frames than this and the browser is too slow: skip to newer ones
+const MAX_DECODING = 4; // with more undecoded frames than this the browser is too slow: newer frames are skipped
 const MAX_PROMPT_BYTES = 4096;
-const CONNECT_MS = 3000; // WebRTC that has shown nothing for this long is given up
-const BACKOFF_MS = [500, 1000, 2000, 4000, 8000];
-// Closed for good: ended, refused, failed, unknown. Any other code is a lost connection.
+const SILENCE_MS = 3000; // WebRTC that has shown nothing for this long is replaced by JPEGs
+const MAX_RETRY_MS = 8000;
+// Close codes after which no retry helps: ended, refused, failed, unknown stream. Any other is a lost connection.
 const FINAL_CODES = new Set([1000, 1008, 1011, 4404]);
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -25,7 +26,7 @@ const $ = (id) => document.getElementById(id);
 const picture = $("picture").getContext("2d", { alpha: false });
 const glow = $("glow").getContext("2d");
 
-/** What is known about the stream on this page; null when there is none. */
+/** The state of the stream on this page; null when there is none. */
 let stream = null;
 
 class ApiError extends Error {
@@ -36,24 +37,24 @@ class ApiError extends Error {
   }
 }
 
-let asking = null;
+let keyDialog = null; // a promise while the dialog is open
 
-/** Ask for an API key, once however many requests wait for it; whether one was given. It is kept for this tab alone. */
+/** Ask the user for an API key and keep it for this tab. All requests that wait share one dialog. Whether one was given. */
 function askForKey() {
-  asking ??= new Promise((resolve) => {
+  keyDialog ??= new Promise((resolve) => {
     $("ask").onclose = () => {
       const key = $("key").value.trim();
       $("key").value = "";
-      asking = null;
+      keyDialog = null;
       if (key) sessionStorage.setItem("key", key);
       resolve(Boolean(key));
     };
     $("ask").showModal();
   });
-  return asking;
+  return keyDialog;
 }
 
-/** `fetch`, with the key where there is one. A server without keys never asks. */
+/** `fetch` with the API key, if there is one. After a 401 the user is asked for a key, and the request is repeated. */
 async function send(path, { headers, ...options } = {}) {
   const attempt = () => {
     const key = sessionStorage.getItem("key");
@@ -63,7 +64,7 @@ async function send(path, { headers, ...options } = {}) {
   return response.status === 401 && (await askForKey()) ? attempt() : response;
 }
 
-/** The token in a stream's address, which stands for the key where headers cannot be sent. */
+/** The token in a stream's address. It replaces the API key where headers cannot be sent. */
 function tokenIn(address) {
   return new URL(address).searchParams.get("token") ?? "";
 }
@@ -71,7 +72,7 @@ function tokenIn(address) {
 async function api(method, path, body, options = {}) {
   let response;
   try {
-    const form = body instanceof FormData; // the browser writes its header, with the boundary
+    const form = body instanceof FormData; // the browser sets its Content-Type, with the boundary
     const headers = body === undefined || form ? {} : { "Content-Type": "application/json" };
     response = await send(path, { method, headers, body: form ? body : body && JSON.stringify(body), ...options });
   } catch {
@@ -83,7 +84,7 @@ async function api(method, path, body, options = {}) {
   return answer;
 }
 
-// A stream, from Play to its end
+// One stream, from Play to its end
 
 async function play(prompt) {
   stop();
@@ -107,7 +108,7 @@ async function play(prompt) {
   }
 }
 
-/** What opens a stream: JSON, or a form when the video is to go on from a picture. */
+/** The body that opens a stream: JSON, or a form when the video continues from a picture. */
 function request(prompt, image) {
   if (!image) return { prompt };
   const form = new FormData();
@@ -122,10 +123,9 @@ function newStream(prompt) {
     prompt, // the newest one asked for
     askedAt: performance.now(),
     socket: null,
-    format: canWatch ? "events" : "mjpeg", // what the socket carries
-    peer: null, // RTCPeerConnection, when frames come that way
-    session: null, // its address, to hang up
-    seenAt: 0, // when something was last heard of the peer's frames
+    format: hasWebRtc ? "events" : "mjpeg", // what the socket carries
+    session: null, // WhepSession, when frames arrive by WebRTC
+    heardAt: 0, // when the session last showed a frame
     shown: null, // { frames, at }: how far playback had come, and when
     attempts: 0,
     timer: 0,
@@ -141,79 +141,61 @@ function newStream(prompt) {
     drawn: [], // times of recent frames
     decoding: 0,
     markers: [], // { kind, chunk }
-    changes: [], // prompt changes on their way: { prompt, askedAt, entry }
+    changes: [], // prompt changes under way: { prompt, askedAt, entry }
     first: null, // log entry of the first prompt
   };
 }
 
 function connect(current) {
-  const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/v1/streams/${current.id}/ws?format=${current.format}&token=${current.token}`);
-  socket.binaryType = "arraybuffer";
-  current.socket = socket;
-  socket.onmessage = ({ data }) => {
+  current.socket = openSocket(current.id, {
+    format: current.format,
+    token: current.token,
+    onEvent(event) {
+      if (stream === current) onEvent(current, event);
+    },
+    onFrame(frame) {
+      if (stream === current) onFrame(current, frame);
+    },
+    onClose(code) {
+      if (stream === current && !current.over) onClose(current, code);
+    },
+  });
+}
+
+function onClose(current, code) {
+  if (FINAL_CODES.has(code)) {
+    finish(current, code === 1000 ? "ended" : "failed", "The stream is over", "Press Play to start another.");
+    return;
+  }
+  const wait = retryDelay(current.attempts++, MAX_RETRY_MS);
+  trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
+  current.timer = setTimeout(async () => {
+    const info = await api("GET", `/v1/streams/${current.id}`).catch(() => null);
     if (stream !== current) return;
-    if (typeof data === "string") onEvent(current, JSON.parse(data));
-    else onFrame(current, data);
-  };
-  socket.onclose = ({ code }) => {
-    if (stream !== current || current.over) return;
-    if (FINAL_CODES.has(code)) {
-      finish(current, code === 1000 ? "ended" : "failed", "The stream is over", "Press Play to start another.");
-      return;
-    }
-    const wait = BACKOFF_MS[Math.min(current.attempts++, BACKOFF_MS.length - 1)];
-    trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
-    current.timer = setTimeout(async () => {
-      const info = await api("GET", `/v1/streams/${current.id}`).catch(() => null);
-      if (stream !== current) return;
-      if (info) current.token = tokenIn(info.ws_url); // the old one may have expired
-      connect(current);
-    }, wait);
-  };
+    if (info) current.token = tokenIn(info.ws_url); // the old one may have expired
+    connect(current);
+  }, wait);
 }
 
 // WebRTC
 
-const canWatch = "RTCPeerConnection" in window && "requestVideoFrameCallback" in HTMLVideoElement.prototype;
+const hasWebRtc = "RTCPeerConnection" in window && "requestVideoFrameCallback" in HTMLVideoElement.prototype;
 
-/** Ask for the frames by WHEP; it is known a moment later whether they come. */
-async function watch(current) {
-  if (current.peer || current.format !== "events") return;
-  const peer = new RTCPeerConnection({ iceServers: [] });
-  current.peer = peer;
-  current.seenAt = performance.now();
-  peer.addTransceiver("video", { direction: "recvonly" });
-  peer.onconnectionstatechange = () => {
-    if (peer.connectionState === "failed") fallBack(current);
-  };
-  peer.ontrack = ({ track }) => drawTrack(current, track);
-  const path = `/v1/streams/${current.id}/whep`;
+/** Ask for the frames by WHEP. `updateFigures` notices when none arrive. */
+async function watchByWebRtc(current) {
+  if (current.session || current.format !== "events") return;
+  const session = new WhepSession(`/v1/streams/${current.id}/whep`, {
+    fetch: send,
+    onTrack: (track) => drawTrack(current, track),
+    onFail: () => watchBySocket(current),
+  });
+  current.session = session;
+  current.heardAt = performance.now();
   try {
-    const servers = iceServers(await send(path, { method: "OPTIONS" }));
-    if (servers.length) peer.setConfiguration({ iceServers: servers });
-    await peer.setLocalDescription();
-    // Our candidates need not follow: the server answers whoever knocks at one of its own, and names them all.
-    const headers = { "Content-Type": "application/sdp" };
-    const response = await send(path, { method: "POST", headers, body: peer.localDescription.sdp });
-    if (!response.ok) throw new ApiError(response.status);
-    const session = response.headers.get("Location");
-    if (current.peer !== peer) return void send(session, { method: "DELETE" }).catch(() => {});
-    current.session = session;
-    await peer.setRemoteDescription({ type: "answer", sdp: await response.text() });
+    await session.open();
   } catch {
-    if (current.peer === peer) fallBack(current);
+    if (current.session === session) watchBySocket(current);
   }
-}
-
-/** STUN and TURN servers from the `Link` headers of a response. */
-function iceServers(response) {
-  const links = (response.headers.get("Link") ?? "").matchAll(/<((?:stun|turns?):[^>]+)>([^<]*)/g);
-  return Array.from(links, ([, urls, rest]) => ({
-    urls,
-    username: /username="([^"]*)"/.exec(rest)?.[1],
-    credential: /credential="([^"]*)"/.exec(rest)?.[1],
-  }));
 }
 
 function drawTrack(current, track) {
@@ -221,40 +203,35 @@ function drawTrack(current, track) {
   video.muted = true;
   video.srcObject = new MediaStream([track]);
   video.play().catch(() => {});
-  const peer = current.peer;
-  const step = () => {
-    if (stream !== current || current.peer !== peer) return;
-    current.seenAt = performance.now();
+  const { session } = current;
+  onVideoFrame(video, () => {
+    if (stream !== current || current.session !== session) return false;
+    current.heardAt = performance.now();
     if (!current.over && document.body.dataset.state !== "paused") {
       document.body.dataset.transport = "webrtc";
       draw(video, video.videoWidth, video.videoHeight);
       onDrawn(current, playedUntil(current));
     }
-    video.requestVideoFrameCallback(step);
-  };
-  video.requestVideoFrameCallback(step);
+    return true;
+  });
 }
 
-/** Time of the frame on screen, which WebRTC does not say: from the count of the last chunk's event, at 1:1. */
+/** Presentation time of the frame on screen, which WebRTC does not tell: counted from the last chunk event, at 1:1. */
 function playedUntil(current) {
   if (!current.shown) return 0;
   const frames = current.shown.frames + ((performance.now() - current.shown.at) / 1000) * current.fps;
   return Math.min(Math.max(0, frames - 1) * (CLOCK_RATE / current.fps), current.generatedUntil);
 }
 
-function hangUp(current) {
-  const { peer, session } = current;
-  current.peer = current.session = null;
-  // Where there is a connection, its end is heard without a word.
-  if (session && !current.over && peer.connectionState !== "connected") {
-    send(session, { method: "DELETE" }).catch(() => {});
-  }
-  peer?.close();
+function closeWebRtc(current) {
+  if (current.over) current.session?.close(false); // the server has deleted the session with the stream
+  else current.session?.close();
+  current.session = null;
 }
 
-/** Have the frames over the WebSocket from now on. */
-function fallBack(current) {
-  hangUp(current);
+/** Take the frames over the WebSocket from now on. */
+function watchBySocket(current) {
+  closeWebRtc(current);
   if (stream !== current || current.over || current.format !== "events") return;
   current.format = "mjpeg";
   document.body.dataset.transport = "websocket";
@@ -275,7 +252,7 @@ async function change(prompt) {
   drawTimeline(current);
   try {
     const answer = await api("PATCH", `/v1/streams/${current.id}`, { prompt, transition });
-    // `prompt.applied` may have come first.
+    // The event `prompt.applied` may have arrived before this answer.
     if (current.changes.includes(wanted)) setEntry(entry, `takes effect with chunk ${answer.chunk_index}`, "waiting");
   } catch (error) {
     current.changes = current.changes.filter((change) => change !== wanted);
@@ -305,7 +282,7 @@ function stop() {
 function finish(current, state, title, detail) {
   current.over = true;
   clearTimeout(current.timer);
-  hangUp(current);
+  closeWebRtc(current);
   current.socket?.close();
   for (const change of current.changes) setEntry(change.entry, "never reached the screen", "refused");
   current.changes = [];
@@ -314,7 +291,7 @@ function finish(current, state, title, detail) {
   show(state, title, detail);
 }
 
-// What the server sends
+// Events and frames from the server
 
 const ENDINGS = {
   finished: ["Finished", "The stream has played to its end."],
@@ -384,7 +361,7 @@ function onEvent(current, event) {
 function onApplied(current, event) {
   current.markers.push({ kind: "applied", chunk: event.chunk_index });
   const last = current.changes.findLastIndex((change) => change.prompt === event.prompt);
-  // The event comes just before the first frame under the prompt; older changes are overtaken by it.
+  // The event precedes the first frame under the new prompt, and replaces every older change.
   for (const change of current.changes.splice(0, last + 1)) {
     const seconds = (performance.now() - change.askedAt) / 1000;
     if (change.prompt === event.prompt) {
@@ -395,14 +372,12 @@ function onApplied(current, event) {
   drawTimeline(current);
 }
 
-async function onFrame(current, data) {
-  const header = new DataView(data, 0, HEADER_BYTES);
-  const pts = Number(header.getBigUint64(8));
-  if (current.decoding >= DECODES_AHEAD) return;
+async function onFrame(current, { pts, data }) {
+  if (current.decoding >= MAX_DECODING) return;
   current.decoding += 1;
   let bitmap;
   try {
-    bitmap = await createImageBitmap(new Blob([new Uint8Array(data, HEADER_BYTES)], { type: "image/jpeg" }));
+    bitmap = await decodeJpeg(data);
   } catch {
     return;
   } finally {
@@ -440,7 +415,7 @@ function setGeometry(width, height) {
   $("stage").style.setProperty("--aspect", `${width} / ${height}`);
 }
 
-// What the page says
+// The page's messages and figures
 
 function setState(current, state) {
   if (state === "queued") {
@@ -455,7 +430,7 @@ function setState(current, state) {
   } else {
     show(state, "", "");
   }
-  if (["starting", "live", "paused"].includes(state)) watch(current);
+  if (["starting", "live", "paused"].includes(state)) watchByWebRtc(current);
 }
 
 function show(state, title, detail) {
@@ -527,14 +502,14 @@ function updateFigures() {
   const current = stream;
   if (!current) return;
   const now = performance.now();
-  // The server repeats a picture that stands still, so that silence means a lost line. Hidden pages are shown nothing.
-  if (document.hidden) current.seenAt = now;
-  if (current.peer && now - current.seenAt > CONNECT_MS) fallBack(current);
+  // The server repeats a still picture, so silence means a lost connection. A hidden page gets no frame callbacks.
+  if (document.hidden) current.heardAt = now;
+  if (current.session && now - current.heardAt > SILENCE_MS) watchBySocket(current);
   while (current.drawn.length && current.drawn[0] < now - 2000) current.drawn.shift();
   const playing = current.pts >= 0 && !current.over;
   if (playing) {
     const span = Math.min(2, (now - current.askedAt) / 1000 - current.firstFrame);
-    // The first second is too short to count frames in.
+    // One second is too short to count frames in.
     const rate = span > 1 ? current.drawn.length / span : current.fps;
     const paused = document.body.dataset.state === "paused";
     figure("fps", paused ? "0" : rate.toFixed(1), "", paused ? "" : rate > current.fps * 0.93 ? "good" : "warn");
@@ -599,7 +574,7 @@ async function updateServer() {
   setTimeout(updateServer, wait);
 }
 
-// What the user does
+// The user's actions
 
 function submit() {
   const prompt = $("prompt").value.replace(/\s+/g, " ").trim();
@@ -653,7 +628,7 @@ $("fullscreen").addEventListener("click", () => {
   if (document.fullscreenElement) document.exitFullscreen();
   else picture.canvas.parentElement.requestFullscreen().catch(() => {});
 });
-// A closed tab should not hold the engine until it is found to be idle.
+// A closed tab must not occupy the engine until the idle timeout.
 addEventListener("pagehide", stop);
 
 for (const text of EXAMPLES) {

@@ -13,7 +13,7 @@ from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import admission
 
 CLIENTS = Path(__file__).resolve().parents[2] / "clients"
-WEB, OVERLAY = CLIENTS / "web", CLIENTS / "overlay"
+WEB, OVERLAY, JS = CLIENTS / "web", CLIENTS / "overlay", CLIENTS / "js"
 
 
 async def list_models(request: Request) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_what_the_image_copies_is_all_that_the_server_needs(tmp_path: Path) -> N
             line = server.stdout.readline()
             assert line.startswith("Livereel is ready")
             base = line.split()[-1].rstrip("/")
-            for path in ("/", "/overlay/st_1", "/assets/overlay/overlay.js"):
+            for path in ("/", "/overlay/st_1", "/assets/overlay/overlay.js", "/assets/js/index.js"):
                 assert httpx.get(base + path).status_code == 200, path
         finally:
             server.kill()

@@ -573,7 +573,7 @@ async def test_the_page_and_the_reference_come_from_here_alone(run_gateway: Any)
             assert "script-src 'self';" in policy
             assert "https://" not in response.text
             assert "<script>" not in response.text
-        for asset in ("app.js", "style.css", "docs.js", "docs.css"):
+        for asset in ("app.js", "style.css", "docs.js", "docs.css", "js/index.js", "js/whep.js"):
             response = await gateway.http.get(f"/assets/{asset}")
             assert response.status_code == 200
             assert "innerHTML" not in response.text

@@ -79,7 +79,9 @@ async def test_nothing_but_the_public_paths_is_open(keyed: Keyed, path: str) -> 
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/overlay/st_x", "/assets/overlay/overlay.js"])
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/", "/docs", "/overlay/st_x", "/assets/overlay/overlay.js", "/assets/js/index.js"]
+)
 async def test_public_paths(keyed: Keyed, path: str) -> None:
     assert (await keyed.call(None, "GET", path)).status_code == 200
     assert (await keyed.call(None, "POST", path)).status_code == 401

@@ -1,0 +1,6 @@
+/** Watch Livereel streams in a browser. */
+
+export { retryDelay } from "./backoff.js";
+export { HEADER_BYTES, openSocket, parseFrame } from "./socket.js";
+export { FragmentPlayer, decodeJpeg, onVideoFrame } from "./video.js";
+export { WhepError, WhepSession, iceServers } from "./whep.js";
