@@ -1,9 +1,8 @@
-"""python -m server: serve the gateway until SIGTERM or SIGINT, and print the address to open once it works."""
+"""python -m server: serve the gateway until SIGTERM or SIGINT, and print its address once it is ready."""
 
 import asyncio
 import functools
 import gc
-import logging
 import os
 import resource
 import signal
@@ -27,74 +26,48 @@ from server.streams.registry import Streams
 from server.tracing import Tracing, from_environment
 
 KEEP_ALIVE_SECONDS = 20
-"""How long an idle connection is kept: longer than clients keep theirs (httpx 5 s, aiohttp 15 s), for whoever sends a
-request just as it is closed gets a reset for an answer."""
+"""How long an idle connection is kept open. This is longer than clients keep theirs (httpx 5 s, aiohttp 15 s): a client
+that sends a request just as the server closes the connection gets a reset instead of a response."""
 SEND_BUFFER_BYTES = 256 * 1024
-"""Of the kernel, per connection: what lies there cannot be dropped any more, so it is latency for a slow viewer."""
-SELDOM_SECONDS = 60.0
-WANTED_FILES = 16_384
-"""Every connection is one, every viewer over WebRTC one for each address of this machine."""
-
-
-class ThrottleFilter(logging.Filter):
-    """Of connections that cannot be taken for want of descriptors asyncio writes hundreds of lines a second."""
-
-    _again_at = 0.0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name != "asyncio" or "out of system resource" not in record.getMessage():
-            return True
-        record.exc_info = record.exc_text = None
-        record.msg, record.args = "out of file descriptors: raise the limit (ulimit -n); connections wait", ()
-        now = time.monotonic()
-        if now < self._again_at:
-            return False
-        self._again_at = now + SELDOM_SECONDS
-        return True
-
-
-def raise_limit() -> None:
-    """As many file descriptors as the system lets us have; many give processes 1024 until they ask."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+"""The kernel's send buffer per connection. Data in it can no longer be dropped, so it adds latency for slow viewers."""
+MAX_OPEN_FILES = 16_384
+"""Each connection takes one, and each WebRTC viewer one for every address of this machine."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with streams that end before their sockets do, and with exit status 0 after a signal."""
+    """uvicorn, but streams end before their sockets close, and the exit status after a signal is 0."""
 
     def __init__(self, config: uvicorn.Config, streams: Streams, drain_seconds: float = 0.0) -> None:
         """`drain_seconds` is how long streams may play on after SIGTERM."""
         super().__init__(config)
         self._streams = streams
         self._drain_seconds = drain_seconds
-        self._patient = False
+        self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM lets streams play on for a while, Ctrl-C and a second signal do not; one more waits for nobody.
+        """SIGTERM starts draining; SIGINT, or a second signal, ends the streams now; one more skips the shutdown.
 
-        None is raised again afterwards.
+        Unlike uvicorn's, this does not raise the signals again after the shutdown.
         """
-        self.force_exit = self.should_exit and not self._patient
-        self._patient = sig == signal.SIGTERM and not self.should_exit
+        self.force_exit = self.should_exit and not self._draining
+        self._draining = sig == signal.SIGTERM and not self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell the viewers first."""
-        seconds = self._drain_seconds if self._patient else 0.0
+        """Drain, end the streams and tell their viewers, then shut down as uvicorn does."""
+        seconds = self._drain_seconds if self._draining else 0.0
         ends_at = time.monotonic() + seconds
         self._streams.drain(seconds)
-        while self._streams.playing and self._patient and time.monotonic() < ends_at:
+        while self._streams.playing and self._draining and time.monotonic() < ends_at:
             await asyncio.sleep(0.05)
-        self._patient = False
+        self._draining = False
         self._streams.end()
-        await asyncio.sleep(0.1)  # their sockets' tasks send `ended` and close
+        await asyncio.sleep(0.1)  # the sockets' tasks send `ended` and close
         await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections have a small send buffer."""
+    """A listening TCP socket whose connections have a small send buffer. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -105,7 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = None) -> tuple[uvicorn.Config, Streams]:
-    """The application under the server settings that it needs. Raises `ValueError` when the keys cannot be read."""
+    """The application with its uvicorn settings, and its streams. Raises `ValueError` if the keys cannot be read."""
     app = create_app(config, backend, tracing)
     settings = uvicorn.Config(
         app,
@@ -115,8 +88,8 @@ def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = N
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
         log_config=None,
-        log_level="error",  # of what peers do wrong it would write a line each
-        access_log=False,  # ours, with the names of keys and without queries, is in `server.middleware.request`
+        log_level="error",  # below that, uvicorn logs a line for every error of a peer
+        access_log=False,  # `RequestMiddleware` writes one with the names of keys and without queries
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
@@ -124,11 +97,34 @@ def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = N
     return settings, app.state.streams
 
 
-def spare_collections() -> None:
-    """Have the garbage collector leave alone what is there now and stays: modules, routes, schemas.
+def create_backend(config: Config) -> Backend:
+    """The backend that the configuration names, not started yet."""
+    if config.backend == "fake":
+        return FakeBackend(model=config.model)
+    return LocalBackend(
+        config.model,
+        threads=config.engine_threads,
+        loras=config.loras,
+        standby=config.engine_spare == "on",
+        arguments=config.engine_arguments,
+        start_seconds=config.engine_start_timeout_s,
+        hung_seconds=config.engine_timeout_s,
+    )
 
-    Nothing runs while it looks through everything, and with some hundred clients it did so every few seconds, for 60 to
-    770 ms on a busy machine. What has come since is a tenth of that, and is looked through as ever.
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files as far as the system allows: by default many systems set 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def freeze_heap() -> None:
+    """Exclude all current objects (modules, routes, schemas) from garbage collection.
+
+    A full collection stops the event loop. With some hundred clients there was one every few seconds, which took 60 to
+    770 ms on a busy machine. The objects created since are a tenth of that, and are collected as usual.
     """
     gc.collect()
     gc.freeze()
@@ -136,20 +132,8 @@ def spare_collections() -> None:
 
 
 async def serve(config: Config, tracing: Tracing) -> int:
-    """Run until a signal comes; returns the exit status."""
-    backend: Backend
-    if config.backend == "fake":
-        backend = FakeBackend(model=config.model)
-    else:
-        backend = LocalBackend(
-            config.model,
-            threads=config.engine_threads,
-            loras=config.loras,
-            standby=config.engine_spare == "on",
-            arguments=config.engine_arguments,
-            start_seconds=config.engine_start_timeout_s,
-            hung_seconds=config.engine_timeout_s,
-        )
+    """Run until a signal arrives or the engine cannot start; returns the exit status."""
+    backend = create_backend(config)
     try:
         listener = listen(config.host, config.port)
     except OSError as error:
@@ -163,21 +147,20 @@ async def serve(config: Config, tracing: Tracing) -> int:
     except OSError as error:
         print(f"cannot keep clips and recordings: {error}", file=sys.stderr)
         return 1
-    access = settings.app.state.access
     server = Server(settings, streams, config.drain_timeout_s)
     failed = False
 
     async def announce() -> None:
         nonlocal failed
         if await streams.engine_came_up():
-            spare_collections()
+            freeze_heap()
             print(f"Livereel is ready: open http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
         else:
             failed, server.should_exit = True, True
 
     announcer = asyncio.create_task(announce())
     if config.keys is not None:
-        reload = functools.partial(reload_keys, access, force=True)
+        reload = functools.partial(reload_keys, settings.app.state.access, force=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         await server.serve(sockets=[listener])
@@ -187,11 +170,12 @@ async def serve(config: Config, tracing: Tracing) -> int:
 
 
 def main() -> int:
+    """Run the command line: the gateway, or `keys`, which manages the key file. Returns the exit status."""
     if sys.argv[1:2] == ["keys"]:
         return keys.main(sys.argv[2:], os.environ)
     config = Config.from_arguments(sys.argv[1:], os.environ)
-    logs.set_up(config.log).addFilter(ThrottleFilter())
-    raise_limit()
+    logs.set_up(config.log).addFilter(logs.ThrottleFilter())
+    raise_file_limit()
     try:
         tracing = from_environment(os.environ)
     except ValueError as error:

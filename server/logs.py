@@ -1,6 +1,6 @@
-"""Log lines, as text or as JSON objects: each says which request it belongs to, and none holds a key or a token.
+"""Logging as text or as JSON: each line has the id of its request, and keys and tokens are redacted.
 
-What is logged never holds a prompt either; that is up to who logs.
+Prompts must not be logged either; that is up to the caller.
 """
 
 import datetime
@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import time
 from typing import Any, Literal
 
 from server.auth.keys import PREFIX
@@ -17,23 +18,25 @@ from server.errors import request_id
 SECRETS = re.compile(rf"\b({re.escape(TOKEN_PREFIX)}|{re.escape(PREFIX)})[A-Za-z0-9_.-]+")
 
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""What every record has; whatever else one has came as `extra`."""
+"""Attributes of every log record; any other attribute was passed as `extra`."""
+THROTTLE_SECONDS = 60.0
+"""The least time between two reports of missing file descriptors."""
 
 
 def redact(text: str) -> str:
-    """The text without keys and tokens, whoever logs it and at whatever level."""
+    """The text with its keys and tokens replaced by `[redacted]`."""
     return SECRETS.sub(r"\1[redacted]", text)
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people, with the request's id at its end."""
+    """A line of text that ends with the request's id."""
 
     def __init__(self, format: str = "%(asctime)s %(levelname)s %(name)s: %(message)s") -> None:
         super().__init__(format)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line, id = super().formatMessage(record), request_id.get()
-        # A peer's words may be part of a message: they must not look like a line of their own.
+        # A message may quote a peer, whose text must not be able to start a line of its own.
         line = line.replace("\r", "\\r").replace("\n", "\\n")
         return f"{line} [{id}]" if id else line
 
@@ -42,7 +45,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: time (RFC 3339), level, logger, message, request_id, what came as `extra`, exception."""
+    """A JSON object per line: time (RFC 3339), level, logger, message, request_id, exception, and any `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -60,11 +63,28 @@ class JsonFormatter(logging.Formatter):
         return redact(json.dumps(line, default=str))
 
 
+class ThrottleFilter(logging.Filter):
+    """Lets asyncio report that file descriptors ran out once a minute, instead of some hundred times a second."""
+
+    _again_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "asyncio" or "out of system resource" not in record.getMessage():
+            return True
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = "out of file descriptors: raise the limit (ulimit -n); connections wait", ()
+        now = time.monotonic()
+        if now < self._again_at:
+            return False
+        self._again_at = now + THROTTLE_SECONDS
+        return True
+
+
 FORMATTERS: dict[str, type[TextFormatter] | type[JsonFormatter]] = {"text": TextFormatter, "json": JsonFormatter}
 
 
 def set_up(style: Literal["text", "json"]) -> logging.Handler:
-    """Log everything from INFO upwards to standard error; returns what writes it."""
+    """Log everything from INFO up to standard error; returns the log handler."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FORMATTERS[style]())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,7 +1,7 @@
-"""The server's connections: uvicorn's protocols, made safe against peers that drip, do not read, or come in crowds.
+"""uvicorn's HTTP and WebSocket protocols, hardened against slow and numerous peers.
 
-uvicorn waits without end for the head of a request, and for a peer to read what was written. Here every phase has a
-deadline: the head, the whole request, and a write that does not move.
+uvicorn waits indefinitely for a request's headers, and for a peer to read what was sent. Here each phase has a
+deadline: the headers, the whole request, and a write that makes no progress. Connections are limited in number.
 """
 
 import asyncio
@@ -22,125 +22,125 @@ ABORT = "livereel.abort"
 """ASGI extension that these protocols offer: drops the connection without waiting for the peer."""
 
 HEAD_SECONDS = 10.0
-"""From the first byte that is expected to the end of the headers."""
+"""Deadline for the headers of a request, from the moment that they are expected."""
 REQUEST_SECONDS = 60.0
-"""From the end of the headers to the end of the body, whatever the application waits for."""
+"""Deadline for the body, from the end of the headers."""
 WRITE_SECONDS = 15.0
-"""A peer that reads nothing for this long is let go."""
+"""A connection is aborted if its peer reads nothing for this long."""
 
 MAX_HEADER_LINE = 8000
-"""Of a WebSocket's handshake: the websockets library takes no longer ones."""
+"""Of a WebSocket handshake: the websockets library accepts no longer lines."""
 
 MAX_CONNECTIONS = 512
-"""Of everybody; a process may have 1024 files open where nobody says otherwise."""
+"""Over all peers. By default a process may have 1024 files open."""
 MAX_CONNECTIONS_PER_PEER = 64
-"""Of one address, or one /64 of IPv6. This machine is excepted: a proxy on it speaks for many."""
+"""Per IPv4 address or IPv6 /64. This machine is exempt: a proxy on it serves many peers."""
 
 MAX_PONG_BYTES = 1 << 20
 MAX_FRAGMENTS = 64
-"""Of one message: empty ones cost memory and count for no size."""
+"""Per message. Empty fragments cost memory but do not count towards the size limit."""
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's, with deadlines and with bounds on the number of connections."""
+    """uvicorn's HTTP protocol with deadlines and limits on the number of connections."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _receiving: object = None
-    """What the deadline is for: the connection while a head is awaited, else the request whose body is."""
-    _stalled: asyncio.TimerHandle | None = None
+    _awaited: object = None
+    """What the deadline is for: this protocol while headers are awaited, the request cycle while its body is."""
+    _write_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         app = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
-            """Offer the way out of a response that its peer does not read: a close would wait for it."""
+            """Add the `ABORT` extension, to end a response whose peer does not read: closing would wait for it."""
             scope.setdefault("extensions", {})[ABORT] = {"call": transport.abort}
             await app(scope, receive, send)
 
         self.app = with_abort
-        if crowded(self, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER):
+        if too_many_connections(self):
             self._refuse(503, "too_many_connections", "There are too many connections: try again soon.")
         else:
-            self._expect(self)
+            self._await(self)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
         super().data_received(data)
-        self._look()
+        self._update_deadline()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()
+        self._update_deadline()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over, unless the library there would choke on the request."""
+        """Upgrade, unless the websockets library would fail on the request."""
         longest = max(len(name) + len(value) for name, value in event.headers)
         if event.method != b"GET" or max(longest, len(event.target)) > MAX_HEADER_LINE:
             self._refuse(400, "invalid_request", "This is no WebSocket handshake that the server understands.")
             return
-        self._expect(None)
+        self._await(None)
         self.resume_writing()
         super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._expect(None)
+        self._await(None)
         self.resume_writing()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self._stalled or self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write_deadline = self._write_deadline or self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, as an error object."""
+        """Answer malformed HTTP with an error object."""
         self._refuse(400, "invalid_request", "This is no HTTP request that the server understands.")
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._linger()
+        self._abort_if_unread()
 
-    def _look(self) -> None:
-        """See what the peer owes now."""
+    def _update_deadline(self) -> None:
+        """Set the deadline for what the peer has to send next, if anything."""
         if self.transport.get_protocol() is not self:
-            return  # it has become a WebSocket
+            return  # upgraded to a WebSocket
         if self.transport.is_closing():
-            self._expect(None)
-            self._linger()
+            self._await(None)
+            self._abort_if_unread()
         elif self.conn.their_state is h11.SEND_BODY:
-            self._expect(self.cycle)
+            self._await(self.cycle)
         elif self.conn.their_state is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):
-            self._expect(self)
+            self._await(self)
         elif self.conn.their_state is not h11.IDLE:
-            self._expect(None)
+            self._await(None)
 
-    def _expect(self, what: object) -> None:
-        """Set the deadline for it; one that is set for the same thing stays, however much has come meanwhile."""
-        if what is self._receiving:
+    def _await(self, what: object) -> None:
+        """Start the deadline for `what`, None for nothing. Receiving a part of it does not extend the deadline."""
+        if what is self._awaited:
             return
         if self._deadline is not None:
             self._deadline.cancel()
-        self._receiving = what
+        self._awaited = what
         seconds = HEAD_SECONDS if what is self else REQUEST_SECONDS
-        self._deadline = self.loop.call_later(seconds, self._late) if what is not None else None
+        self._deadline = self.loop.call_later(seconds, self._on_deadline) if what is not None else None
 
-    def _late(self) -> None:
+    def _on_deadline(self) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(408, "request_timeout", "The request took too long to arrive.")
         else:
             self.transport.abort()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer without the application, and close."""
+        """Send an error response without calling the application, and close the connection."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.abort()  # in the middle of another answer
+            self.transport.abort()  # another response has begun
             return
         body = json.dumps({"error": ApiError(status, code, message).error}).encode()
         headers = [
@@ -153,42 +153,41 @@ class HttpProtocol(H11Protocol):
         if status == 503:
             headers.append(("retry-after", "5"))
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # for the application nobody is there any more
+            self.cycle.disconnected = True  # tells the application that the client has left
             self.cycle.message_event.set()
         try:
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError:
-            pass  # HEAD, which has no body
-        self._expect(None)
+            pass  # the response to HEAD has no body
+        self._await(None)
         self.transport.close()
-        self._linger()
+        self._abort_if_unread()
 
-    def _linger(self) -> None:
-        """A close waits until the peer has read everything: not for ever."""
+    def _abort_if_unread(self) -> None:
+        """Bound how long a closing connection waits for its peer to read what was sent."""
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
 
-def crowded(protocol: H11Protocol, in_all: int, per_peer: int) -> bool:
-    """Whether a new connection, itself counted, is one too many."""
-    if len(protocol.connections) > in_all:
+def too_many_connections(protocol: H11Protocol) -> bool:
+    """Whether this new connection exceeds a limit. `protocol.connections` already contains it."""
+    if len(protocol.connections) > MAX_CONNECTIONS:
         return True
-    mine = peer(protocol.client)
-    return (
-        mine is not None
-        and sum(peer(getattr(other, "client", None)) == mine for other in protocol.connections) > per_peer
-    )
+    own = peer(protocol.client)
+    if own is None:
+        return False
+    return sum(peer(getattr(other, "client", None)) == own for other in protocol.connections) > MAX_CONNECTIONS_PER_PEER
 
 
 def peer(client: tuple[str, int] | None) -> str | None:
-    """Who counts as one; None for this machine."""
+    """The network that counts as one peer; None for this machine."""
     return network(client[0]) if client else None
 
 
 @functools.lru_cache(MAX_CONNECTIONS * 2)
 def network(host: str) -> str | None:
-    """The address, or the /64 that IPv6 gives to one customer; None for this machine."""
+    """The IPv4 address, or the IPv6 /64, which is what one customer gets; None for this machine."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -201,30 +200,30 @@ def network(host: str) -> str | None:
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, made safe against peers that do not read or send what costs us and not them."""
+    """uvicorn's WebSocket protocol with limits for peers that do not read, or that send what is costly to handle."""
 
     def handle_connect(self, event: Request) -> None:
-        """Offer the application a way to drop the connection: a close would wait for the peer to read."""
+        """Add the `ABORT` extension: closing would wait for the peer to read."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope.setdefault("extensions", {})[ABORT] = {"call": self.transport.abort}
 
     def handle_ping(self) -> None:
-        """Answer, unless the answers pile up because the peer only asks."""
+        """Send a pong, unless unread pongs pile up because the peer does not read."""
         if self.transport.get_write_buffer_size() > MAX_PONG_BYTES:
             self.transport.abort()
         else:
             super().handle_ping()
 
     def handle_cont(self, event: Frame) -> None:
-        """Go on with a message, unless it comes in crumbs."""
+        """Receive a further fragment, unless the message has too many."""
         if len(self.frames) >= MAX_FRAGMENTS:
             self.transport.abort()
         else:
             super().handle_cont(event)
 
     def handle_parser_exception(self) -> None:
-        """A handshake that makes no sense has no frames to close it with."""
+        """Abort after a malformed handshake, which cannot be answered with a close frame."""
         if self.conn.close_sent is None:
             self.transport.abort()
         else:

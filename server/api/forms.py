@@ -12,7 +12,7 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 
 from engine import wire
-from server.api.schemas import MAX_CHANGES
+from server.api.schemas import MAX_CHANGES, printable
 from server.errors import ApiError
 from server.streams.registry import Streams
 from server.uploads import images
@@ -79,9 +79,8 @@ async def read_form(request: Request, file: str, numbers: Sequence[str]) -> tupl
                 if isinstance(value, UploadFile) and name == file and upload is None:
                     upload = await value.read()
                 elif (name == file and upload is not None) or not set_field(fields, path, item):
-                    printable = name.encode("ascii", "backslashreplace").decode()[:64]
-                    message = f"`{printable}` is there twice: send it once."
-                    raise ApiError(400, "invalid_form", message, param=printable)
+                    message = f"`{printable(name)}` is there twice: send it once."
+                    raise ApiError(400, "invalid_form", message, param=printable(name))
     except ApiError:
         raise
     except HTTPException:  # Starlette's error for a form that is malformed or exceeds a limit

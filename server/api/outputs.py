@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api import schemas
+from server.api.response_schemas import OutputList, OutputObject
 from server.api.routing import Route, principal_of, streams_of
 from server.egress.outputs import Outputs
 
@@ -47,8 +48,8 @@ async def delete_output(request: Request, id: str, output: str) -> Response:
 PATH = "/v1/streams/{id}/outputs"
 
 ROUTES = [
-    Route("POST", PATH, create_output, schemas.OutputObject, 201, (400, 403, 404, 409, 413, 415)),
-    Route("GET", PATH, list_outputs, schemas.OutputList, 200, (404,)),
-    Route("GET", PATH + "/{output}", get_output, schemas.OutputObject, 200, (404,)),
+    Route("POST", PATH, create_output, OutputObject, 201, (400, 403, 404, 409, 413, 415)),
+    Route("GET", PATH, list_outputs, OutputList, 200, (404,)),
+    Route("GET", PATH + "/{output}", get_output, OutputObject, 200, (404,)),
     Route("DELETE", PATH + "/{output}", delete_output, None, 204, (404,)),
 ]

@@ -1,4 +1,4 @@
-"""Recordings over HTTP: thin functions between requests and `Recorder`."""
+"""Recordings: record a live stream, and list, stop, delete and download what was recorded."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from server.api import schemas
+from server.api.response_schemas import RecordingList, RecordingObject
 from server.api.responses import film_response
 from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
@@ -21,7 +22,7 @@ def recorder_of(request: Request) -> Recorder:
 async def start_recording(
     request: Request, response: Response, id: str, body: schemas.CreateRecording
 ) -> dict[str, Any]:
-    """Record a stream from now on, or from its first frame. A stream that is recorded counts as watched."""
+    """Record a stream, from now on or from its first frame. A stream that is being recorded counts as watched."""
     if body.alpha and body.format != "webm":
         raise ApiError(400, "invalid_value", "`alpha` needs `format` webm: H.264 has no alpha channel.", param="alpha")
     streams = streams_of(request)
@@ -34,39 +35,39 @@ async def list_recordings_of_stream(request: Request, id: str) -> dict[str, Any]
     """A stream's recordings, the newest first."""
     found = [each for each in recorder_of(request).all() if each.stream == id]
     if not found:
-        streams_of(request).get(id)  # says so when there is no such stream
+        streams_of(request).get(id)  # 404 if there is no such stream
     return {"object": "list", "data": [shown(each) for each in found]}
 
 
 async def list_recordings(request: Request) -> dict[str, Any]:
-    """The key's recordings, the newest first."""
+    """The recordings of the key's owner, the newest first."""
     principal = principal_of(request)
-    mine = [each for each in recorder_of(request).all() if principal.sees(each.id, each.owner)]
-    return {"object": "list", "data": [shown(each) for each in mine]}
+    visible = [each for each in recorder_of(request).all() if principal.sees(each.id, each.owner)]
+    return {"object": "list", "data": [shown(each) for each in visible]}
 
 
 async def get_recording(request: Request, id: str) -> dict[str, Any]:
-    """One recording, and how far it is."""
+    """One recording and its progress."""
     return shown(recorder_of(request).get(id))
 
 
 async def stop_recording(request: Request, id: str) -> dict[str, Any]:
-    """Stop a recording; the answer comes when its file is complete. Doing it again does no harm."""
+    """Stop a recording; the response comes when its file is complete. Stopping it again has no effect."""
     recordings = recorder_of(request)
     await recordings.end(recordings.get(id))
     return shown(recordings.get(id))
 
 
 async def delete_recording(request: Request, id: str) -> Response:
-    """Delete a recording and its file; one that runs is stopped."""
+    """Delete a recording and its file; a running one is stopped first."""
     recordings = recorder_of(request)
     await recordings.delete(recordings.get(id))
     return Response(status_code=204)
 
 
 async def content(request: Request, id: str) -> Response:
-    """The film, also while it is recorded: then the response goes on until the end. A complete one can be read in
-    ranges."""
+    """The recorded film. While it is being recorded, the response continues until the end; a complete film supports
+    range requests."""
     recordings = recorder_of(request)
     recording = recordings.get(id)
     if recording.status == "failed":
@@ -82,14 +83,14 @@ ROUTES = [
         "POST",
         "/v1/streams/{id}/recordings",
         start_recording,
-        schemas.RecordingObject,
+        RecordingObject,
         201,
         (400, 404, 409, 413, 415, 429, 503, 507),
     ),
-    Route("GET", "/v1/streams/{id}/recordings", list_recordings_of_stream, schemas.RecordingList, 200, (404,)),
-    Route("GET", "/v1/recordings", list_recordings, schemas.RecordingList),
-    Route("GET", "/v1/recordings/{id}", get_recording, schemas.RecordingObject, 200, (404,)),
-    Route("POST", "/v1/recordings/{id}/stop", stop_recording, schemas.RecordingObject, 200, (404,), accepts=""),
+    Route("GET", "/v1/streams/{id}/recordings", list_recordings_of_stream, RecordingList, 200, (404,)),
+    Route("GET", "/v1/recordings", list_recordings, RecordingList),
+    Route("GET", "/v1/recordings/{id}", get_recording, RecordingObject, 200, (404,)),
+    Route("POST", "/v1/recordings/{id}/stop", stop_recording, RecordingObject, 200, (404,), accepts=""),
     Route("DELETE", "/v1/recordings/{id}", delete_recording, None, 204, (404,)),
     Route("GET", "/v1/recordings/{id}/content", content, None, 200, (404, 409), {"response_class": FileResponse}),
 ]

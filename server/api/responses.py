@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from server.aio import first_of
 from server.errors import not_found
 from server.library.mp4 import Growth
 from server.protocols import ABORT
@@ -24,15 +25,7 @@ class LongLivedResponse(Response, ABC):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = [asyncio.create_task(self.send_all(scope, send)), asyncio.create_task(wait_for_disconnect(receive))]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await first_of(self.send_all(scope, send), wait_for_disconnect(receive))
 
     @abstractmethod
     async def send_all(self, scope: Scope, send: Send) -> None:

@@ -8,6 +8,7 @@ from starlette.responses import FileResponse, Response
 
 from engine import wire
 from server.api import schemas
+from server.api.response_schemas import MODEL_FIELDS, Alive, ErrorBody, LoraList, ModelList, Readiness
 from server.api.routing import Route, access_of, streams_of
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import admission
@@ -26,7 +27,7 @@ async def list_models(request: Request) -> dict[str, Any]:
             {
                 "id": info.name,
                 "object": "model",
-                **{name: getattr(info, name) for name in schemas.MODEL_FIELDS},
+                **{name: getattr(info, name) for name in MODEL_FIELDS},
                 "real_time_factor": share,
                 "capacity": admission.capacity(share, info.promised),
                 "default": info.name == streams.default_model,
@@ -91,16 +92,22 @@ async def overlay(request: Request, id: str) -> Response:
 
 
 ROUTES = [
-    Route("GET", "/v1/models", list_models, schemas.ModelList),
-    Route("GET", "/v1/loras", list_loras, schemas.LoraList, 200, (503, 504)),
-    Route("PUT", "/v1/loras", change_loras, schemas.LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
-    Route("GET", "/livez", livez, schemas.Alive),
-    Route("GET", "/readyz", readyz, schemas.Readiness, options={"responses": {503: {"model": schemas.Readiness}}}),
+    Route("GET", "/v1/models", list_models, ModelList),
+    Route("GET", "/v1/loras", list_loras, LoraList, 200, (503, 504)),
+    Route("PUT", "/v1/loras", change_loras, LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
+    Route("GET", "/livez", livez, Alive),
+    Route(
+        "GET",
+        "/readyz",
+        readyz,
+        Readiness,
+        options={"responses": {503: {"model": Readiness}}},
+    ),
     Route(
         "GET",
         "/metrics",
         metrics,
-        options={"response_class": Response, "responses": {"default": {"model": schemas.ErrorBody}}},
+        options={"response_class": Response, "responses": {"default": {"model": ErrorBody}}},
     ),
     Route("GET", "/docs", docs, options={"include_in_schema": False}),
     Route("GET", "/overlay/{id}", overlay, options={"include_in_schema": False}),

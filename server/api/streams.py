@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from server.api import idempotency, schemas
 from server.api.forms import read_fields, read_image
+from server.api.response_schemas import StreamChanged, StreamList, StreamObject, TokenObject
 from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, with_token, ws_url
 from server.errors import ApiError
 from server.media.matte import Matte
@@ -111,7 +112,7 @@ ROUTES = [
         "POST",
         "/v1/streams",
         create_stream,
-        schemas.StreamObject,
+        StreamObject,
         201,
         (400, 404, 409, 413, 415, 422, 429, 503),
         {
@@ -121,13 +122,18 @@ ROUTES = [
             }
         },
     ),
-    Route("GET", "/v1/streams", list_streams, schemas.StreamList),
-    Route("GET", "/v1/streams/{id}", get_stream, schemas.StreamObject, 200, (404,)),
-    Route("PATCH", "/v1/streams/{id}", change_stream, schemas.StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
+    Route("GET", "/v1/streams", list_streams, StreamList),
+    Route("GET", "/v1/streams/{id}", get_stream, StreamObject, 200, (404,)),
+    Route("PATCH", "/v1/streams/{id}", change_stream, StreamChanged, 200, (400, 404, 409, 413, 415, 504)),
     Route("DELETE", "/v1/streams/{id}", delete_stream, None, 204, (404,)),
-    Route("PUT", "/v1/streams/{id}/matte", set_matte, schemas.StreamObject, 200, (400, 404, 409, 413, 415)),
-    Route("DELETE", "/v1/streams/{id}/matte", remove_matte, schemas.StreamObject, 200, (404, 409)),
+    Route("PUT", "/v1/streams/{id}/matte", set_matte, StreamObject, 200, (400, 404, 409, 413, 415)),
+    Route("DELETE", "/v1/streams/{id}/matte", remove_matte, StreamObject, 200, (404, 409)),
     Route(
-        "POST", "/v1/streams/{id}/tokens", create_token, schemas.TokenObject, 201, (400, 401, 403, 404, 413, 415, 429)
+        "POST",
+        "/v1/streams/{id}/tokens",
+        create_token,
+        TokenObject,
+        201,
+        (400, 401, 403, 404, 413, 415, 429),
     ),
 ]

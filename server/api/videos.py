@@ -1,4 +1,4 @@
-"""Clips over HTTP, as OpenAI's API for videos has them: its clients work unchanged."""
+"""Clips, over an API that is compatible with OpenAI's for videos: its clients work unchanged."""
 
 import asyncio
 import time
@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from server.api import idempotency, schemas
 from server.api.forms import read_fields, read_image
+from server.api.response_schemas import VideoDeleted, VideoList, VideoObject
 from server.api.responses import film_response
 from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
@@ -24,7 +25,7 @@ def clips_of(request: Request) -> Clips:
 
 
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
-    """Make a clip. It is made beside the live streams, of what they leave of the engine."""
+    """Make a clip. It is generated with the engine time that live streams leave over."""
     fields, upload = await read_fields(request, "input_reference", ("seed", "at_s"))
     body = schemas.read(schemas.CreateVideo, fields)
     with idempotency.claim(request, "POST /v1/videos", body.model_dump(), upload or b"") as claim:
@@ -32,11 +33,11 @@ async def create_video(request: Request, response: Response) -> dict[str, Any]:
             claim.made = (await create(request, body, upload)).id
         else:
             response.headers.update(idempotency.REPLAYED)
-    return shown(request, clips_of(request).get(claim.made))
+    return video_object(request, clips_of(request).get(claim.made))
 
 
 async def create(request: Request, body: schemas.CreateVideo, upload: bytes | None) -> Clip:
-    """The clip that a request asks for. Raises `ApiError`."""
+    """Create the clip that a request asks for. Raises `ApiError`."""
     streams = streams_of(request)
     streams.check_open()
     info = streams.info(body.model, "size")
@@ -57,7 +58,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
             url = url.image_url if isinstance(url, schemas.ImageReference) else url
             picture = await read_image(streams, info, upload, url)
         except ApiError as error:
-            raise named("input_reference", error) from None
+            raise rename_field(error, "image", "input_reference") from None
     seed = body.extra.seed
     clip = Clip(
         id=clips.new_id(),
@@ -83,50 +84,50 @@ async def list_videos(
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    """The key's clips, a page at a time."""
+    """The clips of the key's owner, a page at a time."""
     principal = principal_of(request)
-    mine = [clip for clip in clips_of(request).all() if principal.sees(clip.id, clip.owner)]
+    visible = [clip for clip in clips_of(request).all() if principal.sees(clip.id, clip.owner)]
     if order == "desc":
-        mine.reverse()
+        visible.reverse()
     if after is not None:
-        place = next((place for place, clip in enumerate(mine) if clip.id == after), None)
+        place = next((place for place, clip in enumerate(visible) if clip.id == after), None)
         if place is None:
             raise ApiError(400, "invalid_value", "`after` must be the id of a video in the list.", param="after")
-        mine = mine[place + 1 :]
-    page = mine[:limit]
+        visible = visible[place + 1 :]
+    page = visible[:limit]
     return {
         "object": "list",
-        "data": [shown(request, clip) for clip in page],
+        "data": [video_object(request, clip) for clip in page],
         "first_id": page[0].id if page else None,
         "last_id": page[-1].id if page else None,
-        "has_more": len(mine) > len(page),
+        "has_more": len(visible) > len(page),
     }
 
 
 async def get_video(request: Request, id: str) -> dict[str, Any]:
-    """One clip, and how far it is."""
-    return shown(request, clips_of(request).get(id))
+    """One clip and its progress."""
+    return video_object(request, clips_of(request).get(id))
 
 
 async def delete_video(request: Request, id: str) -> dict[str, Any]:
-    """Delete a clip and its files; one that is being made is given up."""
+    """Delete a clip and its files; a clip that is being made is cancelled."""
     owned = clips_of(request)
     await owned.delete(owned.get(id))
     return {"id": id, "object": "video.deleted", "deleted": True}
 
 
 async def remix_video(request: Request, response: Response, id: str, body: schemas.RemixVideo) -> dict[str, Any]:
-    """Make a clip from another: with its seed, its picture and its prompts, but from `at_s` on with the new prompt."""
+    """Make a clip from another one, with its seed, picture and prompts, but the new prompt from `at_s` on."""
     with idempotency.claim(request, f"POST /v1/videos/{id}/remix", body.model_dump()) as claim:
         if claim.made is None:
             claim.made = (await create_remix(request, id, body)).id
         else:
             response.headers.update(idempotency.REPLAYED)
-    return shown(request, clips_of(request).get(claim.made))
+    return video_object(request, clips_of(request).get(claim.made))
 
 
 async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> Clip:
-    """The clip that a remix asks for. Raises `ApiError`."""
+    """Create the clip that a remix asks for. Raises `ApiError`."""
     streams = streams_of(request)
     streams.check_open()
     source = streams.clips.get(id)
@@ -159,8 +160,8 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
 
 
 async def content(request: Request, id: str, variant: Literal["video", "thumbnail"] = "video") -> Response:
-    """The clip as MP4, also while it is being made: then the response goes on until it is complete. A complete one can
-    be read in ranges. `variant=thumbnail` is its first frame as WebP."""
+    """The clip as MP4. While it is being made, the response continues until it is complete; a complete clip supports
+    range requests. `variant=thumbnail` is its first frame as WebP."""
     owned = clips_of(request)
     clip = owned.get(id)
     if clip.failure is not None:
@@ -175,7 +176,7 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
 
 
 def check_times(prompts: list[Change], seconds: float) -> None:
-    """Every prompt has something to show. Raises `ApiError`."""
+    """Raise `ApiError` if a prompt begins after the end of the clip."""
     if prompts[-1].at_s >= seconds:
         message = (
             f"`extra` has a prompt at {prompts[-1].at_s:g} s, and the clip ends at {seconds:g} s: let it begin before."
@@ -183,14 +184,14 @@ def check_times(prompts: list[Change], seconds: float) -> None:
         raise ApiError(400, "invalid_value", message, param="extra")
 
 
-def named(field: str, error: ApiError) -> ApiError:
-    """What is wrong with a picture, which has another name here."""
-    message = error.detail.replace("`image`", f"`{field}`")
-    return ApiError(error.status_code, error.code, message, param=field, headers=error.headers)
+def rename_field(error: ApiError, old: str, new: str) -> ApiError:
+    """The error as it reads where the field has another name."""
+    message = error.detail.replace(f"`{old}`", f"`{new}`")
+    return ApiError(error.status_code, error.code, message, param=new, headers=error.headers)
 
 
-def shown(request: Request, clip: Clip) -> dict[str, Any]:
-    """The clip as the API shows it."""
+def video_object(request: Request, clip: Clip) -> dict[str, Any]:
+    """The API's video object of a clip."""
     return clips.shown(clip, clips_of(request).position(clip))
 
 
@@ -199,7 +200,7 @@ ROUTES = [
         "POST",
         "/v1/videos",
         create_video,
-        schemas.VideoObject,
+        VideoObject,
         200,
         (400, 404, 409, 413, 415, 422, 429, 503, 507),
         {
@@ -209,14 +210,14 @@ ROUTES = [
             }
         },
     ),
-    Route("GET", "/v1/videos", list_videos, schemas.VideoList, 200, (400,)),
-    Route("GET", "/v1/videos/{id}", get_video, schemas.VideoObject, 200, (404,)),
-    Route("DELETE", "/v1/videos/{id}", delete_video, schemas.VideoDeleted, 200, (404,)),
+    Route("GET", "/v1/videos", list_videos, VideoList, 200, (400,)),
+    Route("GET", "/v1/videos/{id}", get_video, VideoObject, 200, (404,)),
+    Route("DELETE", "/v1/videos/{id}", delete_video, VideoDeleted, 200, (404,)),
     Route(
         "POST",
         "/v1/videos/{id}/remix",
         remix_video,
-        schemas.VideoObject,
+        VideoObject,
         200,
         (400, 404, 409, 413, 415, 422, 429, 503, 507),
         {"openapi_extra": {"parameters": [idempotency.PARAMETER]}},

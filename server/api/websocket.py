@@ -8,6 +8,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from server.aio import first_of
 from server.api.responses import abort_connection
 from server.api.routing import streams_of, wants_alpha, ws_url
 from server.errors import ApiError
@@ -67,14 +68,7 @@ async def exchange(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | No
     The tasks return None for a disconnect instead of raising: the exception's traceback would refer to this frame and
     the frame to the task, a cycle that keeps the socket alive until the garbage collector runs.
     """
-    sender, receiver = asyncio.create_task(send_all(websocket, viewer)), asyncio.create_task(receive_all(websocket))
-    try:
-        done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
-        return (sender if sender in done else receiver).result()
-    finally:
-        sender.cancel()
-        receiver.cancel()
-        await asyncio.gather(sender, receiver, return_exceptions=True)
+    return await first_of(send_all(websocket, viewer), receive_all(websocket))
 
 
 async def send_all(websocket: WebSocket, viewer: Viewer) -> tuple[int, str] | None:

@@ -1,6 +1,6 @@
-"""WHEP (draft-ietf-wish-whep): a viewer posts an SDP offer and gets the stream over WebRTC.
+"""Watching over WebRTC by WHEP (draft-ietf-wish-whep): a viewer posts an SDP offer and gets the stream.
 
-Each session is a resource of its own, with an address that nobody can guess. There is no ICE restart, hence no ETag.
+Each session is a resource with an unguessable URL. ICE restart is not supported, so sessions have no ETag.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections.abc import Container
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.aio import first_of
 from server.api.routing import Route, principal_of, streams_of, wants_alpha
 from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
@@ -26,15 +27,15 @@ SDP = "application/sdp"
 FRAGMENT = "application/trickle-ice-sdpfrag"
 
 CONNECT_SECONDS = 15.0
-"""A session whose connection is not up by then is given up."""
+"""A session is closed if its connection is not established by then."""
 MAX_CONNECTING = 64
-"""WhepSessions whose connection is not up yet, of all streams together: each holds sockets."""
+"""Sessions that may be connecting at once, over all streams: each holds sockets."""
 MAX_CONNECTING_PER_KEY = 32
-"""The same of one API key and of the tokens made with it, so that it leaves room for others."""
+"""The same limit for one API key and its tokens, so that one key cannot lock out the others."""
 
 
 class WhepSessions:
-    """The WHEP sessions of one gateway."""
+    """The WHEP sessions of one gateway, each one viewer's WebRTC connection to one stream."""
 
     def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
         self._config = config
@@ -43,15 +44,15 @@ class WhepSessions:
         self._peers: dict[tuple[str, str], Peer] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._keys: dict[tuple[str, str], int] = {}
-        """Serials of the API keys that sessions were opened under."""
+        """Serial of the API key that a session was opened with."""
 
     async def open(
         self, stream: Stream, offer: str, *, local: bool, alpha: bool = False, key: int | None = None
     ) -> tuple[str, str]:
-        """Answer a viewer's offer: the new session's id, and the SDP.
+        """Open a session for a viewer's SDP offer; returns the session's id and the SDP answer.
 
-        `local` says that it is on this machine, `alpha` that it takes mattes; `key` is the serial of the API key that
-        lets it watch.
+        `local` says that the viewer is on this machine, `alpha` that it wants frames stacked on their mattes; `key` is
+        the serial of the API key that it was authorized with. Raises `ApiError` if the session cannot be opened.
         """
         id = stream.session.id
         connecting = [session for session, peer in self._peers.items() if not peer.connected.is_set()]
@@ -79,7 +80,7 @@ class WhepSessions:
         return session, peer.answer
 
     def get(self, stream: str, session: str) -> Peer:
-        """The session's connection."""
+        """The session's connection. Raises `ApiError` 404."""
         peer = self._peers.get((stream, session))
         if peer is None:
             message = "No session has this id: it never existed, or it is over. Open one with a POST."
@@ -87,35 +88,35 @@ class WhepSessions:
         return peer
 
     async def end(self, stream: str, session: str) -> None:
-        """Hang up, and wait until everything is free."""
+        """Close a session, and wait until its resources are released. Raises `ApiError` 404."""
         self.get(stream, session).over.set()
         await asyncio.wait([self._tasks[stream, session]])
 
     def keep_keys(self, serials: Container[int]) -> None:
-        """End the sessions of all other keys: these were taken away."""
+        """Close the sessions of API keys that are not in `serials`, because they were revoked."""
         for session, key in self._keys.items():
             if key not in serials:
                 self._peers[session].over.set()
 
     async def stop(self) -> None:
-        """End every session."""
+        """Close every session."""
         for peer in self._peers.values():
             peer.over.set()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _serve(self, stream: Stream, session: str, peer: Peer) -> None:
         key = stream.session.id, session
-        asked_at = time.monotonic()
+        opened_at = time.monotonic()
         peer.on_keyframe_request(lambda: self._streams.request_key(stream, peer.viewer))
         try:
-            await either(peer.connected, peer.over, CONNECT_SECONDS)
+            await first_of(peer.connected.wait(), peer.over.wait(), timeout=CONNECT_SECONDS)
             if peer.connected.is_set() and not peer.over.is_set():
-                seconds = time.monotonic() - asked_at
+                seconds = time.monotonic() - opened_at
                 self._metrics.first_frame_phase_seconds.labels("connect").observe(seconds)
                 await self._streams.attach(stream, peer.viewer)
                 await peer.over.wait()
         except ApiError as error:
-            logger.info("a viewer was not taken: %s", error.detail)
+            logger.info("a viewer was not accepted: %s", error.detail)
         finally:
             self._streams.detach(stream, peer.viewer)
             peer.viewer.forget()
@@ -127,35 +128,26 @@ class WhepSessions:
                 logger.exception("a WebRTC connection did not close")
 
 
-async def either(one: asyncio.Event, other: asyncio.Event, seconds: float) -> None:
-    """Wait for one of two events, but no longer than this."""
-    waiting = [asyncio.create_task(one.wait()), asyncio.create_task(other.wait())]
-    try:
-        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
-def sessions_of(request: Request) -> WhepSessions:
-    """The application's sessions."""
+def whep_sessions_of(request: Request) -> WhepSessions:
+    """The application's WHEP sessions."""
     sessions = request.app.state.whep_sessions
     assert isinstance(sessions, WhepSessions)
     return sessions
 
 
-# the endpoint of a stream
+# /v1/streams/{id}/whep
 
 
 async def offer(request: Request, id: str) -> Response:
-    """Watch a stream over WebRTC: an SDP offer that receives video becomes an answer that sends it."""
+    """Watch a stream over WebRTC: post an SDP offer to receive video, and get the answer."""
     stream = watchable(request, id)
     text = await read_sdp(request)
     local = request.client is not None and is_loopback(request.client.host)
     key = principal_of(request).key
     alpha = wants_alpha(request)
-    opened = sessions_of(request).open(stream, text, local=local, alpha=alpha, key=key.serial if key else None)
-    session, answer = await opened
+    session, answer = await whep_sessions_of(request).open(
+        stream, text, local=local, alpha=alpha, key=key.serial if key else None
+    )
     response = Response(answer, 201, media_type=SDP)
     response.headers["Location"] = f"/v1/streams/{id}/whep/{session}"
     add_links(request, response, session[:8])
@@ -163,28 +155,28 @@ async def offer(request: Request, id: str) -> Response:
 
 
 async def options(request: Request, id: str) -> Response:
-    """What can be posted here, and with which servers to find a way through NAT."""
+    """The accepted media type, and as `Link` headers the STUN and TURN servers to use."""
     response = Response(status_code=200, headers={"Accept-Post": SDP, "Allow": "POST, GET, HEAD, OPTIONS"})
-    # A preflight comes without the credentials that the secrets of TURN are for.
+    # A CORS preflight carries no credentials, so it gets no TURN credentials either.
     if "access-control-request-method" not in request.headers:
         add_links(request, response, "options")
     return response
 
 
 async def head(request: Request, id: str) -> Response:
-    """Whether WebRTC can be asked for here."""
+    """Whether the stream can be watched over WebRTC now."""
     watchable(request, id)
     return Response(status_code=200, media_type=SDP)
 
 
 async def get(request: Request, id: str) -> Response:
-    """Nothing: a stream is watched by posting an offer."""
+    """Empty: post an offer to watch the stream."""
     watchable(request, id)
     return Response(status_code=204)
 
 
 def watchable(request: Request, id: str) -> Stream:
-    """The stream, if it has frames now or will have them in a moment."""
+    """The stream, if it is live or about to be. Raises `ApiError` if it has ended or is queued."""
     stream = streams_of(request).get(id)
     session = stream.session
     if session.state.over:
@@ -197,6 +189,7 @@ def watchable(request: Request, id: str) -> Stream:
 
 
 async def read_sdp(request: Request) -> str:
+    """The request body as text. Raises `ApiError` if it is not UTF-8."""
     try:
         return (await request.body()).decode()
     except UnicodeDecodeError:
@@ -204,7 +197,7 @@ async def read_sdp(request: Request) -> str:
 
 
 def add_links(request: Request, response: Response, user: str) -> None:
-    """Tell the viewer about STUN and TURN servers, the latter with credentials that expire."""
+    """Add `Link` headers for the STUN and TURN servers, the latter with credentials that expire."""
     config: Config = request.app.state.config
     for server in ice_servers(config.ice_servers, config.turn_secret, user, time.time()):
         link = f'<{server.url}>; rel="ice-server"'
@@ -213,35 +206,35 @@ def add_links(request: Request, response: Response, user: str) -> None:
         response.headers.append("Link", link)
 
 
-# a session
+# /v1/streams/{id}/whep/{session}
 
 
 async def trickle(request: Request, id: str, session: str) -> Response:
-    """Further ICE candidates of the viewer. ICE is not restarted: that is a 422."""
-    peer = sessions_of(request).get(id, session)
+    """Add ICE candidates of the viewer (trickle ICE). ICE restart is not supported: 422."""
+    peer = whep_sessions_of(request).get(id, session)
     match = request.headers.get("if-match")
     if match == "*":
         message = "The server does not restart ICE: open a new session instead."
         raise ApiError(422, "ice_restart_unsupported", message)
     if match is not None:
-        raise ApiError(412, "no_such_etag", "WhepSessions have no ETag here: leave `If-Match` out.")
+        raise ApiError(412, "no_such_etag", "Sessions have no ETag here: leave `If-Match` out.")
     await peer.trickle(await read_sdp(request))
     return Response(status_code=204)
 
 
-async def hang_up(request: Request, id: str, session: str) -> Response:
-    """End a session."""
-    await sessions_of(request).end(id, session)
+async def end_session(request: Request, id: str, session: str) -> Response:
+    """Close a session."""
+    await whep_sessions_of(request).end(id, session)
     return Response(status_code=200)
 
 
 async def session_options(request: Request, id: str, session: str) -> Response:
-    """What a session takes."""
+    """The media type and methods that a session accepts."""
     return Response(status_code=200, headers={"Accept-Patch": FRAGMENT, "Allow": "PATCH, DELETE, OPTIONS"})
 
 
-def body(media_type: str) -> dict[str, object]:
-    """A request body for OpenAPI."""
+def text_body(media_type: str) -> dict[str, object]:
+    """Route options of an endpoint whose request body is text of this media type."""
     content = {media_type: {"schema": {"type": "string"}}}
     return {"openapi_extra": {"requestBody": {"required": True, "content": content}}, "response_class": Response}
 
@@ -252,11 +245,11 @@ ENDPOINT = "/v1/streams/{id}/whep"
 SESSION = ENDPOINT + "/{session}"
 
 ROUTES = [
-    Route("POST", ENDPOINT, offer, None, 201, (400, 404, 409, 413, 415, 503), body(SDP), SDP),
+    Route("POST", ENDPOINT, offer, None, 201, (400, 404, 409, 413, 415, 503), text_body(SDP), SDP),
     Route("OPTIONS", ENDPOINT, options, options=DISCOVERY),
     Route("HEAD", ENDPOINT, head, None, 200, options=DISCOVERY),
     Route("GET", ENDPOINT, get, None, 204, (404, 409), EMPTY),
-    Route("PATCH", SESSION, trickle, None, 204, (400, 404, 412, 413, 415, 422), body(FRAGMENT), FRAGMENT),
-    Route("DELETE", SESSION, hang_up, None, 200, (404,), EMPTY),
+    Route("PATCH", SESSION, trickle, None, 204, (400, 404, 412, 413, 415, 422), text_body(FRAGMENT), FRAGMENT),
+    Route("DELETE", SESSION, end_session, None, 200, (404,), EMPTY),
     Route("OPTIONS", SESSION, session_options, options=DISCOVERY),
 ]

@@ -1,17 +1,17 @@
-"""API keys: who may use the server, read from a file that holds their hashes.
+"""API keys: a file of their hashes and limits, and the command `python -m server keys`.
 
-The file is TOML, a table a key, and may be edited by hand; the server notices.
+The file is TOML with one table per key. It may be edited by hand: the server reloads it when it changes.
 
     [[key]]
     name = "studio"                  # in logs
-    owner = "studio"                 # whose streams it opens and sees; the name, unless it says otherwise
-    sha256 = "..."                   # of the key
+    owner = "studio"                 # whose streams it opens and sees; by default the name
+    sha256 = "..."                   # hash of the key
     scopes = ["control"]             # view, control, admin, metrics
-    streams = 4                      # at once, of the owner
+    streams = 4                      # the owner's streams at once
     requests_per_minute = 120
-    priority = 1                     # turns in the queue for one of a key of priority 1
+    priority = 1                     # turns in the queue per turn of a key of priority 1
 
-A key is 256 random bits, so one pass of SHA-256 is enough: there is no dictionary to try.
+A key has 256 random bits, so a single SHA-256 is enough: a dictionary attack is not possible.
 """
 
 import argparse
@@ -40,11 +40,11 @@ IMPLIED: dict[Scope, frozenset[Scope]] = {
     "admin": frozenset(SCOPES),
     "metrics": frozenset({"metrics"}),
 }
-"""What each scope allows: `view` reads and watches the owner's streams, `control` opens, changes and ends them,
-`admin` does so with everybody's and changes the server, `metrics` reads /metrics alone."""
+"""The scopes that each scope includes. `view` reads and watches the owner's streams, `control` also opens, changes and
+ends them, `admin` does so with everybody's streams and changes the server, `metrics` reads only /metrics."""
 
 PREFIX = "lr_"
-"""Of every key, so that those who search repositories for secrets find it."""
+"""Prefix of every key, by which secret scanners recognise it."""
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_KEY_LENGTH = 256
 MAX_FILE_BYTES = 1 << 20
@@ -54,12 +54,12 @@ LIMITS = {
     "requests_per_minute": (REQUESTS_PER_MINUTE, 1_000_000),
     "priority": (PRIORITY, 100),
 }
-"""Of a key: what it is where none is named, and what it may be at most."""
+"""Default and maximum of each numeric field of a key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One line of the file: never the key itself."""
+    """One entry of the key file. It holds the key's hash, never the key."""
 
     name: str
     owner: str
@@ -69,16 +69,16 @@ class Key:
     requests_per_minute: int
     priority: int = PRIORITY
     serial: int = 0
-    """What tells it from every other entry that the file has had since the server started."""
+    """Identifies this entry among all that the file has had since the server started."""
 
 
 def digest(key: str) -> str:
-    """What the file knows of a key."""
+    """The hash of a key that the file stores."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file; raises `ValueError` with a message for the operator when it cannot be trusted or read."""
+    """Read a key file. Raises `ValueError`, with a message for the operator, if it cannot be read or trusted."""
     try:
         with path.open("rb") as file:
             about = os.fstat(file.fileno())
@@ -90,13 +90,13 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 def parse_keys(path: Path, text: bytes) -> tuple[Key, ...]:
-    """The keys that a file's text holds; raises `ValueError`."""
+    """Parse the text of a key file. Raises `ValueError`."""
     if len(text) > MAX_FILE_BYTES:
         raise ValueError(f"keys {path} is larger than {MAX_FILE_BYTES} bytes")
     try:
         tables = tomllib.loads(text.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError):
-        # The reason would quote the file.
+        # The parser's message would quote the file.
         raise ValueError(f"keys {path} is not valid TOML") from None
     if tables.keys() - {"key"} or not isinstance(tables.get("key", []), list):
         raise ValueError(f"keys {path} may hold [[key]] tables and nothing else")
@@ -109,7 +109,7 @@ def parse_keys(path: Path, text: bytes) -> tuple[Key, ...]:
 
 
 def check_owner(path: Path, about: os.stat_result) -> None:
-    """Whoever can write the file can let himself in."""
+    """Raise `ValueError` if others can write the file, and so grant themselves access, or read it."""
     if about.st_uid not in (0, os.geteuid()):
         raise ValueError(f"keys {path} belongs to another user: chown it to the one that runs the server")
     if about.st_mode & (stat.S_IWGRP | stat.S_IRWXO):
@@ -118,7 +118,7 @@ def check_owner(path: Path, about: os.stat_result) -> None:
 
 
 def read_key(path: Path, number: int, table: Any) -> Key:
-    """One table of the file; raises `ValueError`."""
+    """Validate one table of the file. Raises `ValueError`."""
 
     def wrong(field: str, wanted: str) -> ValueError:
         return ValueError(f"keys {path}: `{field}` of key {number} must be {wanted}")
@@ -146,21 +146,21 @@ def read_key(path: Path, number: int, table: Any) -> Key:
 
 
 class Keys:
-    """The keys of a file, read again whenever it changes."""
+    """The keys of a file, which can be reloaded while the server runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._serials = itertools.count(1)
         self._keys: tuple[Key, ...] = ()
-        self._seen = self._look()
+        self._seen = self._stat()
         self._keys = self._read()
 
     def reload(self, *, force: bool = False) -> bool:
-        """Read the file again if it has changed, or with `force` in any case; returns whether it was read.
+        """Reload the file if it has changed, or with `force` in any case; returns whether it was read.
 
-        Raises `ValueError` when it cannot be trusted or read; the keys stay as they were.
+        Raises `ValueError` if it cannot be read or trusted; the current keys then stay in force.
         """
-        seen = self._look()
+        seen = self._stat()
         if seen == self._seen and not force:
             return False
         self._seen = seen
@@ -168,38 +168,39 @@ class Keys:
         return True
 
     def find(self, key: str) -> Key | None:
-        """The entry of a key that somebody shows. Takes as long for a wrong one as for a right one."""
+        """The entry of a key; None if it is unknown. Takes equally long for known and unknown keys."""
         if len(key) > MAX_KEY_LENGTH:
             return None
-        shown, found = digest(key), None
+        sha256, found = digest(key), None
         for entry in self._keys:
-            if hmac.compare_digest(entry.sha256, shown):
+            if hmac.compare_digest(entry.sha256, sha256):
                 found = entry
         return found
 
     def current(self, serial: int) -> Key | None:
-        """The entry as the file has it now; None when it was taken away."""
+        """The entry with this serial as the file has it now; None if the key was revoked."""
         return next((entry for entry in self._keys if entry.serial == serial), None)
 
     @property
     def serials(self) -> frozenset[int]:
-        """Of every entry that there is."""
+        """The serials of all current entries."""
         return frozenset(key.serial for key in self._keys)
 
     def _read(self) -> tuple[Key, ...]:
-        """The file's keys. An entry keeps its serial while it has its owner and all its scopes.
+        """Read the file. An entry keeps its serial as long as it keeps its owner and loses no scope.
 
-        So whatever was allowed under it ends when it may less, and does not come back with it.
+        An entry that loses a scope is therefore treated as revoked, and what it had started does not come back when
+        the scope is restored.
         """
-        before = {key.sha256: key for key in self._keys}
+        known = {key.sha256: key for key in self._keys}
         keys = []
         for key in read_keys(self._path):
-            was = before.get(key.sha256)
+            was = known.get(key.sha256)
             same = was is not None and was.owner == key.owner and was.scopes <= key.scopes
             keys.append(replace(key, serial=was.serial if was and same else next(self._serials)))
         return tuple(keys)
 
-    def _look(self) -> tuple[int, ...]:
+    def _stat(self) -> tuple[int, ...]:
         try:
             about = self._path.stat()
         except OSError:
@@ -219,7 +220,7 @@ def add_key(
     requests_per_minute: int,
     priority: int = PRIORITY,
 ) -> str:
-    """Make a key, write its hash to the file, which need not be there yet, and return it. Raises `ValueError`."""
+    """Create a key, add its hash to the file, which need not exist yet, and return it. Raises `ValueError`."""
     with locked(path) as file:
         keys = read_keys(file) if file.exists() else ()
         if name in {key.name for key in keys}:
@@ -235,7 +236,7 @@ def add_key(
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Take a key out of the file, whose other lines stay as they are. Raises `ValueError`."""
+    """Remove a key from the file and keep its other lines unchanged. Raises `ValueError`."""
     with locked(path) as file:
         keys = read_keys(file)
         left = tuple(key for key in keys if key.name != name)
@@ -253,7 +254,7 @@ def remove_key(path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[Path]:
-    """The file that an editor's link leads to, while no other such command changes it. Raises `ValueError`."""
+    """Resolve symbolic links and lock the file's folder against other key commands. Raises `ValueError`."""
     path = path.resolve()
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -267,7 +268,7 @@ def locked(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace the file in one step, for nobody else to read; raises `ValueError`."""
+    """Replace the file atomically, readable only by its owner. Raises `ValueError`."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -281,14 +282,14 @@ def write(path: Path, text: str) -> None:
 
 
 def toml(value: str | int | list[str]) -> str:
-    """A checked value as TOML writes it: none needs escapes."""
+    """A validated value in TOML. None of them needs escaping."""
     if isinstance(value, list):
         return f"[{', '.join(map(toml, value))}]"
     return str(value) if isinstance(value, int) else f'"{value}"'
 
 
-def table_of(keys: Sequence[Key]) -> str:
-    """The keys for people, a line each. Not even their hashes are shown."""
+def format_table(keys: Sequence[Key]) -> str:
+    """The keys as a text table, without their hashes."""
     rows: list[tuple[str, ...]] = [("name", "owner", "scopes", "streams", "requests/min", "priority")]
     for key in keys:
         scopes = ",".join(scope for scope in SCOPES if scope in key.scopes)
@@ -298,14 +299,18 @@ def table_of(keys: Sequence[Key]) -> str:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """python -m server keys add, list or remove."""
+    """Run `python -m server keys add`, `list` or `remove`. Returns the exit status."""
     parser = argparse.ArgumentParser("python -m server keys", description="API keys.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add", help="make a key and print it; the file keeps its hash alone", allow_abbrev=False)
-    listing = commands.add_parser("list", help="say which keys there are, and what they may do", allow_abbrev=False)
-    remove = commands.add_parser("remove", help="take a key away, and all that goes on under it", allow_abbrev=False)
+    add = commands.add_parser(
+        "add", help="create a key and print it; the file stores only its hash", allow_abbrev=False
+    )
+    listing = commands.add_parser("list", help="list the keys and what they may do", allow_abbrev=False)
+    remove = commands.add_parser(
+        "remove", help="revoke a key and end everything that was started with it", allow_abbrev=False
+    )
     for command in (add, remove):
-        command.add_argument("name", help="what the key is called in the file and in the log")
+        command.add_argument("name", help="name of the key in the file and in the log")
     for command in (add, listing, remove):
         command.add_argument(
             "--keys",
@@ -313,20 +318,30 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
             metavar="FILE",
             default=environment.get("LIVEREEL_KEYS"),
             required="LIVEREEL_KEYS" not in environment,
-            help="the file; `add` makes it if it is not there (LIVEREEL_KEYS)",
+            help="key file; `add` creates it if needed (LIVEREEL_KEYS)",
         )
-    add.add_argument("--owner", help="whose streams the key opens and sees (the name)")
-    add.add_argument("--scope", action="append", choices=SCOPES, help="what it may do, once or more often (control)")
-    add.add_argument("--streams", type=int, default=STREAMS, metavar="N", help="at once, of the owner (%(default)s)")
-    add.add_argument("--requests-per-minute", type=int, default=REQUESTS_PER_MINUTE, metavar="N", help="(%(default)s)")
+    add.add_argument("--owner", help="whose streams the key opens and sees (default: the name)")
     add.add_argument(
-        "--priority", type=int, default=PRIORITY, metavar="N", help="turns in the queue for one of others (%(default)s)"
+        "--scope", action="append", choices=SCOPES, help="what the key may do; may be repeated (default: control)"
+    )
+    add.add_argument(
+        "--streams", type=int, default=STREAMS, metavar="N", help="the owner's streams at once (default: %(default)s)"
+    )
+    add.add_argument(
+        "--requests-per-minute", type=int, default=REQUESTS_PER_MINUTE, metavar="N", help="(default: %(default)s)"
+    )
+    add.add_argument(
+        "--priority",
+        type=int,
+        default=PRIORITY,
+        metavar="N",
+        help="turns in the queue per turn of a key of priority 1 (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     path = Path(options.keys)
     try:
         if options.command == "list":
-            print(table_of(read_keys(path)))
+            print(format_table(read_keys(path)))
         elif options.command == "remove":
             remove_key(path, options.name)
             print(f"{options.name} is gone; a server that uses {path} notices within a second.", file=sys.stderr)

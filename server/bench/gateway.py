@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from server import logs
-from server.__main__ import Server, listen, spare_collections, uvicorn_config
+from server.__main__ import Server, freeze_heap, listen, uvicorn_config
 from server.backends.base import Backend
 from server.config import Config
 
@@ -142,7 +142,7 @@ def serve(
     async def run() -> None:
         async def announce() -> None:
             if await streams.engine_came_up():
-                spare_collections()
+                freeze_heap()
                 address.put(f"http://{config.host}:{listener.getsockname()[1]}")
 
         announcing = asyncio.create_task(announce())
