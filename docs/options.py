@@ -1,7 +1,10 @@
 """Write docs/options.md from the options that the programs declare: `python -m docs.options`."""
 
+import argparse
 from pathlib import Path
 
+from engine import cli
+from engine import options as engine
 from server.config import Config
 from server.options import options_of
 
@@ -18,6 +21,18 @@ GATEWAY = """\
 
 `python -m server`. An option that is not on the command line is read from its environment variable. A value out of
 bounds ends the program with a message that names the option. What follows `--` goes to the engine.
+"""
+
+ENGINE = """\
+## The engine
+
+`python -m server --model MODEL -- OPTIONS` passes these options to the engine. They have no environment variables.
+"""
+
+COMMANDS = """\
+## Commands of the engine
+
+`python -m engine COMMAND` works on weights and presets, and serves nothing.
 """
 
 
@@ -42,10 +57,45 @@ def gateway_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def argument_rows(group: argparse._ArgumentGroup) -> list[tuple[str, ...]]:
+    """A row for each argument of a group: its name, its values, its help text with the default."""
+    rows: list[tuple[str, ...]] = []
+    for action in group._group_actions:
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+            continue
+        value = "" if action.nargs == 0 else action.metavar or "|".join(action.choices or ()) or action.dest.upper()
+        name = action.option_strings[0] if action.option_strings else action.dest.upper()
+        rows.append((code(name), code(str(value)), (action.help or "") % {"default": action.default}))
+    return rows
+
+
+def argument_tables(parser: argparse.ArgumentParser) -> list[str]:
+    """The tables of a parser, one for each group that has a description."""
+    header = ("Option", "Value", "What it does")
+    main = [row for group in parser._action_groups if not group.description for row in argument_rows(group)]
+    tables = [table(header, main)] if main else []
+    for group in parser._action_groups:
+        if group.description:
+            tables += [f"{group.description}\n", table(header, argument_rows(group))]
+    return tables
+
+
+def command_tables(parser: argparse.ArgumentParser) -> list[str]:
+    """A heading, the help text and the tables of each command of a parser."""
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parts = []
+    for entry in commands._choices_actions:
+        parts += [f"### {entry.dest}\n", f"{entry.help}\n", *argument_tables(commands.choices[entry.dest])]
+    return parts
+
+
 def page() -> str:
     """The whole page."""
     header = ("Option", "Environment", "Default", "Must be", "What it does")
-    return "\n".join((INTRODUCTION, GATEWAY, table(header, gateway_rows())))
+    gateway = [GATEWAY, table(header, gateway_rows())]
+    process = [ENGINE, *argument_tables(engine.create_parser())]
+    commands = [COMMANDS, *command_tables(cli.create_parser())]
+    return "\n".join((INTRODUCTION, *gateway, *process, *commands))
 
 
 if __name__ == "__main__":

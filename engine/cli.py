@@ -20,31 +20,40 @@ NAMES = ("models", "check", "convert")
 GIB = 2**30
 
 
-def run(arguments: list[str]) -> int:
-    """Run the command that `arguments` begin with; returns the exit status."""
+def create_parser() -> argparse.ArgumentParser:
+    """The parser of the commands; docs/options.md is written from it."""
     parser = argparse.ArgumentParser(prog="python -m engine")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("models", help="list the presets")
-
-    check_parser = commands.add_parser("check", help="are the weights all there, and does the preset fit?")
-    check_parser.add_argument("preset", choices=sorted(PRESETS))
+    check_parser = commands.add_parser(
+        "check", help="check that weights are complete and that the preset fits into memory"
+    )
+    check_parser.add_argument("preset", choices=sorted(PRESETS), help="what the weights are for")
     check_parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files, in any known layout"
     )
-    check_parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="what the device has")
-    check_parser.add_argument("--resolution", type=_resolution, metavar="WxH", help="default: the preset's")
+    check_parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of the device, to check against")
+    check_parser.add_argument(
+        "--resolution", type=_resolution, metavar="WxH", help="size of a frame in pixels (default: the preset's)"
+    )
 
-    convert_parser = commands.add_parser("convert", help="write foreign weights as a native store")
-    convert_parser.add_argument("preset", choices=sorted(PRESETS))
+    convert_parser = commands.add_parser("convert", help="write published weights as a store that the engine loads")
+    convert_parser.add_argument("preset", choices=sorted(PRESETS), help="what the weights are for")
     convert_parser.add_argument(
-        "--from", dest="paths", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files"
+        "--from", dest="paths", type=Path, nargs="+", required=True, metavar="PATH", help="folders or files to read"
     )
     convert_parser.add_argument(
-        "--lora", type=Path, nargs="+", default=[], metavar="FILE", help="to be merged in for good"
+        "--lora", type=Path, nargs="+", default=[], metavar="FILE", help="LoRAs to merge permanently"
     )
-    convert_parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    convert_parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="where to write: a new or empty folder"
+    )
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def run(arguments: list[str]) -> int:
+    """Run the command that `arguments` begin with; returns the exit status."""
+    options = create_parser().parse_args(arguments)
     try:
         match options.command:
             case "models":

@@ -9,55 +9,78 @@ from typing import get_args
 from engine.config import PRESETS, ROLES, KVPrecision, QuantScheme, TextFormat, TextPlacement
 
 
+def positive(text: str) -> int:
+    """Type of an option that is a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def folder(text: str) -> Path:
+    """Type of an option that is an existing folder."""
+    if not (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return path
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of an engine process; exits with status 2 and a message where they are wrong."""
+    return create_parser().parse_args(arguments)
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """The parser of an engine process; docs/options.md is written from it."""
     parser = argparse.ArgumentParser(prog="python -m engine", description="The engine process.")
     parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
-    parser.add_argument(
-        "--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to"
-    )
-    parser.add_argument(
+    link = parser.add_argument_group("link", "Set by the gateway when it starts an engine.")
+    link.add_argument("--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to")
+    link.add_argument(
         "--frames-fd", type=int, required=True, metavar="FD", help="file descriptor of the memory that frames go into"
     )
-    parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
-    parser.add_argument(
+    link.add_argument("--parent-pid", type=int, metavar="PID", help="exit when this process is no longer the parent")
+    link.add_argument(
         "--spare",
         action="store_true",
         help="start as a standby: prepare at the lowest priority and wait for the gateway's word to serve; on a CPU "
         "with everything loaded and warm, on a GPU before anything is put there",
     )
-    parser.add_argument("--weights", type=Path, help="folder of the weights (default: those in the repository)")
-    parser.add_argument("--loras", type=Path, metavar="DIR", help="folder of LoRAs that may be applied while serving")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads for the model")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="folder of the weights (default: those in the repository)"
+    )
+    parser.add_argument("--loras", type=folder, metavar="DIR", help="folder of LoRAs that may be applied while serving")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="CPU threads for the model (default: one for each core)",
+    )
     parser.add_argument("--device", help="torch device (default: the first GPU, or the CPU)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: what is fast here)"
     )
-    parser.add_argument("--decoder", choices=("light", "full"), default="light", help="full is the VAE's own decoder")
+    parser.add_argument(
+        "--decoder", choices=("light", "full"), default="light", help="full is the VAE's own decoder (%(default)s)"
+    )
     parser.add_argument(
         "--text-encoder",
         choices=get_args(TextPlacement),
         default="resident",
         help="keep it on the device, copy it there layer by layer while it runs, or run it on the CPU (%(default)s)",
     )
-    parser.add_argument("--text-encoder-weights", choices=get_args(TextFormat), help="keep its weights in 8 bits")
+    parser.add_argument(
+        "--text-encoder-weights", choices=get_args(TextFormat), help="keep its weights in 8 bits (default: as they are)"
+    )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="generate the chunks of up to N streams in one batch, if that is measured to be faster here; chunks then "
         "arrive later, and a stream's frames depend slightly on the others in its batch (%(default)s)",
     )
     add_speed(parser)
-    options = parser.parse_args(arguments)
-    if options.threads < 1:
-        parser.error("--threads must be at least 1")
-    if options.batch < 1:
-        parser.error("--batch must be at least 1")
-    if options.loras is not None and not options.loras.is_dir():
-        parser.error(f"--loras {options.loras} is not a folder")
-    return options
+    return parser
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +89,9 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
         "speed", "Kernels and CUDA graphs, which lose no precision, are the default on a GPU; lossy options are opt-in."
     )
     group.add_argument("--plain", action="store_true", help="run the model as written, without transforms")
-    group.add_argument("--kv-cache", choices=get_args(KVPrecision), default="exact", help="how past chunks are kept")
+    group.add_argument(
+        "--kv-cache", choices=get_args(KVPrecision), default="exact", help="how past chunks are kept (%(default)s)"
+    )
     group.add_argument("--low-bit", choices=get_args(QuantScheme), help="the transformer's projections in fewer bits")
     group.add_argument(
         "--fixed-scales", action="store_true", help="with --low-bit: scales of inputs from a calibration at the start"
