@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from engine.checkpoints import store
+from engine.checkpoints.tokenizer import load_tokenizer
 from engine.config import PRESETS, KVPrecision, TextFormat, TextPlacement
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import load_tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import place_text_encoder
 from engine.pipeline import Pipeline

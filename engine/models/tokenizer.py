@@ -1,11 +1,9 @@
 """Prompts to token ids: a closed vocabulary of words for the embedded encoder, SentencePiece for the public one."""
 
 import html
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 import tokenizers
@@ -20,18 +18,18 @@ _STRAIGHT = str.maketrans(
 
 
 class PromptTokenizer(Protocol):
-    """What a pipeline needs of a tokenizer."""
+    """Turns a prompt into token ids."""
 
     def encode(self, text: str, length: int) -> list[int]:
-        """Exactly `length` ids: the text, cut if need be, the end token, and 0 from there on."""
+        """Exactly `length` ids: the text, truncated where it is too long, the end token, and 0 as padding."""
 
 
 class Tokenizer:
     """Word-level tokenizer over a fixed vocabulary.
 
     Ids: `<pad>` 0, `<eos>` 1, `<unk>` 2, then the words in sorted order. Text is lower-cased and stripped of accents
-    and punctuation; a hyphen parts words. A word outside the vocabulary is folded (plural, -ing, -ed, -ly) if exactly
-    one word of the vocabulary results; otherwise it is `<unk>`.
+    and punctuation; a hyphen separates words. A word outside the vocabulary is folded (plural, -ing, -ed, -ly) if
+    exactly one word of the vocabulary results; otherwise it is `<unk>`.
     """
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
@@ -42,7 +40,7 @@ class Tokenizer:
         return len(self.words)
 
     def encode(self, text: str, length: int = 48) -> list[int]:
-        """Exactly `length` ids: the words, `<eos>`, padding. Longer texts are cut; `<eos>` always stays."""
+        """Exactly `length` ids: the words, `<eos>`, padding. Longer texts are truncated; `<eos>` is always kept."""
         if length < 1:
             raise ValueError(f"length must be positive, not {length}")
         unknown = self._ids[UNK]
@@ -63,19 +61,6 @@ class Tokenizer:
         """The words of `text`, as split and lower-cased, that the vocabulary lacks; each once, in order."""
         return list(dict.fromkeys(word for word in _split(text) if self._known(word) not in self._ids))
 
-    def save(self, path: str | Path) -> None:
-        """Writes the vocabulary as JSON."""
-        Path(path).write_text(json.dumps({"words": self.words[3:]}, indent=0) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads what `save` wrote. Raises ValueError if the file is something else."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        words = content.get("words") if isinstance(content, dict) else None
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{path} is not a vocabulary")
-        return cls(words)
-
     def _known(self, word: str) -> str:
         if word in self._ids:
             return word
@@ -90,10 +75,10 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer that a text encoder from Hugging Face comes with, google/umt5-xxl's for Wan."""
+    """A tokenizer of Hugging Face's `tokenizers`; for Wan it is google/umt5-xxl's."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Raises ValueError unless `</s>` is known and padding is id 0, which `TextEncoder` takes for granted."""
+        """Raises ValueError unless `</s>` is known and padding is id 0, which `TextEncoder` relies on."""
         eos = tokenizer.token_to_id("</s>")
         if eos is None or tokenizer.token_to_id(PAD) != 0:
             raise ValueError(f"the tokenizer must have </s>, and {PAD} as id 0: use google/umt5-xxl's")
@@ -102,42 +87,20 @@ class SentencePieceTokenizer:
         self._tokenizer, self._eos = tokenizer, eos
 
     def encode(self, text: str, length: int) -> list[int]:
-        """Exactly `length` ids: the cleaned text, `</s>`, zeros. Longer texts are cut; `</s>` always stays."""
+        """Exactly `length` ids: the cleaned text, `</s>`, zeros. Longer texts are truncated; `</s>` is always kept."""
         if length < 1:
             raise ValueError(f"length must be positive, not {length}")
         found: list[int] = self._tokenizer.encode(clean(text), add_special_tokens=False).ids
-        # a prompt may spell the padding token, which would open a gap in what the encoder sees
+        # a prompt may contain the padding token's text, which would leave a gap in what the encoder reads
         ids = [*[token for token in found if token != 0][: length - 1], self._eos]
         return ids + [0] * (length - len(ids))
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
-        """Reads `tokenizer.json` in `folder`. Raises ValueError if that is missing or something else."""
-        path = Path(folder) / "tokenizer.json"
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
-        return cls(tokenizer)
-
-
-def load_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """The tokenizer in `folder`, of either kind. Raises ValueError if `tokenizer.json` is missing or something else."""
-    path = Path(folder) / "tokenizer.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
-    if isinstance(content, dict) and "words" in content:
-        return Tokenizer.load(path)
-    return SentencePieceTokenizer.load(folder)
-
 
 def clean(text: str) -> str:
-    """Text as Wan's encoder was given it: HTML entities resolved twice, white space collapsed and stripped.
+    """Clean text as in Wan's training: HTML entities resolved twice, white space collapsed and stripped.
 
-    The steps are `basic_clean` and `whitespace_clean` of diffusers' `pipeline_wan.py`. These begin with ftfy, which
-    mends text that was decoded wrongly; of that, straight quotes and NFC are done here.
+    The steps are `basic_clean` and `whitespace_clean` of diffusers' `pipeline_wan.py`. Those begin with ftfy, which
+    repairs wrongly decoded text; of ftfy's steps only straight quotes and NFC are done here.
     """
     plain = html.unescape(html.unescape(text)).translate(_STRAIGHT)
     return " ".join(unicodedata.normalize("NFC", plain).split())

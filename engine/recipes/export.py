@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.assemble import WEIGHTS
 from engine.checkpoints import store
+from engine.checkpoints.tokenizer import save_words
 from engine.config import MINI
 from engine.models.tokenizer import Tokenizer
 from engine.recipes import captions, probe, teacher, train_vae
@@ -36,7 +37,7 @@ def export(run: Run, folder: Path) -> None:
     }
     tokenizer = folder / "tokenizer.json"
     folder.mkdir(parents=True, exist_ok=True)
-    Tokenizer(captions.VOCABULARY).save(tokenizer)
+    save_words(Tokenizer(captions.VOCABULARY), tokenizer)
     store.save(folder, components, low_bit=LOW_BIT, extra={tokenizer.name: tokenizer.read_text()})
     store.save(JUDGES, {name: run.load(name) for name in probe.PROBES}, low_bit=set(probe.PROBES), extra={})
     for written in (folder, JUDGES):

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine.config import MINI, Preset
 from engine.models.config import DiTConfig, LatentStatistics, LightVAEConfig, TextConfig, VAEConfig
@@ -27,6 +30,10 @@ TOY = replace(
     light_vae=LightVAEConfig(widths=(16, 16, 8)),
     vae=VAEConfig(encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8), decoder_inputs=(8, 8)),
 )
+
+
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+PIECES = ["▁a", "▁red", "▁ball", "▁", "a", "b", "e", "d", "l", "r", "&", '"', "é"]
 
 
 def build(preset: Preset, seed: int = 0, *, full: bool = False, speed: Speed | None = None) -> Pipeline:
@@ -76,3 +83,16 @@ def pipeline() -> Pipeline:
 def full_pipeline() -> Pipeline:
     """The same, decoded by the VAE itself."""
     return build(TOY, full=True)
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    """A tokenizer.json as google/umt5-xxl's is built: Unigram, Metaspace, `</s>` from the post-processor."""
+    vocabulary = [(piece, 0.0) for piece in SPECIAL] + [(piece, -1.0 - i / 10) for i, piece in enumerate(PIECES)]
+    made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens(SPECIAL)
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path

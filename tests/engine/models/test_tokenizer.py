@@ -4,45 +4,29 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
-from engine.models.tokenizer import PromptTokenizer, SentencePieceTokenizer, Tokenizer, clean, load_tokenizer
-
-SPECIAL = ["<pad>", "</s>", "<unk>"]
-PIECES = ["▁a", "▁red", "▁ball", "▁", "a", "b", "e", "d", "l", "r", "&", '"', "é"]
+from engine.checkpoints.tokenizer import load_sentencepiece
+from engine.models.tokenizer import clean
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tokenizer.json as google/umt5-xxl's is built: Unigram, Metaspace, `</s>` from the post-processor."""
-    vocabulary = [(piece, 0.0) for piece in SPECIAL] + [(piece, -1.0 - i / 10) for i, piece in enumerate(PIECES)]
-    made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
-    made.add_special_tokens(SPECIAL)
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    made.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
-
-
-def test_ids_end_and_are_padded(folder: Path) -> None:
-    tokenizer = SentencePieceTokenizer.load(folder)
+def test_ids_end_and_are_padded(tokenizer_folder: Path) -> None:
+    tokenizer = load_sentencepiece(tokenizer_folder)
     assert tokenizer.encode("a red ball", 6) == [3, 4, 5, 1, 0, 0]
     assert tokenizer.encode("", 3) == [1, 0, 0]
 
 
-def test_the_end_token_survives_truncation(folder: Path) -> None:
-    tokenizer = SentencePieceTokenizer.load(folder)
+def test_the_end_token_survives_truncation(tokenizer_folder: Path) -> None:
+    tokenizer = load_sentencepiece(tokenizer_folder)
     assert tokenizer.encode("a red ball a red ball", 4) == [3, 4, 5, 1]
     assert tokenizer.encode("a red ball", 1) == [1]
     with pytest.raises(ValueError, match="length"):
         tokenizer.encode("a", 0)
 
 
-def test_it_agrees_with_the_librarys_own_truncation_and_padding(folder: Path) -> None:
+def test_it_agrees_with_the_librarys_own_truncation_and_padding(tokenizer_folder: Path) -> None:
     """Which is what Wan uses through transformers."""
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ours = SentencePieceTokenizer.load(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    ours = load_sentencepiece(tokenizer_folder)
     for length in (2, 5, 30):
         theirs.enable_truncation(length)
         theirs.enable_padding(length=length, pad_id=0)
@@ -50,13 +34,13 @@ def test_it_agrees_with_the_librarys_own_truncation_and_padding(folder: Path) ->
             assert ours.encode(text, length) == theirs.encode(text).ids
 
 
-def test_settings_in_the_file_and_spelled_padding_change_nothing(folder: Path) -> None:
-    path = folder / "tokenizer.json"
+def test_settings_in_the_file_and_spelled_padding_change_nothing(tokenizer_folder: Path) -> None:
+    path = tokenizer_folder / "tokenizer.json"
     theirs = tokenizers.Tokenizer.from_file(str(path))
     theirs.enable_truncation(2)
     theirs.enable_padding(length=9)
     theirs.save(str(path))
-    ours = SentencePieceTokenizer.load(folder)
+    ours = load_sentencepiece(tokenizer_folder)
     assert ours.encode("a red ball", 5) == [3, 4, 5, 1, 0]
     ids = ours.encode("a <pad> red", 8)
     end = ids.index(1)
@@ -77,24 +61,3 @@ def test_settings_in_the_file_and_spelled_padding_change_nothing(folder: Path) -
 )
 def test_cleaning(text: str, cleaned: str) -> None:
     assert clean(text) == cleaned
-
-
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        SentencePieceTokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        SentencePieceTokenizer.load(tmp_path)
-    other = tokenizers.Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    with pytest.raises(ValueError, match="umt5"):
-        SentencePieceTokenizer(other)
-
-
-def test_a_folder_tells_which_tokenizer_it_holds(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    other = tmp_path_factory.mktemp("words")
-    Tokenizer(["red"]).save(other / "tokenizer.json")
-    both: list[PromptTokenizer] = [load_tokenizer(other), load_tokenizer(folder)]
-    assert [type(tokenizer) for tokenizer in both] == [Tokenizer, SentencePieceTokenizer]
-    assert [tokenizer.encode("red", 4) for tokenizer in both] == [[3, 1, 0, 0], [4, 1, 0, 0]]
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        load_tokenizer(other / "nothing")

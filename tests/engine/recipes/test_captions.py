@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -149,13 +148,3 @@ def test_unknown_words() -> None:
 def test_any_text_encodes(text: str) -> None:
     assert len(TOKENIZER.encode(text)) == 48
     json.dumps(TOKENIZER.unknown_words(text)).encode()
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    TOKENIZER.save(path)
-    assert Tokenizer.load(path).words == TOKENIZER.words
-    assert TOKENIZER.words[:3] == ("<pad>", "<eos>", "<unk>") and len(TOKENIZER) == len(VOCABULARY) + 3
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="not a vocabulary"):
-        Tokenizer.load(path)
