@@ -43,6 +43,25 @@ def holders() -> Callable[..., dict[str, dict[str, str]]]:
     return make
 
 
+@pytest.fixture
+def error_of() -> Callable[[httpx.Response, int], dict[str, Any]]:
+    """Checks that a response is an error object of the API with this status, and returns its `error`."""
+
+    def error_of(response: Any, status: int) -> dict[str, Any]:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/json"
+        body = response.json()
+        assert body.keys() == {"error", "request_id"}
+        assert body["request_id"] == response.headers["x-request-id"]
+        error = body["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["message"]
+        response.text.encode()  # nothing that was echoed is no Unicode
+        return error
+
+    return error_of
+
+
 @dataclass
 class Watched:
     """What a viewer was sent."""

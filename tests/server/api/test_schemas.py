@@ -1,0 +1,131 @@
+"""Invalid request bodies: a clear error that names the field, and a server that is not affected."""
+
+import json
+from typing import Any
+
+import pytest
+
+from server.api.schemas import MAX_SEED
+from server.backends.fake import FakeBackend
+
+pytestmark = pytest.mark.anyio
+
+JSON = {"content-type": "application/json"}
+
+
+CREATE = [
+    ("{}", "prompt", "missing_field"),
+    ('{"prompt": ""}', "prompt", "prompt_empty"),
+    ('{"prompt": "   "}', "prompt", "prompt_empty"),
+    ('{"prompt": "\\u3000"}', "prompt", "prompt_empty"),
+    ('{"prompt": null}', "prompt", "invalid_value"),
+    ('{"prompt": 3}', "prompt", "invalid_value"),
+    ('{"prompt": ["a"]}', "prompt", "invalid_value"),
+    (json.dumps({"prompt": "x" * 4097}), "prompt", "prompt_too_long"),
+    (json.dumps({"prompt": "é" * 2049}), "prompt", "prompt_too_long"),
+    ('{"prompt": "a\\u0000b"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\nb"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\tb"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\u007fb"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\u0085b"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\ud800b"}', "prompt", "prompt_character"),
+    ('{"prompt": "\\udfff"}', "prompt", "prompt_character"),
+    ('{"prompt": "a", "seed": true}', "seed", "invalid_value"),
+    ('{"prompt": "a", "seed": "7"}', "seed", "invalid_value"),
+    ('{"prompt": "a", "seed": 1.5}', "seed", "invalid_value"),
+    ('{"prompt": "a", "seed": -1}', "seed", "invalid_value"),
+    (json.dumps({"prompt": "a", "seed": MAX_SEED + 1}), "seed", "invalid_value"),
+    (json.dumps({"prompt": "a", "seed": 10**400}), "seed", "invalid_value"),
+    ('{"prompt": "a", "seed": NaN}', "seed", "invalid_value"),
+    ('{"prompt": "a", "duration_s": 0}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": -1}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": 86401}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": NaN}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": Infinity}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": -Infinity}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": 1e999}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": true}', "duration_s", "invalid_value"),
+    ('{"prompt": "a", "duration_s": "5"}', "duration_s", "invalid_value"),
+    (json.dumps({"prompt": "a", "duration_s": 10**400}), "duration_s", "invalid_value"),
+    ('{"prompt": "a", "model": 1}', "model", "invalid_value"),
+    ('{"prompt": "a", "steps": 4}', "steps", "unknown_field"),
+    ('{"prompt": "a", "<b>\\u00e9": 4}', "<b>\\xe9", "unknown_field"),
+    ('{"prompt": "a", "\\ud800": 4}', None, "invalid_body"),
+    ("[]", None, "invalid_body"),
+    ('"a"', None, "invalid_body"),
+    ("null", None, "invalid_body"),
+    ("", None, "invalid_body"),
+    ("{", None, "invalid_json"),
+    ('{"prompt": "a",}', None, "invalid_json"),
+    ('{"prompt": "a\nb"}', None, "invalid_json"),
+    ("[" * 20000, None, "invalid_json"),
+    (b'{"prompt": "\xff"}', None, "invalid_json"),
+    (json.dumps({"prompt": "a"}).encode("utf-16"), None, None),
+]
+
+
+async def test_create(run_gateway: Any, error_of: Any) -> None:
+    async with run_gateway() as gateway:
+        for content, param, code in CREATE:
+            response = await gateway.http.post("/v1/streams", content=content, headers=JSON)
+            if code is None:  # valid JSON in another encoding: either answer is fine
+                assert response.status_code in (201, 400)
+                continue
+            error = error_of(response, 400)
+            assert (error["param"], error["code"]) == (param, code), content
+            assert error["type"] == "invalid_request_error"
+            if param:
+                assert f"`{param}`" in error["message"]
+        assert len(gateway.backend.sent) <= 1
+        # What is right still works, at the very limits.
+        seeds = [{"seed": seed} for seed in (MAX_SEED, 0, 7.0)]
+        for fields in ({"prompt": "é" * 2048}, *seeds, {"duration_s": 86400}, {"model": None}):
+            await gateway.open(**{"prompt": "a", **fields})
+
+
+async def test_unknown_model(run_gateway: Any, error_of: Any) -> None:
+    async with run_gateway() as gateway:
+        for model in ("maxi", "", "../mini", "mini\n", "\udcff"):
+            body = json.dumps({"prompt": "a", "model": model})
+            response = await gateway.http.post("/v1/streams", content=body, headers=JSON)
+            error = error_of(response, 404)
+            assert (error["param"], error["code"]) == ("model", "model_not_found")
+            assert "mini" in error["message"]
+
+
+CHANGE = [
+    ("{}", None, "nothing_to_change"),
+    ('{"prompt": null}', None, "nothing_to_change"),
+    ('{"prompt": ""}', "prompt", "prompt_empty"),
+    ('{"prompt": "a\\u0000"}', "prompt", "prompt_character"),
+    ('{"prompt": "\\ud800"}', "prompt", "prompt_character"),
+    (json.dumps({"prompt": "x" * 4097}), "prompt", "prompt_too_long"),
+    ('{"prompt": 1}', "prompt", "invalid_value"),
+    ('{"prompt": "a", "transition": "fade"}', "transition", "invalid_value"),
+    ('{"prompt": "a", "transition": 1}', "transition", "invalid_value"),
+    ('{"transition": "cut"}', "prompt", "missing_field"),
+    ('{"paused": 1}', "paused", "invalid_value"),
+    ('{"paused": "true"}', "paused", "invalid_value"),
+    ('{"seed": 1}', "seed", "unknown_field"),
+]
+
+
+async def test_change(run_gateway: Any, error_of: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await gateway.open()
+        for content, param, code in CHANGE:
+            response = await gateway.http.patch(f"/v1/streams/{stream['id']}", content=content, headers=JSON)
+            error = error_of(response, 400)
+            assert (error["param"], error["code"]) == (param, code), content
+        assert (await gateway.get(stream))["prompt"] == "a red ball"
+
+
+async def test_a_refused_change_leaves_the_stream_as_it_was(run_gateway: Any, error_of: Any) -> None:
+    backend = FakeBackend(width=64, height=48, chunk_seconds=0.02, refuse_steers=True)
+    async with run_gateway(backend) as gateway:
+        stream = await gateway.open()
+        error = error_of(await gateway.patch(stream, prompt="a cube"), 409)
+        assert error["code"] == "steer_refused"
+        assert (await gateway.get(stream))["prompt"] == "a red ball"
+        seen = await gateway.watch(stream, until=lambda seen: len(seen.frames) > 20)
+        assert not seen.of("prompt.applied")
