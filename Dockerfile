@@ -1,13 +1,13 @@
 # syntax=docker/dockerfile:1
-# docker build -t livereel .                          the CPU image, for `mini`
-# docker build -t livereel:cuda --build-arg DEVICE=cuda .
+# docker build -t livereel:cpu .                            for `mini`
+# docker build -t livereel:cuda --build-arg DEVICE=cuda .   for an NVIDIA GPU
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm AS build
 ARG DEVICE=cpu
 ARG TORCH=2.13.0
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/livereel
-# torch first: it is most of the image, and changes least. PyPI's build for Linux is the one with CUDA.
+# torch is most of the image and changes least, so it is the first layer. PyPI's Linux build is the one with CUDA.
 RUN case "$DEVICE" in \
         cpu) index=https://download.pytorch.org/whl/cpu ;; \
         cuda) index=https://pypi.org/simple ;; \
@@ -20,7 +20,7 @@ RUN /opt/livereel/bin/pip install '.[engine,otel]'
 
 FROM python:${PYTHON}-slim-bookworm AS base-cpu
 
-# Kernels are compiled when they are first needed, and their launchers are C.
+# Triton compiles kernels at run time and needs a C compiler for their launchers.
 FROM python:${PYTHON}-slim-bookworm AS base-cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libc6-dev \
@@ -52,7 +52,7 @@ ENV PATH=/opt/livereel/bin:$PATH \
 USER 10001:10001
 VOLUME ["/var/cache/livereel", "/var/lib/livereel"]
 EXPOSE 8000
-# Big weights take minutes to load; until the engine is up /readyz answers 503.
+# /readyz answers 503 until the engine is up; large weights take minutes to load.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"LIVEREEL_PORT\"]}/readyz', timeout=4)"]
 ENTRYPOINT ["python", "-m", "server"]

@@ -1,4 +1,4 @@
-# Everything sets itself up: `make serve` and `make test` work on a fresh clone with Python 3.11 or newer.
+# `make serve` and `make test` work on a fresh clone with Python 3.11 or newer: they create the virtual environment.
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -73,7 +73,7 @@ soak: setup
 evaluate: setup
 	$(BIN)/python -m engine.recipes.evaluate --served $(ARGS)
 
-# docs/options.md from the options that the programs declare
+# write docs/options.md from the options that the programs declare
 docs: setup
 	$(BIN)/python -m docs.options
 
