@@ -22,7 +22,7 @@ from server.backends.fake import FakeBackend
 from server.backends.local import LocalBackend
 from server.config import Config
 from server.middleware.auth import MAX_HEAD_BYTES
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 from server.tracing import Tracing, from_environment
 
 KEEP_ALIVE_SECONDS = 20
@@ -37,7 +37,7 @@ MAX_OPEN_FILES = 16_384
 class Server(uvicorn.Server):
     """uvicorn, but streams end before their sockets close, and the exit status after a signal is 0."""
 
-    def __init__(self, config: uvicorn.Config, streams: Streams, drain_seconds: float = 0.0) -> None:
+    def __init__(self, config: uvicorn.Config, streams: Registry, drain_seconds: float = 0.0) -> None:
         """`drain_seconds` is how long streams may play on after SIGTERM."""
         super().__init__(config)
         self._streams = streams
@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = None) -> tuple[uvicorn.Config, Streams]:
+def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = None) -> tuple[uvicorn.Config, Registry]:
     """The application with its uvicorn settings, and its streams. Raises `ValueError` if the keys cannot be read."""
     app = create_app(config, backend, tracing)
     settings = uvicorn.Config(
@@ -152,7 +152,7 @@ async def serve(config: Config, tracing: Tracing) -> int:
 
     async def announce() -> None:
         nonlocal failed
-        if await streams.engine_came_up():
+        if await streams.engine.came_up():
             freeze_heap()
             print(f"Livereel is ready: open http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
         else:

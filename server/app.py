@@ -25,7 +25,7 @@ from server.metrics import Metrics
 from server.middleware.auth import AuthMiddleware
 from server.middleware.body_limits import BodyLimitMiddleware
 from server.middleware.request import RequestMiddleware, on_http_exception, on_validation_error
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 from server.tracing import Tracing
 
 logger = logging.getLogger("livereel.app")
@@ -53,8 +53,8 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     """
     tracing = tracing or Tracing()
     metrics = Metrics()
-    registry = Streams(config, backend, metrics, tracing)
-    whep_sessions = whep.WhepSessions(config, registry, metrics)
+    registry = Registry(config, backend, metrics, tracing)
+    whep_sessions = whep.WhepSessions(config, metrics)
     stream_outputs = Outputs(config, registry, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
     idempotency = Idempotency()

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from engine import wire
 from server.api.schemas import MAX_CHANGES, printable
 from server.errors import ApiError
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 from server.uploads import images
 
 MAX_BODY_BYTES = 64 * 1024
@@ -109,7 +109,7 @@ def set_field(fields: dict[str, Any], path: list[str], value: Any) -> bool:
     return set_field(item, rest[1:], value)
 
 
-async def read_image(streams: Streams, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
+async def read_image(streams: Registry, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
     """Decode an uploaded file, or else a data URL, to frames of the model's size. Raises `ApiError`."""
     data = upload if upload is not None else images.from_data_url(url or "")
     async with streams.decoding:

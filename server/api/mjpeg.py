@@ -11,7 +11,7 @@ from server.api.routing import Route, streams_of, wants_alpha
 from server.errors import stream_ended
 from server.media.frames import HEADER
 from server.media.viewer import Viewer
-from server.streams.registry import Stream, Streams
+from server.streams.stream import Stream
 
 BOUNDARY = "frame"
 SEND_SECONDS = 10.0
@@ -23,15 +23,15 @@ class MjpegResponse(LongLivedResponse):
 
     media_type = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
 
-    def __init__(self, streams: Streams, stream: Stream, viewer: Viewer) -> None:
+    def __init__(self, stream: Stream, viewer: Viewer) -> None:
         super().__init__()
-        self._streams, self._stream, self._viewer = streams, stream, viewer
+        self._stream, self._viewer = stream, viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._streams.detach(self._stream, self._viewer)
+            self._stream.audience.remove(self._viewer)
             self._viewer.forget()
 
     async def send_all(self, scope: Scope, send: Send) -> None:
@@ -49,20 +49,18 @@ class MjpegResponse(LongLivedResponse):
                     )
             await send({"type": "http.response.body", "body": f"--{BOUNDARY}--\r\n".encode()})
         except TimeoutError:
-            self._streams.detach(self._stream, self._viewer)
-            self._streams.viewer_too_slow()
+            self._stream.audience.drop(self._viewer)
             await abort_and_wait(scope)
 
 
 async def watch(request: Request, id: str) -> Response:
     """Watch a stream as JPEGs: `multipart/x-mixed-replace`, each part with its time in 1/90000 s as `X-Pts`."""
-    streams = streams_of(request)
-    stream = streams.get(id)
+    stream = streams_of(request).get(id)
     if stream.session.state.over:
         raise stream_ended(stream.session.ended_reason)
     viewer = Viewer("mjpeg", events=False, alpha=wants_alpha(request))
-    await streams.attach(stream, viewer)
-    return MjpegResponse(streams, stream, viewer)
+    await stream.attach(viewer)
+    return MjpegResponse(stream, viewer)
 
 
 ROUTES = [

@@ -26,7 +26,7 @@ async def start_recording(
     if body.alpha and body.format != "webm":
         raise ApiError(400, "invalid_value", "`alpha` needs `format` webm: H.264 has no alpha channel.", param="alpha")
     streams = streams_of(request)
-    recording = streams.record(streams.get(id), body.format, alpha=body.alpha)
+    recording = streams.get(id).record(streams.recorder, body.format, alpha=body.alpha)
     response.headers["Location"] = f"/v1/recordings/{recording.id}"
     return shown(recording)
 

@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from server.auth.access import Access, Principal
 from server.errors import ApiError
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ def routes_at(scope: Scope) -> Sequence[Route]:
     return [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), scope["path"])]
 
 
-def streams_of(connection: HTTPConnection) -> Streams:
+def streams_of(connection: HTTPConnection) -> Registry:
     """The application's streams."""
     streams = connection.app.state.streams
-    assert isinstance(streams, Streams)
+    assert isinstance(streams, Registry)
     return streams
 
 

@@ -21,7 +21,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """The models that the engine serves; empty until the engine has started."""
     streams = streams_of(request)
     data = []
-    for info in streams.models:
+    for info in streams.engine.models.values():
         share = admission.cost(info.chunk_seconds, info.chunk_frames, info.fps)
         data.append(
             {
@@ -38,12 +38,12 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 async def list_loras(request: Request) -> dict[str, Any]:
     """The available LoRAs, and the strength of those that are applied."""
-    return lora_list(await streams_of(request).loras())
+    return lora_list(await streams_of(request).engine.loras())
 
 
 async def change_loras(request: Request, body: schemas.ChangeLoras) -> dict[str, Any]:
     """Apply exactly these LoRAs, to every stream, from its next chunk on."""
-    return lora_list(await streams_of(request).loras(body.loras))
+    return lora_list(await streams_of(request).engine.loras(body.loras))
 
 
 def lora_list(loras: wire.Loras) -> dict[str, Any]:
@@ -71,7 +71,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
 
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
-    streams_of(request).count()
+    streams_of(request).update_gauges()
     exported: Metrics = request.app.state.metrics
     return Response(exported.render(), media_type=CONTENT_TYPE)
 

@@ -12,7 +12,7 @@ from server.api.response_schemas import StreamChanged, StreamList, StreamObject,
 from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, with_token, ws_url
 from server.errors import ApiError
 from server.media.matte import Matte
-from server.streams.registry import Stream
+from server.streams.stream import Stream
 
 
 async def create_stream(request: Request, response: Response) -> dict[str, Any]:
@@ -24,7 +24,7 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
         if claim.made is None:
             picture = b""
             if upload is not None or body.image is not None:
-                picture = await read_image(streams, streams.info(body.model), upload, body.image)
+                picture = await read_image(streams, streams.model_info(body.model), upload, body.image)
             key = principal_of(request).key
             stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
             claim.made = stream.session.id
@@ -57,14 +57,14 @@ async def change_stream(request: Request, id: str, body: schemas.ChangeStream) -
         )
     if body.prompt is None and body.paused is None:
         raise ApiError(400, "nothing_to_change", "Send at least one of `prompt` and `paused`.")
-    chunk = await streams.change(stream, body.prompt, body.transition, body.paused)
+    chunk = await stream.change(body.prompt, body.transition, body.paused)
     return {**stream_object(request, stream), "chunk_index": chunk}
 
 
 async def delete_stream(request: Request, id: str) -> Response:
     """End a stream. Ending it again has no effect."""
     streams = streams_of(request)
-    streams.close(streams.get(id))
+    streams.get(id).end("deleted")
     return Response(status_code=204)
 
 
@@ -72,7 +72,7 @@ async def set_matte(request: Request, id: str, body: schemas.MatteObject) -> dic
     """Set what is transparent for viewers with `alpha=stacked`, from the frame on screen on."""
     streams = streams_of(request)
     stream = streams.get(id)
-    streams.set_matte(stream, Matte(**body.model_dump()))
+    stream.set_matte(Matte(**body.model_dump()))
     return stream_object(request, stream)
 
 
@@ -80,7 +80,7 @@ async def remove_matte(request: Request, id: str) -> dict[str, Any]:
     """Remove the matte: nothing is transparent any more."""
     streams = streams_of(request)
     stream = streams.get(id)
-    streams.set_matte(stream, None)
+    stream.set_matte(None)
     return stream_object(request, stream)
 
 

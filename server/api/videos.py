@@ -40,7 +40,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
     """Create the clip that a request asks for. Raises `ApiError`."""
     streams = streams_of(request)
     streams.check_open()
-    info = streams.info(body.model, "size")
+    info = streams.model_info(body.model, "size")
     size = f"{info.width}x{info.height}"
     if body.size not in (None, size):
         message = f"`size` must be {size}, which is what the model {info.name} draws, or left out."
@@ -134,7 +134,7 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
     if source.status is not Status.COMPLETED:
         message = f"The video is {source.status.value}, and only a completed one can be remixed."
         raise ApiError(409, "video_not_completed", message)
-    info, at = streams.info(source.model, "prompt"), body.extra.at_s
+    info, at = streams.model_info(source.model, "prompt"), body.extra.at_s
     if (info.width, info.height, info.fps) != (source.width, source.height, source.fps):
         raise ApiError(409, "model_changed", "The video's model draws another size or rate by now: create a new one.")
     prompts = remix(source.prompts, Change(at, body.prompt, body.extra.transition))

@@ -13,7 +13,7 @@ from server.api.responses import abort_connection
 from server.api.routing import streams_of, wants_alpha, ws_url
 from server.errors import ApiError
 from server.media.viewer import Viewer, Watching
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 
 FORMATS: dict[str, Watching] = {"mjpeg": "mjpeg", "rgb24": "rgb24", "fmp4": "fmp4", "events": "events"}
 """Values of `?format=`. `events` sends no frames, for clients that get them another way."""
@@ -37,7 +37,7 @@ async def watch(websocket: WebSocket) -> None:
         await serve(websocket, streams_of(websocket))
 
 
-async def serve(websocket: WebSocket, streams: Streams) -> None:
+async def serve(websocket: WebSocket, streams: Registry) -> None:
     """Attach a viewer to the stream in the path and serve it over an accepted socket."""
     format = websocket.query_params.get("format", "mjpeg")
     try:
@@ -45,20 +45,20 @@ async def serve(websocket: WebSocket, streams: Streams) -> None:
         if format not in FORMATS:
             raise ApiError(400, "invalid_value", f"`format` must be one of {', '.join(FORMATS)}.", param="format")
         viewer = Viewer(FORMATS[format], alpha=wants_alpha(websocket))
-        await streams.attach(stream, viewer, ws_url(websocket, stream.session.id))
+        await stream.attach(viewer, ws_url(websocket, stream.session.id))
     except ApiError as error:
         await reject(websocket, error)
         return
     try:
         close = await exchange(websocket, viewer)
     finally:
-        streams.detach(stream, viewer)
+        stream.audience.remove(viewer)
         viewer.forget()
     if close is None:
         return
     code, reason = close
     if code == TRY_LATER:
-        streams.viewer_too_slow()
+        stream.audience.drop(viewer)
     await close_or_abort(websocket, code, reason)
 
 

@@ -18,8 +18,9 @@ from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
 from server.media.webrtc import Peer, ice_servers, invalid_sdp
 from server.metrics import Metrics
-from server.streams.registry import MAX_VIEWERS, Stream, Streams
+from server.streams.audience import MAX_VIEWERS
 from server.streams.session import State
+from server.streams.stream import Stream
 
 logger = logging.getLogger("livereel.whep")
 
@@ -37,10 +38,9 @@ MAX_CONNECTING_PER_KEY = 32
 class WhepSessions:
     """The WHEP sessions of one gateway, each one viewer's WebRTC connection to one stream."""
 
-    def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
-        self._streams = streams
         self._peers: dict[tuple[str, str], Peer] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._keys: dict[tuple[str, str], int] = {}
@@ -56,7 +56,7 @@ class WhepSessions:
         """
         id = stream.session.id
         connecting = [session for session, peer in self._peers.items() if not peer.connected.is_set()]
-        if len(stream.viewers) + sum(session[0] == id for session in connecting) >= MAX_VIEWERS:
+        if len(stream.audience.viewers) + sum(session[0] == id for session in connecting) >= MAX_VIEWERS:
             raise too_many_viewers()
         of_key = sum(self._keys.get(session) == key for session in connecting) if key is not None else 0
         if len(connecting) >= MAX_CONNECTING or of_key >= MAX_CONNECTING_PER_KEY:
@@ -107,18 +107,18 @@ class WhepSessions:
     async def _serve(self, stream: Stream, session: str, peer: Peer) -> None:
         key = stream.session.id, session
         opened_at = time.monotonic()
-        peer.on_keyframe_request(lambda: self._streams.request_key(stream, peer.viewer))
+        peer.on_keyframe_request(lambda: stream.audience.request_key(peer.viewer))
         try:
             await first_of(peer.connected.wait(), peer.over.wait(), timeout=CONNECT_SECONDS)
             if peer.connected.is_set() and not peer.over.is_set():
                 seconds = time.monotonic() - opened_at
                 self._metrics.first_frame_phase_seconds.labels("connect").observe(seconds)
-                await self._streams.attach(stream, peer.viewer)
+                await stream.attach(peer.viewer)
                 await peer.over.wait()
         except ApiError as error:
             logger.info("a viewer was not accepted: %s", error.detail)
         finally:
-            self._streams.detach(stream, peer.viewer)
+            stream.audience.remove(peer.viewer)
             peer.viewer.forget()
             del self._peers[key], self._tasks[key]
             self._keys.pop(key, None)

@@ -141,7 +141,7 @@ def serve(
 
     async def run() -> None:
         async def announce() -> None:
-            if await streams.engine_came_up():
+            if await streams.engine.came_up():
                 freeze_heap()
                 address.put(f"http://{config.host}:{listener.getsockname()[1]}")
 

@@ -21,7 +21,8 @@ from server.errors import ApiError, stream_ended
 from server.media.viewer import Viewer
 from server.media.webrtc import ice_servers
 from server.metrics import Metrics
-from server.streams.registry import Stream, Streams
+from server.streams.registry import Registry
+from server.streams.stream import Stream
 
 logger = logging.getLogger("livereel.outputs")
 
@@ -112,14 +113,14 @@ class _AttemptFeed:
 
     async def attach(self, viewer: Viewer) -> None:
         self._viewer = viewer
-        await self._outputs.streams.attach(self._output.stream, viewer)
+        await self._output.stream.attach(viewer)
 
     def detach(self) -> None:
         if self._viewer is not None:
-            self._outputs.streams.detach(self._output.stream, self._viewer)
+            self._output.stream.audience.remove(self._viewer)
 
     def request_key(self, viewer: Viewer) -> None:
-        self._outputs.streams.request_key(self._output.stream, viewer)
+        self._output.stream.audience.request_key(viewer)
 
     def on_live(self) -> None:
         self._live_at = time.monotonic()
@@ -129,7 +130,7 @@ class _AttemptFeed:
 class Outputs:
     """The outputs of one gateway."""
 
-    def __init__(self, config: Config, streams: Streams, metrics: Metrics) -> None:
+    def __init__(self, config: Config, streams: Registry, metrics: Metrics) -> None:
         self.streams = streams
         self._config = config
         self._metrics = metrics
@@ -155,7 +156,7 @@ class Outputs:
     def all(self, stream: Stream) -> list[Output]:
         """A stream's outputs, oldest first."""
         for output in list(self._outputs.values()):
-            if output.over and self.streams.forgotten(output.stream):
+            if output.over and not self.streams.has(output.stream):
                 self._forget(output)
         return [output for output in self._outputs.values() if output.stream is stream]
 
@@ -202,7 +203,7 @@ class Outputs:
         if state == "live":
             output.error = None
         fields = {"output": output.id, "url": output.target.masked, "state": state, "error": output.error}
-        self.streams.tell(output.stream, "output.state", **fields, retry_in_s=retry_in and round(retry_in, 3))
+        output.stream.publish("output.state", **fields, retry_in_s=retry_in and round(retry_in, 3))
 
     async def _run(self, output: Output) -> None:
         stream, session, retries = output.stream, output.stream.session, RetryPolicy()
@@ -210,10 +211,10 @@ class Outputs:
         def over() -> bool:
             return session.state.over
 
-        self.streams.keep(stream)
+        stream.audience.hold()
         try:
             while not over():
-                if stream.last is None:  # no frame to send yet
+                if stream.audience.on_screen is None:  # no frame to send yet
                     await asyncio.sleep(POLL_SECONDS)
                     continue
                 output.attempts += 1
@@ -234,7 +235,7 @@ class Outputs:
         finally:
             if output.state != "failed":
                 self.set_state(output, "ended")
-            self.streams.keep(stream, by=-1)
+            stream.audience.release()
 
     async def _attempt(self, output: Output) -> float:
         """Connect and push until the stream or the connection ends; returns for how many seconds it was live."""

@@ -104,11 +104,11 @@ class Take:
         clip, first = self._clip, self._clip.prompts[0].prompt
         return wire.Open(clip.id, clip.model, first, clip.seed, clip.frames, picture=picture, background=True)
 
-    def next(self) -> list[wire.ToEngine]:
+    def next(self) -> list[wire.Steer | wire.Credit]:
         """What makes the engine go on by one chunk; nothing when it has done all."""
         if self.received >= self._clip.frames:
             return []
-        messages: list[wire.ToEngine] = []
+        messages: list[wire.Steer | wire.Credit] = []
         length = self._model.chunk_frames if self._chunks else self._model.first_chunk_frames
         last = self.received + length >= self._clip.frames
         due = sum(last or 2 * (frame - self.received) < length for frame, _ in self._changes)

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,14 @@ import msgspec
 
 from engine import wire
 from server.auth.keys import Key
-from server.backends.base import Backend, Lost
+from server.backends.base import EngineEvent, Lost
 from server.errors import ApiError, busy, not_found, shutting_down
 from server.library.clip import Clip, Failure, Status, Take, UnexpectedError
 from server.library.mp4 import ClipFile, Growth, webp
 from server.library.store import Store, no_room
 from server.metrics import Metrics
 from server.streams import admission
+from server.streams.engine_link import EngineLink
 
 logger = logging.getLogger("livereel.clips")
 T = TypeVar("T")
@@ -61,21 +62,18 @@ class _Work:
 
     growth: Growth
     task: asyncio.Task[None] | None = None
-    opened: bool = False
-    """The current engine process knows the clip."""
-    inbox: asyncio.Queue[tuple[wire.ToGateway | Lost, bytes]] = field(default_factory=asyncio.Queue)
+    inbox: asyncio.Queue[tuple[EngineEvent, bytes]] = field(default_factory=asyncio.Queue)
     """Of the engine: a chunk at most, and a few words. It gets no further credit before the chunk is taken out."""
 
 
 class Clips:
-    """All clips of one gateway; `Streams` owns it, and passes on what the engine says."""
+    """All clips of one gateway; `Registry` owns it, and passes on what the engine says."""
 
-    def __init__(self, backend: Backend, store: Store, metrics: Metrics) -> None:
-        self._backend = backend
+    def __init__(self, engine: EngineLink, store: Store, metrics: Metrics) -> None:
+        self._engine = engine
         self._store = store
         self._metrics = metrics
         self._clips: dict[str, Clip] = {}
-        self._models: dict[str, wire.ModelInfo] = {}
         self._work: dict[str, _Work] = {}
         self._keys: dict[str, int] = {}
         """Serials of the keys of those that are not over."""
@@ -199,13 +197,12 @@ class Clips:
 
     # the engine
 
-    def on_ready(self, models: Sequence[wire.ModelInfo]) -> None:
+    def on_ready(self, ready: wire.Ready) -> None:
         """An engine process is up."""
         # One clip at a time, so each takes all that there is for clips.
-        self._admission.set_costs({info.name: 1.0 for info in models})
-        self._models = {info.name: info for info in models}
+        self._admission.set_costs({info.name: 1.0 for info in ready.models})
         for clip in self._unfinished():
-            if clip.model not in self._models:
+            if clip.model not in self._engine.models:
                 message = "The engine no longer has this model."
                 self._finish(clip, Failure("model_not_found", message, False))
         self._engine_up.set()
@@ -218,15 +215,6 @@ class Clips:
             self._admission.set_costs({})
             for clip in self._unfinished():
                 self._finish(clip, Failure("engine_failed", f"The clip cannot be made: {lost.reason}.", True))
-        for work in self._work.values():
-            if work.opened:
-                work.opened = False
-                work.inbox.put_nowait((lost, b""))
-
-    def on_message(self, id: str, message: wire.ToGateway, pixels: bytes) -> None:
-        """It says something of a clip, or of what has never been one."""
-        if (work := self._work.get(id)) and work.opened:
-            work.inbox.put_nowait((message, pixels))
 
     # making a clip
 
@@ -260,7 +248,7 @@ class Clips:
             logger.exception("clip %s failed in the gateway", clip.id)
             failure = INTERNAL
         finally:
-            self._close(clip, work)
+            self._engine.close(clip.id)
             if film is not None:
                 await self._in_thread(film.close)
         if failure is None:
@@ -281,9 +269,9 @@ class Clips:
 
     async def _take(self, clip: Clip, work: _Work, film: ClipFile, picture: bytes) -> None:
         """From the start. Frames that are in the file already are made again and left out: they come out the same."""
-        take, size = Take(clip, self._models[clip.model]), clip.width * clip.height * 3
-        work.opened = True
-        self._tell(work, [take.open(picture), *take.next()])
+        take, size = Take(clip, self._engine.models[clip.model]), clip.width * clip.height * 3
+        self._engine.open(take.open(picture), lambda message, pixels: work.inbox.put_nowait((message, pixels)))
+        self._request(take)
         while clip.recorded < clip.frames:
             message, pixels = await work.inbox.get()
             match message:
@@ -296,7 +284,7 @@ class Clips:
                         raise _FailedError(Failure("engine_changed", what, True)) from None
                     if self._store.full:
                         raise _FailedError(FULL)
-                    self._tell(work, take.next())  # the engine goes on while this chunk is encoded
+                    self._request(take)  # the engine goes on while this chunk is encoded
                     view = memoryview(pixels)
                     await self._keep(clip, work, film, [view[k * size : (k + 1) * size] for k in wanted])
                     self._metrics.chunk_seconds.observe(message.gen_seconds)
@@ -316,15 +304,9 @@ class Clips:
         clip.recorded += len(frames)
         work.growth.grow(film.size)
 
-    def _tell(self, work: _Work, messages: Sequence[wire.ToEngine]) -> None:
-        if work.opened:
-            for message in messages:
-                self._backend.send(message)
-
-    def _close(self, clip: Clip, work: _Work) -> None:
-        if work.opened:
-            work.opened = False
-            self._backend.send(wire.Close(clip.id))
+    def _request(self, take: Take) -> None:
+        for message in take.next():
+            self._engine.send(message)
 
     def _finish(self, clip: Clip, failure: Failure | None) -> None:
         clip.finish(time.time(), self._store.keep_seconds, failure)

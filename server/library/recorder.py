@@ -1,6 +1,6 @@
 """All recordings of live streams: begun and stopped by clients, kept in the store for a while after their end.
 
-Everything here runs on the event loop. A recording that runs owns a task; `Streams` gives its tape what is shown.
+Everything here runs on the event loop. A recording that runs owns a task; `Registry` gives its tape what is shown.
 """
 
 import asyncio

@@ -11,7 +11,7 @@ from server.api.responses import abort_connection
 from server.api.websocket import UNAUTHENTICATED, close_or_abort, reject_handshake
 from server.auth.access import OWNED_PATH, Access, is_public, unauthenticated
 from server.errors import ApiError
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
@@ -21,7 +21,7 @@ MAX_HEAD_BYTES = 16 * 1024
 class AuthMiddleware:
     """Authenticates, rate-limits and authorizes everything that reaches the routes, mounted applications included."""
 
-    def __init__(self, app: ASGIApp, *, access: Access, streams: Streams) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, streams: Registry) -> None:
         self._app = app
         self._access = access
         self._streams = streams

@@ -21,7 +21,7 @@ from server.__main__ import Server, listen, uvicorn_config
 from server.auth.keys import add_key
 from server.backends.fake import FakeBackend
 from server.config import Config
-from server.streams.registry import Streams
+from server.streams.registry import Registry
 from server.tracing import Tracing
 
 
@@ -85,7 +85,7 @@ class Watched:
 class Gateway:
     address: str
     backend: FakeBackend
-    streams: Streams
+    streams: Registry
     http: httpx.AsyncClient
     app: FastAPI
 

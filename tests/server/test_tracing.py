@@ -87,7 +87,7 @@ async def test_without_an_exporter_nothing_is_kept(run_gateway: Any) -> None:
         stream = await gateway.open()
         live = gateway.streams.get(stream["id"])
         await gateway.until(lambda: live.session.frames_generated > 20)
-        assert not live.chunks._chunks
+        assert not live._chunks._chunks
 
 
 def test_it_is_off_unless_asked_for() -> None:

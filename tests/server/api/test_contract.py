@@ -179,7 +179,7 @@ async def test_delete(run_gateway: Any) -> None:
     async with run_gateway() as gateway:
         stream = await gateway.open()
         watching = asyncio.create_task(gateway.watch(stream))
-        await gateway.until(lambda: len(stream_of(gateway, stream).viewers) == 1)
+        await gateway.until(lambda: len(stream_of(gateway, stream).audience.viewers) == 1)
         for _ in range(2):
             response = await gateway.http.delete(f"/v1/streams/{stream['id']}")
             assert (response.status_code, response.content) == (204, b"")
@@ -296,7 +296,7 @@ async def test_queue_places_and_what_happens_past_them(run_gateway: Any) -> None
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         watching = asyncio.create_task(gateway.watch(third, until=lambda seen: len(seen.of("queue.position")) == 1))
-        await gateway.until(lambda: len(stream_of(gateway, third).viewers) == 1)
+        await gateway.until(lambda: len(stream_of(gateway, third).audience.viewers) == 1)
         # A change while it waits counts from the first chunk.
         changed = (await gateway.patch(third, prompt="a cone")).json()
         assert (changed["prompt"], changed["chunk_index"], changed["state"]) == ("a cone", 0, "queued")
@@ -482,7 +482,7 @@ async def test_shutting_down_ends_the_streams_first(run_gateway: Any) -> None:
     async with run_gateway() as gateway:
         stream = await gateway.open()
         watching = asyncio.create_task(gateway.watch(stream))
-        await gateway.until(lambda: len(stream_of(gateway, stream).viewers) == 1)
+        await gateway.until(lambda: len(stream_of(gateway, stream).audience.viewers) == 1)
     seen = await watching
     assert seen.of("ended")[0]["reason"] == "shutting_down"
     assert seen.close_code == 1000

@@ -20,7 +20,7 @@ from server.media import broadcast
 from server.media.encoder import VideoEncoder
 from server.media.frames import Frame
 from server.media.matte import Matte
-from server.streams.registry import Stream
+from server.streams.stream import Stream
 
 pytestmark = pytest.mark.anyio
 FORMATS: list[FilmFormat] = ["mp4", "webm"]
@@ -125,7 +125,7 @@ async def test_webm_is_transparent_where_the_matte_says_so(run_gateway: Any) -> 
         made = await gateway.http.post(f"{url}/recordings", json={"format": "webm", "alpha": True})
         assert made.status_code == 201 and made.json()["alpha"] is True
         # it becomes transparent while it is recorded
-        while live(gateway, stream).last is None or live(gateway, stream).last.index < 8:
+        while live(gateway, stream).audience.on_screen is None or live(gateway, stream).audience.on_screen.index < 8:
             await asyncio.sleep(0.02)
         matte = Matte("luma", "#000000", 0.3, 0.2)
         set_to = {"mode": "luma", "tolerance": matte.tolerance, "softness": matte.softness}
@@ -189,7 +189,7 @@ async def test_what_stands_still_is_there_once(run_gateway: Any, monkeypatch: py
         await gateway.http.delete(f"/v1/streams/{stream['id']}")
         finished = await done(gateway, made)
         shown = frames(await film(gateway, made))
-        assert len(shown) == finished["frames"] == live(gateway, stream).last.index + 1
+        assert len(shown) == finished["frames"] == live(gateway, stream).audience.on_screen.index + 1
         assert finished["frames_lost"] == 0
         assert [frame.pts for frame in shown] == [5625 * k for k in range(len(shown))]
         for index, frame in enumerate(shown):
@@ -211,7 +211,7 @@ async def test_from_the_middle_and_until_it_is_stopped(run_gateway: Any, format:
         assert len(shown) == stopped["frames"] and stopped["frames_lost"] == 0
         assert milliseconds(shown) == pytest.approx([62.5 * k for k in range(len(shown))], abs=1)
         assert (await gateway.get(stream))["state"] == "live"
-        assert not live(gateway, stream).broadcasts, "and nobody is encoded for any more"
+        assert not live(gateway, stream).audience.broadcasts, "and nobody is encoded for any more"
 
 
 async def test_a_recording_outlives_its_stream(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ async def test_one_encoder_serves_every_viewer_of_a_codec(
             # Every frame once per codec: no time on the playback clock comes twice.
             assert len(encoded) == len(set(encoded))
         live_stream = gateway.streams.get(stream["id"])
-        await gateway.until(lambda: not live_stream.broadcasts)
+        await gateway.until(lambda: not live_stream.audience.broadcasts)
         count = len(encoded)
         async with rtc_viewer(gateway, stream, "VP8") as again:
             await again.frames(3)
@@ -172,7 +172,7 @@ async def test_a_picture_that_stands_still_is_sent_to_who_joins(run_gateway: Any
         async with rtc_viewer(gateway, stream, "VP8") as other:
             await other.frames(3)
             await gateway.patch(stream, paused=True)
-        index = gateway.streams.get(stream["id"]).last.index
+        index = gateway.streams.get(stream["id"]).audience.on_screen.index
         async with rtc_viewer(gateway, stream, "H264") as viewer:
             frames = await viewer.frames(2)
             assert frames[0].key_frame
@@ -181,7 +181,7 @@ async def test_a_picture_that_stands_still_is_sent_to_who_joins(run_gateway: Any
             await gateway.patch(stream, paused=False)
             [resumed] = await viewer.frames(1)
             assert resumed.pts > frames[1].pts
-            assert gateway.streams.get(stream["id"]).last.index > index
+            assert gateway.streams.get(stream["id"]).audience.on_screen.index > index
 
 
 async def test_a_stall_is_time_that_passes(run_gateway: Any, rtc_viewer: Any, clocks: dict[int, int]) -> None:
@@ -241,7 +241,7 @@ async def test_a_viewer_that_leaves_is_forgotten(run_gateway: Any, rtc_viewer: A
             async with rtc_viewer(gateway, stream, "VP8") as viewer:
                 await viewer.frames(1)
         session = gateway.streams.get(stream["id"])
-        await gateway.until(lambda: not session.viewers and not session.broadcasts)
+        await gateway.until(lambda: not session.audience.viewers and not session.audience.broadcasts)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
         assert 'livereel_viewers{format="vp8"} 0.0' in (await gateway.http.get("/metrics")).text
 

@@ -65,7 +65,7 @@ async def test_a_server_that_is_not_there_is_tried_again_and_given_up(
         heard = asyncio.create_task(
             gateway.watch(stream, "?format=events", until=lambda seen: "failed" in states(seen))
         )
-        await gateway.until(lambda: len(live.viewers) == 1)
+        await gateway.until(lambda: len(live.audience.viewers) == 1)
         made = await post(gateway, stream, url=f"rtmp://127.0.0.1:9/live/{SECRET}")
         assert made.status_code == 201
         output = made.json()

@@ -134,7 +134,7 @@ async def test_whip(
         await gateway.until(lambda: len(receiver.pictures) > 20, 15)
         frame = receiver.pictures[-1]
         assert (frame.width, frame.height) == (64, 48)
-        assert set(gateway.streams.get(stream["id"]).broadcasts) == {(codec.lower(), False)}
+        assert set(gateway.streams.get(stream["id"]).audience.broadcasts) == {(codec.lower(), False)}
         await gateway.http.delete(f"/v1/streams/{stream['id']}/outputs/{output['id']}")
         assert [each[:2] for each in receiver.requests] == [("POST", f"/whip/{SECRET}"), ("DELETE", "/session/1")]
         assert {each[2] for each in receiver.requests} == {"Bearer tok_SECRET"}

@@ -90,7 +90,7 @@ async def test_a_viewer_of_events_alone(run_gateway: Any) -> None:
         live = gateway.streams.get(stream["id"])
         await gateway.until(lambda: bool(live.playback.received))
         # Nobody sees anything yet: the clock waits for who does.
-        assert (live.playback.shown, len(live.viewers)) == (0, 1)
+        assert (live.playback.shown, len(live.audience.viewers)) == (0, 1)
         seen = await gateway.watch(stream)
         heard = await listener
         assert heard.frames == []
@@ -150,8 +150,8 @@ async def test_a_viewer_of_pictures_that_leaves(run_gateway: Any) -> None:
         live = gateway.streams.get(stream["id"])
         async with gateway.http.stream("GET", f"/v1/streams/{stream['id']}/mjpeg") as response:
             assert len(await parts(response, 3)) == 3
-            assert len(live.viewers) == 1
-        await gateway.until(lambda: not live.viewers)
+            assert len(live.audience.viewers) == 1
+        await gateway.until(lambda: not live.audience.viewers)
 
 
 async def test_pictures_that_are_refused(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ async def test_pictures_that_are_refused(run_gateway: Any, monkeypatch: pytest.M
         stream = await gateway.open()
         assert (await gateway.http.get("/v1/streams/st_none/mjpeg")).status_code == 404
         with monkeypatch.context() as patch:
-            patch.setattr("server.streams.registry.MAX_VIEWERS", 0)
+            patch.setattr("server.streams.audience.MAX_VIEWERS", 0)
             crowded = await gateway.http.get(f"/v1/streams/{stream['id']}/mjpeg")
             assert (crowded.status_code, crowded.json()["error"]["code"]) == (503, "too_many_viewers")
         await gateway.http.delete(f"/v1/streams/{stream['id']}")

@@ -142,7 +142,7 @@ async def test_encoded_once_for_all_who_take_mattes(run_gateway: Any, monkeypatc
             *(gateway.watch(stream, query, until=lambda seen: len(seen.frames) > 8) for query in queries)
         )
         assert sorted(made) == [("h264", 64), ("h264", 128)]
-        await gateway.until(lambda: not gateway.streams.get(stream["id"]).broadcasts)
+        await gateway.until(lambda: not gateway.streams.get(stream["id"]).audience.broadcasts)
 
 
 async def test_the_matte_changes_while_it_is_watched_and_in_a_pause(run_gateway: Any) -> None:

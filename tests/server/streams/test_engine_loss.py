@@ -110,7 +110,9 @@ async def test_an_engine_that_stays_dead_fails_every_stream(run_gateway: Any) ->
     async with run_gateway(backend) as gateway:
         first, second = await gateway.open(), await gateway.open()
         watching = [asyncio.create_task(gateway.watch(stream)) for stream in (first, second)]
-        await gateway.until(lambda: all(gateway.streams.get(stream["id"]).viewers for stream in (first, second)))
+        await gateway.until(
+            lambda: all(gateway.streams.get(stream["id"]).audience.viewers for stream in (first, second))
+        )
         backend.crash()
         await gateway.until(lambda: backend.health().ready)
         backend.crash()
@@ -131,7 +133,7 @@ async def test_an_engine_that_stays_dead_fails_every_stream(run_gateway: Any) ->
         assert int(refused.headers["retry-after"]) > 0
         assert (await gateway.patch(first, prompt="a")).status_code == 409
         # After a quiet time it is tried again, and serves if it comes up.
-        await backend.start(gateway.streams._on_engine)
+        await backend.start(gateway.streams.engine._on_event)
         await gateway.until(lambda: backend.health().ready)
         assert (await gateway.http.get("/readyz")).status_code == 200
         third = await gateway.open(duration_s=1)
@@ -143,7 +145,7 @@ async def test_one_stream_that_fails_leaves_the_others_alone(run_gateway: Any) -
         first, second = await gateway.open(duration_s=1.5), await gateway.open(duration_s=1.5)
         watching = [asyncio.create_task(gateway.watch(stream)) for stream in (first, second)]
         lives = [gateway.streams.get(stream["id"]) for stream in (first, second)]
-        await gateway.until(lambda: all(live.viewers and live.session.frames_generated for live in lives))
+        await gateway.until(lambda: all(live.audience.viewers and live.session.frames_generated for live in lives))
         gateway.backend.break_stream(first["id"])
         broken, fine = [await task for task in watching]
         assert broken.close_code == 1011
@@ -153,7 +155,7 @@ async def test_one_stream_that_fails_leaves_the_others_alone(run_gateway: Any) -
 
 
 async def test_a_change_that_the_engine_never_answers(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.streams.registry.STEER_SECONDS", 0.2)
+    monkeypatch.setattr("server.streams.stream.STEER_SECONDS", 0.2)
     async with run_gateway() as gateway:
         stream = await gateway.open()
         monkeypatch.setattr(FakeBackend, "_steer", lambda self, message: None)

@@ -111,7 +111,7 @@ async def test_an_engine_that_dies_meanwhile(run_gateway: Any, monkeypatch: pyte
         await gateway.until(lambda: any(isinstance(message, wire.SetLoras) for message in gateway.backend.sent))
         gateway.backend.crash()
         assert (await asking).status_code == 503
-        monkeypatch.setattr("server.streams.registry.LORA_SECONDS", 0.05)
+        monkeypatch.setattr("server.streams.engine_link.LORA_SECONDS", 0.05)
         await gateway.until(lambda: gateway.backend.health().ready)
         response = await gateway.http.get("/v1/loras")
         assert (response.status_code, response.json()["error"]["code"]) == (504, "engine_timeout")

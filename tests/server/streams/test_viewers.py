@@ -69,18 +69,18 @@ async def test_a_client_that_never_reads(run_gateway: Any, monkeypatch: pytest.M
         watching = asyncio.create_task(gateway.watch(stream, until=lambda seen: len(seen.frames) >= 32))
         client = never_reading(gateway, stream, "?format=rgb24")
         try:
-            await gateway.until(lambda: len(live.viewers) == 2)
-            slow = next(viewer for viewer in live.viewers if viewer.format == "rgb24")
+            await gateway.until(lambda: len(live.audience.viewers) == 2)
+            slow = next(viewer for viewer in live.audience.viewers if viewer.format == "rgb24")
             longest = 0
 
             def gone() -> bool:
                 nonlocal longest
                 longest = max(longest, len(slow))
-                return slow not in live.viewers
+                return slow not in live.audience.viewers
 
             await gateway.until(gone, 10)
             assert longest <= MAX_FRAMES + MAX_EVENTS
-            assert len(gateway.streams.get(stream["id"]).viewers) <= 1
+            assert len(gateway.streams.get(stream["id"]).audience.viewers) <= 1
             metrics = (await gateway.http.get("/metrics")).text
             assert "livereel_viewers_dropped_total 1.0" in metrics
             seen = await watching
@@ -102,9 +102,9 @@ async def test_a_client_that_never_reads_its_pictures(run_gateway: Any, monkeypa
         path = f"/v1/streams/{stream['id']}/mjpeg"
         client = asking(gateway, f"GET {path} HTTP/1.1\r\nHost: {gateway.address}\r\n\r\n")
         try:
-            await gateway.until(lambda: len(live.viewers) == 2)
-            slow = next(viewer for viewer in live.viewers if viewer.format == "mjpeg")
-            await gateway.until(lambda: slow not in live.viewers, 20)
+            await gateway.until(lambda: len(live.audience.viewers) == 2)
+            slow = next(viewer for viewer in live.audience.viewers if viewer.format == "mjpeg")
+            await gateway.until(lambda: slow not in live.audience.viewers, 20)
             assert len(slow) <= MAX_FRAMES
             assert "livereel_viewers_dropped_total 1.0" in (await gateway.http.get("/metrics")).text
             await gateway.until(lambda: reset(client))
@@ -156,8 +156,8 @@ async def test_nothing_of_a_viewer_waits_for_the_garbage_collector(run_gateway: 
             watching = asyncio.create_task(
                 gateway.watch(stream, until=lambda seen: first == "client" and len(seen.frames) > 8)
             )
-            await gateway.until(lambda: bool(live.viewers))
-            viewer = weakref.ref(next(iter(live.viewers)))
+            await gateway.until(lambda: bool(live.audience.viewers))
+            viewer = weakref.ref(next(iter(live.audience.viewers)))
             if first == "server":
                 await gateway.http.delete(f"/v1/streams/{stream['id']}")
             await watching
@@ -175,7 +175,7 @@ async def test_clients_that_vanish(run_gateway: Any) -> None:
             async with gateway.connect(stream) as viewer:
                 await viewer.recv()
                 viewer.transport.abort()
-        await gateway.until(lambda: not live.viewers)
+        await gateway.until(lambda: not live.audience.viewers)
         await gateway.until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
         assert 'livereel_viewers{format="mjpeg"} 0.0' in (await gateway.http.get("/metrics")).text
         assert (await gateway.get(stream))["state"] == "live"
@@ -214,7 +214,7 @@ async def test_no_compression_is_offered(run_gateway: Any) -> None:
 
 
 async def test_viewers_are_limited(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.streams.registry.MAX_VIEWERS", 1)
+    monkeypatch.setattr("server.streams.audience.MAX_VIEWERS", 1)
     async with run_gateway() as gateway:
         stream = await gateway.open()
         async with gateway.connect(stream) as viewer:
@@ -251,7 +251,9 @@ async def test_what_is_over_keeps_no_chunk(run_gateway: Any, monkeypatch: pytest
             stream = await gateway.open(duration_s=0.5)
             await gateway.watch(stream)
             ended.append(gateway.streams.get(stream["id"]))
-        await gateway.until(lambda: ended[0].last is None)
+        await gateway.until(lambda: ended[0].audience.on_screen is None)
         for live in ended[1:]:
-            assert live.last.rgb.obj == bytes(live.last.rgb)  # a frame of its own, no view of a whole chunk
-            assert len(live.last.rgb.obj) == 64 * 48 * 3
+            assert live.audience.on_screen.rgb.obj == bytes(
+                live.audience.on_screen.rgb
+            )  # a frame of its own, no view of a whole chunk
+            assert len(live.audience.on_screen.rgb.obj) == 64 * 48 * 3

@@ -359,10 +359,10 @@ async def test_a_data_url_and_a_form_give_the_engine_the_same_picture(run_gatewa
         assert sorted(map(len, opened.values()))[0] == 0
         # when the first chunk is there, the picture is not kept
         await gateway.watch(one, until=lambda seen: len(seen.frames) > 1)
-        assert gateway.streams.get(one["id"]).picture == b""
+        assert gateway.streams.get(one["id"])._picture == b""
         waiting = await gateway.open(image=data_url(data))  # for a place: what it would start from goes with it
         await gateway.http.delete(f"/v1/streams/{waiting['id']}")
-        assert gateway.streams.get(waiting["id"]).picture == b""
+        assert gateway.streams.get(waiting["id"])._picture == b""
 
 
 BAD = [
