@@ -6,7 +6,7 @@ export const HEADER_BYTES = 16;
  *
  * @typedef {object} Frame
  * @property {number} pts Presentation time in 1/90000 s.
- * @property {Uint8Array} data The payload: a JPEG, a fragment of MP4, or RGB24.
+ * @property {Uint8Array<ArrayBuffer>} data The payload: a JPEG, a fragment of MP4, or RGB24.
  */
 
 /**
@@ -22,23 +22,25 @@ export function parseFrame(message) {
 }
 
 /**
- * Open the WebSocket of a stream on this page's server.
+ * Open the WebSocket of a stream.
  *
- * @param {string} id The stream's.
+ * @param {string} url The stream's `ws_url`, or a path on this page's server.
  * @param {object} options
  * @param {"events" | "mjpeg" | "fmp4" | "rgb24"} options.format What comes besides events.
- * @param {string} [options.token] For the stream, where the server has keys.
+ * @param {string} [options.token] A token for the stream, where the server has keys and `url` has none.
  * @param {"stacked"} [options.alpha] Frames above their matte.
  * @param {(event: {type: string}) => void} options.onEvent
  * @param {(frame: Frame) => void} options.onFrame
  * @param {(code: number) => void} options.onClose Called with the close code.
  * @returns {WebSocket}
  */
-export function openSocket(id, { format, token, alpha, onEvent, onFrame, onClose }) {
-  const url = new URL(`/v1/streams/${id}/ws`, location.href);
-  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  url.search = new URLSearchParams({ format, ...(alpha && { alpha }), ...(token && { token }) }).toString();
-  const socket = new WebSocket(url);
+export function openSocket(url, { format, token, alpha, onEvent, onFrame, onClose }) {
+  const address = new URL(url, location.href);
+  address.protocol = address.protocol.replace("http", "ws");
+  for (const [name, value] of Object.entries({ format, alpha, token })) {
+    if (value) address.searchParams.set(name, value);
+  }
+  const socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => {
     if (typeof data === "string") onEvent(JSON.parse(data));

@@ -16,7 +16,7 @@ export function onVideoFrame(video, onFrame) {
 }
 
 /**
- * @param {Uint8Array} data A JPEG.
+ * @param {Uint8Array<ArrayBuffer>} data A JPEG.
  * @returns {Promise<ImageBitmap>} To be closed by the caller. Rejected when the data cannot be decoded.
  */
 export function decodeJpeg(data) {
@@ -30,7 +30,7 @@ export class FragmentPlayer {
   #source = new MediaSource();
   /** @type {SourceBuffer | null} */
   #buffer = null;
-  /** @type {Uint8Array[]} */
+  /** @type {Uint8Array<ArrayBuffer>[]} */
   #fragments = [];
   #closed = false;
 
@@ -52,7 +52,7 @@ export class FragmentPlayer {
     this.#buffer.addEventListener("updateend", () => this.#update());
   }
 
-  /** @param {Uint8Array} fragment The init segment first. */
+  /** @param {Uint8Array<ArrayBuffer>} fragment The init segment first. */
   append(fragment) {
     this.#fragments.push(fragment);
     this.#update();
@@ -67,13 +67,14 @@ export class FragmentPlayer {
   /** Skip what is late, append the next fragment or remove what was played. A buffer does one thing at a time. */
   #update() {
     const [video, buffer] = [this.video, this.#buffer];
-    if (this.#closed || buffer.updating) return;
+    if (this.#closed || !buffer || buffer.updating) return;
     const ranges = buffer.buffered;
     const end = ranges.length ? ranges.end(ranges.length - 1) : 0;
     const start = ranges.length ? ranges.start(0) : 0;
     // The first fragment's time is the stream's age, not 0, and a viewer must not fall behind.
     if (end - video.currentTime > LAG_SECONDS) video.currentTime = end - 0.1;
-    if (this.#fragments.length) buffer.appendBuffer(this.#fragments.shift());
+    const fragment = this.#fragments.shift();
+    if (fragment) buffer.appendBuffer(fragment);
     else if (video.currentTime - start > 2 * KEPT_SECONDS) buffer.remove(start, video.currentTime - KEPT_SECONDS);
   }
 }

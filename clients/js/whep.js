@@ -49,7 +49,7 @@ export class WhepSession {
     if (servers.length) this.peer.setConfiguration({ iceServers: servers });
     await this.peer.setLocalDescription();
     const headers = { "Content-Type": "application/sdp" };
-    const response = await this.#fetch(this.#url, { method: "POST", headers, body: this.peer.localDescription.sdp });
+    const response = await this.#fetch(this.#url, { method: "POST", headers, body: this.peer.localDescription?.sdp });
     if (!response.ok) throw new WhepError(response.status);
     this.#location = response.headers.get("Location");
     if (this.#closed) this.#delete();

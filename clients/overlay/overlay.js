@@ -13,8 +13,7 @@ const MAX_RETRY_MS = 10000;
 
 const query = new URLSearchParams(location.search);
 const token = query.get("token") ?? "";
-const id = location.pathname.split("/")[2];
-const base = `/v1/streams/${id}`;
+const base = `/v1/streams/${location.pathname.split("/")[2]}`;
 const canvas = document.getElementById("picture");
 document.body.dataset.lost = query.get("lost") === "hide" ? "hide" : "hold";
 
@@ -151,7 +150,7 @@ function createVideo(current) {
 }
 
 function listen(current, format, onFrame) {
-  const socket = openSocket(id, {
+  const socket = openSocket(`${base}/ws`, {
     format,
     token,
     alpha: "stacked",

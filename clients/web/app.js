@@ -147,7 +147,7 @@ function newStream(prompt) {
 }
 
 function connect(current) {
-  current.socket = openSocket(current.id, {
+  current.socket = openSocket(`/v1/streams/${current.id}/ws`, {
     format: current.format,
     token: current.token,
     onEvent(event) {

@@ -1,4 +1,4 @@
-// The API reference, drawn from openapi.json: no script from elsewhere, so it also works without the internet.
+// The API reference, rendered from openapi.json without third-party scripts, so that it works offline.
 
 const docs = document.getElementById("docs");
 
