@@ -1,4 +1,4 @@
-"""The files in deploy/, as far as they can be checked where no container runs: against the program that they start."""
+"""The files in deploy/, checked against the program without running a container."""
 
 import json
 import re

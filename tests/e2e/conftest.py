@@ -11,8 +11,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A module that needs a GPU, pretended or not, says with which arguments in `GRAPHICS`."""
-    # Whoever asks for these tests by their marker wants them run: what is missing is a failure, not a skip.
+    """A browser with the arguments of the module's `GRAPHICS`; without a GPU where it has none."""
+    # These tests run only when their marker is given, so a missing program is a failure and not a skip.
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM is not None, "install Chromium first (Debian: apt-get install chromium)"

@@ -1,4 +1,4 @@
-"""The overlay in a real browser: transparent where the matte says so, over every transport, and back after a loss."""
+"""The overlay in Chromium: its transparency over every transport, and how it recovers from a lost connection."""
 
 import io
 import subprocess
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
 GRAPHICS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-"""As OBS draws on a machine without a GPU."""
+"""WebGL in software, as in OBS on a machine without a GPU."""
 PROMPT, SEED = "a ball", 3
 
 
@@ -61,7 +61,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def drawn(frame: int) -> Image.Image:
-    """What the pretended engine drew."""
+    """The picture that the fake engine drew."""
     backend = FakeBackend()
     picture = backend._picture(_Stream(wire.Open("s", "mini", PROMPT, SEED), PROMPT, 0, 0), frame)
     return Image.frombytes("RGB", (256, 256), picture)
@@ -101,7 +101,7 @@ def state(page: Any) -> str:
 
 
 def ball_of(picture: Image.Image) -> list[tuple[int, int]]:
-    """Where it is: pixels that are well inside of it."""
+    """Pixels well inside the ball."""
     ground, low = picture.getpixel((0, 0)), picture.getpixel((0, 255))
     return [
         (x, y)

@@ -1,4 +1,4 @@
-"""The page in a real browser, against the gateway with a pretended engine."""
+"""The page in Chromium, against a gateway with the fake engine."""
 
 import base64
 import io
@@ -226,7 +226,7 @@ def test_frames_come_over_webrtc(page: Any) -> None:
     assert number(page, "fps") == pytest.approx(16, abs=2)
     assert 0 < number(page, "buffer") < 3
     assert number(page, "chunk") > 1
-    assert viewers(page) == 1  # who takes frames one way and events the other
+    assert viewers(page) == 1  # the WebRTC session and its event socket count once
     # A picture that stands still is no lost line.
     page.click("#pause")
     state(page, "paused")
@@ -251,7 +251,7 @@ def test_a_refused_offer_falls_back_on_pictures(page: Any) -> None:
 
 
 def test_a_way_that_is_blocked_falls_back_on_pictures(page: Any) -> None:
-    """As by a firewall: the answer comes, but no packet."""
+    """Like a firewall: the answer arrives, but no media."""
 
     def block(route: Any) -> None:
         if route.request.method != "POST":

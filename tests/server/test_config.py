@@ -1,13 +1,43 @@
-"""The gateway's command line."""
+"""The gateway's settings: command line, environment and checks."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from server.backends.local import LocalBackend
 from server.config import Config
-from server.library.store import Store
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "keys add"),
+        (["--host", "192.0.2.1"], "anyone could start"),
+        (["--port", "70000"], "70000"),
+        (["--port", "x"], "invalid int"),
+        (["--engine-threads", "0"], "engine-threads"),
+        (["--idle-timeout", "nan"], "idle-timeout"),
+        (["--queue-limit", "-1"], "queue-limit"),
+        (["--engine-timeout", "0"], "engine-timeout"),
+        (["--engine-start-timeout", "inf"], "engine-start-timeout"),
+        (["--drain-timeout", "-1"], "drain-timeout"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        Config.from_arguments(arguments, {})
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings() -> None:
+    assert Config.from_arguments([], {}) == Config()
+    given = Config.from_arguments(
+        ["--port", "1", "--model", "wan", "--engine-threads", "2"], {"LIVEREEL_PORT": "9", "LIVEREEL_IDLE_TIMEOUT": "5"}
+    )
+    assert (given.port, given.model, given.engine_threads, given.idle_timeout_s) == (1, "wan", 2, 5.0)
+    for loopback in ("localhost", "127.0.0.2", "::1"):
+        assert Config(host=loopback).host == loopback
 
 
 def test_what_follows_two_dashes_goes_to_the_engine() -> None:
@@ -21,21 +51,6 @@ def test_a_spare_unless_it_is_turned_off() -> None:
     assert Config.from_arguments([], {}).engine_spare == "on"
     assert Config.from_arguments(["--engine-spare", "off"], {}).engine_spare == "off"
     assert Config.from_arguments([], {"LIVEREEL_ENGINE_SPARE": "off"}).engine_spare == "off"
-
-
-@pytest.mark.anyio
-async def test_the_engine_gets_them(tmp_path, capfd) -> None:  # type: ignore[no-untyped-def]
-    script = tmp_path / "engine.py"
-    script.write_text("import sys; print(sys.argv[1:], file=sys.stderr); sys.exit(2)")
-    backend = LocalBackend("mini", command=(sys.executable, str(script)), threads=2, arguments=("--weights", "/w"))
-    lost = []
-    await backend.start(lambda event, pixels: lost.append(event))
-    assert backend._supervisor is not None
-    await backend._supervisor
-    words = capfd.readouterr().err
-    assert "'mini', '--socket'" in words
-    assert words.rstrip().endswith("'--threads', '2', '--weights', '/w']")
-    assert not backend.health().ready
 
 
 def test_a_way_to_viewers_behind_nat(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,24 +91,3 @@ def test_a_folder_for_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             Config.from_arguments(wrong, {})
         assert named in capsys.readouterr().err
-
-
-def test_a_folder_has_one_server(tmp_path: Path) -> None:
-    store, other = Store(tmp_path / "data", 1, 1.0), Store(tmp_path / "data", 1, 1.0)
-    store.open()
-    with pytest.raises(OSError, match="in use by another server"):
-        other.open()
-    store.close()
-    other.open()
-    other.close()
-
-
-def test_a_folder_that_nobody_named_goes_with_the_server() -> None:
-    store = Store(None, 1000, 1.0)
-    store.open()
-    path = store.create("x", ".mp4")
-    store.save("x", ".bin", bytes(1000))
-    store.measure()
-    assert store.full and path.exists()
-    store.close()
-    assert not path.parent.exists()

@@ -17,8 +17,6 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from server.config import Config
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -117,39 +115,6 @@ def test_a_connection_that_is_open_does_not_keep_it() -> None:
             process.communicate(timeout=10)
             assert process.returncode == 0
             assert time.monotonic() - started < 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--host", "0.0.0.0"], "keys add"),
-        (["--host", "192.0.2.1"], "anyone could start"),
-        (["--port", "70000"], "70000"),
-        (["--port", "x"], "invalid int"),
-        (["--engine-threads", "0"], "engine-threads"),
-        (["--idle-timeout", "nan"], "idle-timeout"),
-        (["--queue-limit", "-1"], "queue-limit"),
-        (["--engine-timeout", "0"], "engine-timeout"),
-        (["--engine-start-timeout", "inf"], "engine-start-timeout"),
-        (["--drain-timeout", "-1"], "drain-timeout"),
-        (["--nonsense"], "--nonsense"),
-    ],
-)
-def test_bad_settings_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        Config.from_arguments(arguments, {})
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_settings() -> None:
-    assert Config.from_arguments([], {}) == Config()
-    given = Config.from_arguments(
-        ["--port", "1", "--model", "wan", "--engine-threads", "2"], {"LIVEREEL_PORT": "9", "LIVEREEL_IDLE_TIMEOUT": "5"}
-    )
-    assert (given.port, given.model, given.engine_threads, given.idle_timeout_s) == (1, "wan", 2, 5.0)
-    for loopback in ("localhost", "127.0.0.2", "::1"):
-        assert Config(host=loopback).host == loopback
 
 
 def test_a_port_that_is_taken() -> None:

@@ -388,3 +388,17 @@ async def test_engine_and_standby_go_when_the_gateway_is_killed(stopped: bool) -
     async with asyncio.timeout(5):
         while not all(map(gone, pids)):
             await asyncio.sleep(0.02)
+
+
+async def test_the_engine_gets_its_arguments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text("import sys; print(sys.argv[1:], file=sys.stderr); sys.exit(2)")
+    backend = LocalBackend("mini", command=(sys.executable, str(script)), threads=2, arguments=("--weights", "/w"))
+    lost: list[object] = []
+    await backend.start(lambda event, pixels: lost.append(event))
+    assert backend._supervisor is not None
+    await backend._supervisor
+    words = capfd.readouterr().err
+    assert "'mini', '--socket'" in words
+    assert words.rstrip().endswith("'--threads', '2', '--weights', '/w']")
+    assert not backend.health().ready
