@@ -1,4 +1,4 @@
-"""Programs of ours that run apart from the gateway, and are trusted with nothing that is the gateway's."""
+"""Helper processes that run sandboxed: no secrets, no inherited descriptors, no project imports."""
 
 import asyncio
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 async def start(program: Path, *arguments: str) -> asyncio.subprocess.Process:
-    """Run a Python file of ours that imports nothing of ours, spoken to by its standard input and output.
+    """Run a Python file that imports nothing from this project, connected by its standard input and output.
 
-    It inherits no other descriptor, no working directory, and of our environment, secrets included, only where the
-    system's libraries are. What it says on standard error goes nowhere. Raises OSError.
+    It inherits no other file descriptor, no working directory, and of the environment (which holds secrets) only
+    `LD_LIBRARY_PATH`. Its standard error is discarded. Raises OSError.
     """
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return await asyncio.create_subprocess_exec(

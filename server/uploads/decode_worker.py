@@ -1,12 +1,12 @@
-"""The process that decodes one uploaded picture or clip, started by `server.uploads.images` and trusted with nothing.
+"""The sandboxed process that decodes one uploaded picture or clip, started by `server.uploads.images`.
 
-It reads the upload from its standard input and writes RGB24 frames to its standard output, or leaves with the status of
-a `Refusal`; no text of a decoder ever leaves it. Bytes, pixels and frames are bounded by what a header says before
-anything is decoded, only the listed formats and codecs are tried, and decoding stops at the limits whatever the header
-said. What is left is up to the kernel: bounds on memory and on processor time, and no file descriptor beyond these two,
-so there is nothing to open and nobody to call.
+It reads the upload from standard input and writes RGB24 frames to standard output, or exits with the status of a
+`Refusal`; no decoder's message ever leaves it. Before decoding, it checks the sizes and frame counts in the headers and
+accepts only the listed formats and codecs; while decoding, it stops at the limits whatever the headers said. Beyond
+that the kernel limits memory and processor time, and allows no new file descriptor, so the process can open no file and
+no connection.
 
-It is run by its path and imports nothing of ours.
+It is run by its path and imports nothing from this project.
 """
 
 import importlib
@@ -25,29 +25,29 @@ from av.video.frame import VideoFrame
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 24
-"""Of one frame."""
+"""Per frame."""
 MAX_FRAMES = 300
-"""Of a clip, as it is stored."""
+"""Per clip, as stored."""
 MAX_CLIP_PIXELS = 1 << 29
-"""Of all frames of a clip together: some seconds of work."""
+"""Over all frames of a clip: some seconds of work."""
 KEPT_FRAMES = 33
-"""The newest frames at the model's rate that are handed to the engine: three chunks of the usual length."""
+"""How many of the last frames, at the model's frame rate, go to the engine: three chunks of the usual length."""
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "mpeg4"})
-"""Of clips, as the decoder calls them: what browsers and cameras make. JPEG 2000 is not among them."""
+"""Allowed codecs of clips, by decoder name: what browsers and cameras produce. JPEG 2000 is not among them."""
 
-LATE = (
+LAZY_MODULES = (
     *("av.audio.stream", "av.subtitles.stream", "av.video.stream", "av.video.reformatter"),
     *("PIL.MpoImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin"),
 )
-"""Modules that are loaded when they are needed: before the limits are set, because later there are no files."""
+"""Modules that PyAV and Pillow import on first use. `confine` imports them before it forbids opening files."""
 
 CPU_SECONDS = 15
 MEMORY_BYTES = 1536 << 20
-"""Of address space: a clip of the largest frames with all its references takes half of it."""
+"""Limit on address space. A clip of the largest frames with all its reference frames takes half of it."""
 
 
 class Refusal(IntEnum):
-    """Why there are no frames, as the process's exit status."""
+    """Why an upload is refused, as the process's exit status."""
 
     DAMAGED = 80
     PIXELS = 81
@@ -62,9 +62,9 @@ class Refused(Exception):
     """The upload is refused; `args[0]` is a `Refusal`."""
 
 
-def kind_of(data: bytes) -> str:
-    """What the first bytes say that it is, and nothing else: Pillow's name of a picture, FFmpeg's of a container."""
-    signs = {
+def detect_format(data: bytes) -> str:
+    """The format by the first bytes alone: Pillow's name for a picture, FFmpeg's for a container. Raises `Refused`."""
+    signatures = {
         "PNG": data[:8] == b"\x89PNG\r\n\x1a\n",
         "JPEG": data[:3] == b"\xff\xd8\xff",
         "GIF": data[:6] in (b"GIF87a", b"GIF89a"),
@@ -72,20 +72,20 @@ def kind_of(data: bytes) -> str:
         "mp4": data[4:8] == b"ftyp",
         "matroska": data[:4] == b"\x1aE\xdf\xa3",
     }
-    kinds = [kind for kind, shown in signs.items() if shown]
+    kinds = [kind for kind, matches in signatures.items() if matches]
     if len(kinds) != 1:
         raise Refused(Refusal.AMBIGUOUS if kinds else Refusal.DAMAGED)
     return kinds[0]
 
 
-def frames(data: bytes, width: int, height: int, fps: int) -> bytes:
-    """RGB24 frames of width x height, one after the other: the newest of the clip, or the one picture.
+def decode(data: bytes, width: int, height: int, fps: int) -> bytes:
+    """RGB24 frames, concatenated, height x width x 3 bytes each: the last ones of a clip, or the one of a picture.
 
-    Each is cut to the model's proportions about its middle; what is transparent becomes black. Raises `Refused`, or
-    whatever a decoder does.
+    Each frame is center-cropped to the model's proportions; transparent parts become black. Raises `Refused`, or
+    whatever a decoder raises.
     """
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    kind = kind_of(data)
+    kind = detect_format(data)
     pictures = clip_frames(data, kind, fps) if kind in ("mp4", "matroska") else picture_frames(data, kind, fps)
     kept: list[bytes] = []
     for picture, ticks in pictures:
@@ -109,10 +109,10 @@ def check_clip(count: int, pixels: int) -> None:
 
 
 def picture_frames(data: bytes, kind: str, fps: int) -> Iterator[tuple[Image.Image, int]]:
-    """The one frame of a picture, or those of an animated one, each with the ticks of `fps` that it is shown for."""
+    """The frames of a picture, still or animated, each with its duration in ticks of 1/`fps` s."""
     with Image.open(io.BytesIO(data), formats=[kind]) as image:
         check_size(*image.size)
-        # A JPEG's further pictures are thumbnails and depths, not frames.
+        # Further pictures in a JPEG are thumbnails and depth maps, not frames.
         count = 1 if kind == "JPEG" else frame_count(image)
         check_clip(count, image.width * image.height)
         shown = Fraction(0)
@@ -125,20 +125,20 @@ def picture_frames(data: bytes, kind: str, fps: int) -> Iterator[tuple[Image.Ima
 
 
 def frame_count(image: Image.Image) -> int:
-    """Frames of a picture, without decoding any."""
+    """The number of frames, without decoding any."""
     count: int = getattr(image, "n_frames", 1)
     return count
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB of any picture, on black."""
+    """The picture as RGB, on a black background."""
     rgba = image.convert("RGBA")
     black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
     return Image.alpha_composite(black, rgba).convert("RGB")
 
 
 def clip_frames(data: bytes, format: str, fps: int) -> Iterator[tuple[Image.Image, int]]:
-    """The frames of a clip, each with the ticks of `fps` that it is on screen for."""
+    """The frames of a clip, each with its duration in ticks of 1/`fps` s."""
     with av.open(io.BytesIO(data), format=format) as container:
         assert isinstance(container, InputContainer)
         if not container.streams.video:
@@ -147,7 +147,7 @@ def clip_frames(data: bytes, format: str, fps: int) -> Iterator[tuple[Image.Imag
         if video.codec_context.codec.name not in CODECS:
             raise Refused(Refusal.CODEC)
         check_size(video.codec_context.width, video.codec_context.height)
-        check_clip(video.frames, video.codec_context.width * video.codec_context.height)  # 0 where nothing says
+        check_clip(video.frames, video.codec_context.width * video.codec_context.height)  # 0 if the header has no count
         video.thread_count = 1
         ticks = 0
         last: VideoFrame | None = None
@@ -170,9 +170,9 @@ def as_image(frame: VideoFrame) -> Image.Image:
 
 
 def confine() -> None:
-    """Give up everything that decoding does not need, for good."""
+    """Give up, for good, every resource that decoding does not need."""
     Image.preinit()
-    for module in LATE:
+    for module in LAZY_MODULES:
         importlib.import_module(module)
     os.nice(10)  # live streams go first
     limits: list[tuple[int, int]] = [
@@ -192,12 +192,12 @@ def main(arguments: list[str]) -> int:
     confine()
     data = sys.stdin.buffer.read()
     try:
-        rgb: Any = frames(data, width, height, fps)
+        rgb: Any = decode(data, width, height, fps)
     except Refused as refused:
         return int(refused.args[0])
     except Image.DecompressionBombError:
         return Refusal.PIXELS
-    except Exception:  # decoders of damaged files raise nearly anything
+    except Exception:  # on damaged files, decoders raise nearly anything
         return Refusal.DAMAGED
     sys.stdout.buffer.write(rgb)
     sys.stdout.buffer.flush()
@@ -206,4 +206,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    os._exit(status)  # whatever a decoder would still like to do
+    os._exit(status)  # without running decoders' exit handlers
