@@ -45,17 +45,17 @@ class GrowingFileResponse(LongLivedResponse):
 
     async def send_all(self, scope: Scope, send: Send) -> None:
         growth, position = self._growth, 0
-        if not await growth.beyond(0):
+        if not await growth.wait_beyond(0):
             raise not_found(self._kind)
         descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while await growth.beyond(position):
+            while await growth.wait_beyond(position):
                 size = min(READ_BYTES, growth.size - position)
                 data = await asyncio.to_thread(os.pread, descriptor, size, position)
                 position += len(data)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            if not growth.whole:
+            if not growth.complete:
                 await abort_and_wait(scope)
             await send({"type": "http.response.body", "body": b""})
         except asyncio.CancelledError:

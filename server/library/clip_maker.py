@@ -320,7 +320,7 @@ class Clips:
     def _leave(self, clip: Clip) -> None:
         """It is over, or not wanted any more: the next one's turn."""
         if work := self._work.pop(clip.id, None):
-            work.growth.end(whole=clip.status is Status.COMPLETED)
+            work.growth.end(complete=clip.status is Status.COMPLETED)
             if work.task is not None and work.task is not asyncio.current_task():
                 work.task.cancel()
         self._keys.pop(clip.id, None)

@@ -1,4 +1,4 @@
-"""Video into files that can be read while they are written. What writes is for one thread at a time."""
+"""Writes MP4 files that can be read while they are written. Each writer is for one thread at a time."""
 
 import asyncio
 import io
@@ -12,20 +12,20 @@ from server.media import fmp4
 from server.media.encoder import VideoEncoder
 
 FRAGMENT_SECONDS = 1.0
-"""Playback time of a fragment at most: how far the readable part of a file is behind what was written to it."""
+"""Longest fragment, in playback time: the readable part of a file lags what was added by at most this."""
 KEY_SECONDS = 2
-"""In a clip every so many seconds are a keyframe: places to jump to."""
+"""Interval of a clip's keyframes, which are the points that players can seek to."""
 WEBP_QUALITY = 85
 
 
-class Mp4File:
-    """Coded frames as fragmented MP4. What is finished says its length and has an index, like any film."""
+class Mp4Writer:
+    """Writes encoded frames as fragmented MP4. A finished file states its duration and has an index for seeking."""
 
     def __init__(self, path: Path, width: int, height: int, fps: int) -> None:
-        """`path` is an empty file."""
+        """`path` is an existing, empty file."""
         self.frames = 0
         self.size = 0
-        """Bytes that can be read, up to the end of a fragment."""
+        """Readable bytes: up to the end of the last complete fragment."""
         self._shape = width, height
         self._period = CLOCK_RATE // fps
         self._parameters = b"", b""
@@ -36,7 +36,8 @@ class Mp4File:
         self._file = path.open("r+b", buffering=0)
 
     def add(self, access_unit: bytes, pts: int, *, key: bool) -> None:
-        """The next frame, in Annex B, shown at `pts` in 1/90000 s. The first is a keyframe. Raises OSError."""
+        """Add the next frame: an access unit in Annex B, shown at `pts` in 1/90000 s. The first must be a keyframe.
+        Raises OSError."""
         units = fmp4.nal_units(access_unit)
         if not self.frames:
             kinds = {unit[0] & 31: unit for unit in units}
@@ -48,7 +49,7 @@ class Mp4File:
         self.frames += 1
 
     def finish(self) -> None:
-        """Make it a whole film. Raises OSError."""
+        """Write the last fragment, the index and the duration, and close the file. Raises OSError."""
         try:
             if self._pending:
                 end = self._pending[-1][1] + self._period
@@ -60,12 +61,12 @@ class Mp4File:
             self.close()
 
     def close(self) -> None:
-        """Leave it as it is. Safe to call again."""
+        """Close the file as it is, without index and duration. Safe to call again."""
         self._pending.clear()
         self._file.close()
 
     def _flush(self, end: int) -> None:
-        """Write the frames that wait as a fragment; the last of them lasts until `end`."""
+        """Write the pending frames as one fragment; the last of them is shown until `end`."""
         pending, self._pending = self._pending, []
         times = [pts - self._first for _, pts, _ in pending]
         ends = [*times[1:], end - self._first]
@@ -88,8 +89,8 @@ class Mp4File:
             view = view[self._file.write(view) :]
 
 
-class ClipFile(Mp4File):
-    """Every frame of a clip, encoded as it comes."""
+class ClipFile(Mp4Writer):
+    """Encodes the frames of a clip as H.264 and writes them."""
 
     def __init__(self, path: Path, width: int, height: int, fps: int) -> None:
         super().__init__(path, width, height, fps)
@@ -97,51 +98,51 @@ class ClipFile(Mp4File):
         self._key_frames = KEY_SECONDS * fps
 
     def add_rgb(self, frames: Iterable[memoryview]) -> None:
-        """The next frames, each height x width x 3 bytes. Raises OSError."""
+        """Encode and add the next frames, RGB24 of height x width x 3 bytes each. Raises OSError."""
         for rgb in frames:
             pts = self.frames * self._period
-            coded = self._encoder.encode(rgb, pts, key=self.frames % self._key_frames == 0)
-            if coded is None:
+            encoded = self._encoder.encode(rgb, pts, key=self.frames % self._key_frames == 0)
+            if encoded is None:
                 raise RuntimeError("the encoder kept a frame to itself")
-            self.add(bytes(coded.packet), pts, key=coded.key)
+            self.add(bytes(encoded.packet), pts, key=encoded.key)
 
 
 def webp(rgb: memoryview, width: int, height: int) -> bytes:
-    """A frame as a picture."""
+    """An RGB24 frame, height x width x 3 bytes, as a WebP picture."""
     image = Image.frombytes("RGB", (width, height), bytes(rgb))
     image.save(out := io.BytesIO(), "WEBP", quality=WEBP_QUALITY)
     return out.getvalue()
 
 
 class Growth:
-    """How far a file has come, for those who read it meanwhile. Lives on the event loop."""
+    """A file that is being written, for readers who follow it. Used on the event loop only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
-        """Bytes that can be read."""
-        self.over = False
-        self.whole = False
-        """Over, and nothing is missing."""
+        """Readable bytes."""
+        self.ended = False
+        self.complete = False
+        """The file has ended and nothing is missing."""
         self._changed = asyncio.Event()
 
     def grow(self, size: int) -> None:
-        """This much can be read."""
+        """The first `size` bytes can be read now."""
         self.size = size
-        self._tell()
+        self._wake_readers()
 
-    def end(self, *, whole: bool) -> None:
-        """Nothing more comes. Safe to call again."""
-        if not self.over:
-            self.over, self.whole = True, whole
-            self._tell()
+    def end(self, *, complete: bool) -> None:
+        """The file will grow no more. Safe to call again."""
+        if not self.ended:
+            self.ended, self.complete = True, complete
+            self._wake_readers()
 
-    async def beyond(self, place: int) -> bool:
-        """Wait until there is more than `place` bytes; False when there never will be."""
-        while self.size <= place and not self.over:
+    async def wait_beyond(self, position: int) -> bool:
+        """Wait until more than `position` bytes can be read; False if the file ends before."""
+        while self.size <= position and not self.ended:
             await self._changed.wait()
-        return self.size > place
+        return self.size > position
 
-    def _tell(self) -> None:
+    def _wake_readers(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

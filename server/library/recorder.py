@@ -121,7 +121,7 @@ class Recorder:
         self._metrics.frames_dropped.labels("slow_recorder").inc(tape.lost)
         read(recording, tape)
         recording.finish(reason, time.time(), self._store.keep_seconds)
-        tape.growth.end(whole=recording.status == "completed")
+        tape.growth.end(complete=recording.status == "completed")
         if recording.id in self._recordings:
             self._store.update_record(recording.id, recording)
 

@@ -1,8 +1,8 @@
-"""The folder of what the server keeps for its clients: clips and recordings, each a record and some files.
+"""The data folder for clips and recordings. Each has a record (JSON) and some files, named by its id.
 
-It is closed to every other user, and bounded in bytes and age: what is full takes nothing more, what is old goes, and
-nothing goes before it said it would. A record is written when something is begun and when it is over, so that a server
-that starts again knows what it has. Names of files are ids of our own making.
+The folder is private to the server's user and limited in bytes and age. A full store accepts nothing new; items expire
+at the time that their record states and not before. Records are written when an item begins and when it ends, so that a
+restarted server finds what it has. Ids are made by the server, so no file name comes from a client.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `ValueError` with what the operator should do unless the folder is fit, or yet to be made."""
+    """Check that the folder is private to this user, or does not exist yet. Raises `ValueError` that tells the operator
+    what to do."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -42,7 +43,7 @@ def check_folder(folder: Path) -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove temporary folders of servers that were killed: nobody holds their locks any more."""
+    """Remove temporary data folders of servers that were killed, which are those that nobody holds a lock on."""
     for folder in Path(tempfile.gettempdir()).glob(TEMPORARY + "*"):
         with contextlib.suppress(OSError):
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -55,26 +56,27 @@ def remove_abandoned() -> None:
 
 
 def no_room(error: OSError) -> ApiError:
+    """Log that the folder cannot be written to; returns the error for the client."""
     logger.error("the data folder cannot be written to: %s", error)
     return ApiError(507, "storage_full", "The server cannot write to its data folder: tell its operator.")
 
 
 class Store:
-    """Open it once, close it once. Without a folder it makes one, which is gone with the server."""
+    """The data folder. With `folder` None, `open` makes a temporary one, which `close` deletes."""
 
     def __init__(self, folder: Path | None, limit_bytes: int, keep_seconds: float) -> None:
         self._folder = folder
         self._temporary = folder is None
         self._limit = limit_bytes
         self.keep_seconds = keep_seconds
-        """How long what is finished is kept."""
+        """How long finished items are kept."""
         self.used_bytes = 0
         """As of the last `measure`."""
         self._lock = -1
 
     def open(self) -> None:
-        """Take hold of the folder. Raises `OSError` when it cannot be written to or another server has it. Safe to call
-        again."""
+        """Create and lock the folder. Raises `OSError` if it cannot be written to or another server uses it. Safe to
+        call again."""
         if self._lock >= 0:
             return
         if self._folder is None:
@@ -91,25 +93,28 @@ class Store:
         self.measure()
 
     def close(self) -> None:
-        """Let go of the folder. Safe to call again."""
+        """Unlock the folder, and delete it if it is temporary. Safe to call again."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
             if self._temporary:
-                shutil.rmtree(self._at, ignore_errors=True)
+                shutil.rmtree(self._root, ignore_errors=True)
                 self._folder = None
 
     @property
-    def _at(self) -> Path:
+    def _root(self) -> Path:
         assert self._folder is not None
         return self._folder
 
-    # room
+    # space
 
     def measure(self) -> None:
-        """Bring `used_bytes` up to date. Runs in any thread."""
+        """Update `used_bytes`. Thread-safe."""
         used = 0
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._at) as entries:  # without it, writing will fail
+        with (
+            contextlib.suppress(FileNotFoundError),
+            os.scandir(self._root) as entries,
+        ):  # if the folder is missing, the next write reports it
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     used += entry.stat(follow_symlinks=False).st_size
@@ -117,11 +122,11 @@ class Store:
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be written."""
+        """Whether the limit of bytes is reached."""
         return self.used_bytes >= self._limit
 
     def check_room(self) -> None:
-        """Raises `ApiError` when there is none."""
+        """Raise `ApiError` if the store is full."""
         if self.full:
             message = f"The server keeps at most {self._limit / 1e9:g} GB and has them: delete clips or recordings."
             raise ApiError(507, "storage_full", message)
@@ -129,17 +134,17 @@ class Store:
     # files
 
     def path(self, id: str, suffix: str) -> Path:
-        """Where a file of this id is, or would be."""
-        return self._at / (id + suffix)
+        """The path of an item's file, whether or not it exists."""
+        return self._root / (id + suffix)
 
     def create(self, id: str, suffix: str) -> Path:
-        """A new and empty file."""
+        """Create an empty file. Raises OSError if it exists."""
         path = self.path(id, suffix)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE))
         return path
 
     def save(self, id: str, suffix: str, data: bytes) -> None:
-        """Write a whole file: whatever happens, it then holds this, or what it held before."""
+        """Replace a file atomically: after a crash it holds either the new or the old content."""
         fresh = self.path(id, suffix + ".new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE_FILE)
         with open(descriptor, "wb") as file:
@@ -147,27 +152,30 @@ class Store:
         fresh.replace(self.path(id, suffix))
 
     def remove(self, id: str) -> None:
-        """Delete the files of this id. Safe to call again."""
-        for path in self._at.glob(f"{id}.*"):
+        """Delete all files of an item. Safe to call again."""
+        for path in self._root.glob(f"{id}.*"):
             path.unlink(missing_ok=True)
 
     # records
 
     def save_record(self, id: str, record: msgspec.Struct) -> None:
-        """Write it down. Raises OSError."""
+        """Write an item's record. Raises OSError."""
         self.save(id, RECORD, msgspec.json.encode(record))
 
     def update_record(self, id: str, record: msgspec.Struct) -> None:
-        """Write it down, if there is room; an older one stays otherwise."""
+        """Write an item's record. If that fails, log it; the previous record stays."""
         try:
             self.save_record(id, record)
         except OSError as error:
             logger.error("the record of %s could not be written: %s", id, error)
 
     def records(self, prefix: str, kind: type[R]) -> Iterator[tuple[str, R]]:
-        """Id and record of everything whose id starts so. Files without a record are of no use, and deleted; what is
-        damaged stays for the operator to see. Raises OSError."""
-        ids = {path.name.partition(".")[0] for path in self._at.glob(f"{prefix}*")}
+        """Id and record of every item whose id starts with `prefix`.
+
+        Files without a record are useless and are deleted. An item with a damaged record is skipped and its files stay
+        for the operator. Raises OSError.
+        """
+        ids = {path.name.partition(".")[0] for path in self._root.glob(f"{prefix}*")}
         for id in sorted(ids):
             record = self.path(id, RECORD)
             if not record.is_file():

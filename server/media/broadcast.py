@@ -159,7 +159,7 @@ class Broadcast:
             self._key_at = time.monotonic()
         for tape in list(self._tapes):
             if not repeated and isinstance(frame, Frame):
-                tape.take(frame, coded)
+                tape.add(frame, coded)
             if tape.wants_key:
                 self.request_key()
         fragment = b""

@@ -1,7 +1,7 @@
-"""One stream as H.264 or VP8, encoded for real time: no frame waits for a later one, and keyframes come when asked for.
+"""Encodes one stream as H.264 or VP8 in real time: no frame waits for a later one, and keyframes come on request.
 
-The bitrate is a ceiling. A keyframe may take three frames' share of it, so that it neither floods a viewer's line nor
-falls out of what can be sent again.
+The bitrate is a ceiling. A keyframe may use three frames' share of it, so that it neither floods a viewer's connection
+nor exceeds the window of packets that can be retransmitted.
 """
 
 from dataclasses import dataclass
@@ -19,29 +19,29 @@ from engine.wire import CLOCK_RATE
 Codec = Literal["h264", "vp8"]
 
 TIME_BASE = Fraction(1, CLOCK_RATE)
-KEY_FRAMES_SECONDS = 10
-"""A keyframe comes this often at least, whoever asks."""
+MAX_KEY_INTERVAL_SECONDS = 10
+"""The longest interval between keyframes when nobody requests one."""
 KEY_SHARE = 3
-"""Frames' worth of bits that a keyframe may take."""
+"""How many frames' share of the bitrate a keyframe may use."""
 BT601 = 6
-"""SMPTE 170M, in the numbers of H.273: what VP8 always means, and what a picture without a label is taken for."""
+"""SMPTE 170M by its code in H.273: VP8 always uses it, and players assume it for an unlabelled picture."""
 LIMITED_RANGE = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedFrame:
-    """One frame as the encoder gave it: an access unit in Annex B, keyframes with parameter sets, or a VP8 frame."""
+    """One encoded frame: an H.264 access unit in Annex B (keyframes include parameter sets), or a VP8 frame."""
 
     packet: "Packet[VideoStream]"
-    """`pts` is on the playback clock, which stands still in no stall, in 1/90000 s."""
+    """Its `pts` is on the playback clock, in 1/90000 s, which runs on during a stall."""
     key: bool
 
 
 class VideoEncoder:
-    """RGB24 in, packets out. To be used by one thread at a time."""
+    """Encodes RGB24 frames. For one thread at a time."""
 
     def __init__(self, codec: Codec, width: int, height: int, fps: int, kbps: int | None) -> None:
-        """`kbps` is in kbit/s; None, with H.264 only, is for a file: no line has to carry it while it is made."""
+        """`kbps` is the ceiling in kbit/s. None (H.264 only) is for a file, which no connection limits."""
         if codec == "vp8":
             assert kbps is not None
             self._context = _vp8(fps, kbps)
@@ -50,19 +50,19 @@ class VideoEncoder:
         self._context.width, self._context.height = width, height
 
     def encode(self, rgb: memoryview, clock: int, *, key: bool) -> EncodedFrame | None:
-        """Encode the next frame, height x width x 3 bytes; None when the encoder chose to skip it.
+        """Encode the next frame, RGB24 of height x width x 3 bytes; None if the encoder skips it.
 
-        `clock` is its time in 1/90000 s, later than that of the frame before.
+        `clock` is its time in 1/90000 s and must increase from frame to frame.
         """
-        frame = picture(rgb, self._context.width, self._context.height)
+        frame = yuv420_frame(rgb, self._context.width, self._context.height)
         frame.pts, frame.time_base = clock, TIME_BASE
         frame.pict_type = PictureType.I if key else PictureType.NONE
         packets = self._context.encode(frame)
         return EncodedFrame(packets[0], packets[0].is_keyframe) if packets else None
 
 
-def picture(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
-    """A frame as encoders want it, YUV 4:2:0 from height x width x 3 bytes."""
+def yuv420_frame(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
+    """Convert RGB24, height x width x 3 bytes, to a YUV 4:2:0 frame (BT.601, limited range)."""
     frame = av.VideoFrame(width, height, "rgb24")
     plane = frame.planes[0]
     if padding := plane.line_size - 3 * width:
@@ -73,17 +73,17 @@ def picture(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
     return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
 
 
-def with_alpha(frame: av.VideoFrame, opacity: bytes) -> av.VideoFrame:
-    """A frame in YUV 4:2:0 and its opacity, height x width bytes, as one in YUVA."""
-    made = av.VideoFrame(frame.width, frame.height, "yuva420p")
-    for mine, plane in zip(made.planes, frame.planes, strict=False):
-        mine.update(_padded(bytes(plane), plane.line_size, mine.line_size))
-    made.planes[3].update(_padded(opacity, frame.width, made.planes[3].line_size))
-    return made
+def add_alpha(frame: av.VideoFrame, opacity: bytes) -> av.VideoFrame:
+    """Combine a YUV 4:2:0 frame and its opacity, height x width bytes, to a YUVA 4:2:0 frame."""
+    result = av.VideoFrame(frame.width, frame.height, "yuva420p")
+    for target, plane in zip(result.planes, frame.planes, strict=False):
+        target.update(_padded(bytes(plane), plane.line_size, target.line_size))
+    result.planes[3].update(_padded(opacity, frame.width, result.planes[3].line_size))
+    return result
 
 
 def _padded(rows: bytes, size: int, line_size: int) -> bytes:
-    """Rows of `size` bytes, cut or filled up to `line_size`."""
+    """Rows of `size` bytes, each truncated or zero-padded to `line_size`."""
     if size == line_size:
         return rows
     cut = (rows[at : at + min(size, line_size)] for at in range(0, len(rows), size))
@@ -96,7 +96,7 @@ def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
     context.pix_fmt = "yuv420p"
     context.framerate = Fraction(fps)
     context.time_base = TIME_BASE
-    context.gop_size = KEY_FRAMES_SECONDS * fps
+    context.gop_size = MAX_KEY_INTERVAL_SECONDS * fps
     context.thread_count = 1  # a second thread would take another stream's core, or delay a frame
     context.options = options
     return context
@@ -116,20 +116,20 @@ def _h264(fps: int, kbps: int) -> VideoCodecContext:
             "x264-params": "scenecut=0",
         },
     )
-    # What every browser decodes and WebRTC offers: no B-frames, no CABAC.
+    # Every browser decodes the Baseline profile and offers it in WebRTC: no B-frames, no CABAC.
     context.profile = "Baseline"
-    return _labelled(context)
+    return _set_colors(context)
 
 
 def _h264_file(fps: int) -> VideoCodecContext:
-    # Zero latency still: a frame that is handed over is in the file, for who reads along.
+    # Zero latency here too: each frame is in the file at once, for clients that read it while it grows.
     options = {"preset": "veryfast", "tune": "zerolatency", "crf": "17", "forced-idr": "1"}
     context = _context("libx264", fps, options)
     context.profile = "Main"
-    return _labelled(context)
+    return _set_colors(context)
 
 
-def _labelled(context: VideoCodecContext) -> VideoCodecContext:
+def _set_colors(context: VideoCodecContext) -> VideoCodecContext:
     context.max_b_frames = 0
     context.colorspace = context.color_primaries = context.color_trc = BT601
     context.color_range = LIMITED_RANGE
@@ -155,5 +155,5 @@ def _vp8(fps: int, kbps: int) -> VideoCodecContext:
         },
     )
     context.bit_rate = 1000 * kbps
-    context.qmin, context.qmax = 6, 63  # below 6 nobody sees the difference that the bits make
+    context.qmin, context.qmax = 6, 63  # below 6, more bits make no visible difference
     return context

@@ -1,8 +1,8 @@
-"""Fragmented MP4 of one H.264 track: an init segment, then fragments of one or more frames, each a function of its
-arguments; a file ends with an index of its keyframes.
+"""Builds fragmented MP4 with one H.264 track: an init segment, then fragments of one or more frames, and in files an
+index of keyframes at the end. All functions are pure.
 
-ISO/IEC 14496-12 for the boxes, 14496-15 for `avcC`, the byte stream format of Media Source Extensions for what a
-browser wants of both. Times are in 1/90000 s.
+Sources: ISO/IEC 14496-12 for the boxes, 14496-15 for `avcC`, and the byte stream format of Media Source Extensions for
+what browsers require. Times are in 1/90000 s.
 """
 
 import struct
@@ -13,10 +13,10 @@ from engine.wire import CLOCK_RATE
 
 TRACK = 1
 SPS, PPS, AUD, SEI = 7, 8, 9, 6
-"""Types of NAL units."""
+"""NAL unit types of H.264."""
 UNITY = struct.pack("!9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 KEY_FLAGS, OTHER_FLAGS = 0x02000000, 0x01010000
-"""Sample flags: depends on no other; depends on others and is no random access point."""
+"""Sample flags: depends on no other sample; depends on others and is no random access point."""
 
 
 def nal_units(access_unit: bytes) -> list[bytes]:
@@ -28,28 +28,28 @@ def nal_units(access_unit: bytes) -> list[bytes]:
 def init_segment(sps: bytes, pps: bytes, width: int, height: int, duration: int = 0) -> bytes:
     """`ftyp` and `moov` for these parameter sets (NAL units without start codes).
 
-    Its length does not depend on `duration`, which is 0 while nobody knows it.
+    `duration` is 0 while it is unknown; the segment's length does not depend on it, so that it can be filled in later.
     """
-    # 13 hours are the most that the older boxes can say; `mehd` says it in any case.
+    # The 32-bit boxes hold at most 13 hours; `mehd` holds the duration in any case.
     short = duration if duration < 1 << 32 else 0
     avcc = struct.pack("!5BBH", 1, sps[1], sps[2], sps[3], 0xFF, 0xE1, len(sps)) + sps
     avcc += struct.pack("!BH", 1, len(pps)) + pps
     avc1 = struct.pack("!6xH16xHHIII H32xHh", 1, width, height, 0x480000, 0x480000, 0, 1, 24, -1)
-    stsd = _full("stsd", 0, 0, struct.pack("!I", 1), _box("avc1", avc1, _box("avcC", avcc)))
+    stsd = _full_box("stsd", 0, 0, struct.pack("!I", 1), _box("avc1", avc1, _box("avcC", avcc)))
     empty = struct.pack("!I", 0)
     stbl = _box(
         "stbl",
         stsd,
-        _full("stts", 0, 0, empty),
-        _full("stsc", 0, 0, empty),
-        _full("stsz", 0, 0, empty, empty),
-        _full("stco", 0, 0, empty),
+        _full_box("stts", 0, 0, empty),
+        _full_box("stsc", 0, 0, empty),
+        _full_box("stsz", 0, 0, empty, empty),
+        _full_box("stco", 0, 0, empty),
     )
-    dinf = _box("dinf", _full("dref", 0, 0, struct.pack("!I", 1), _full("url ", 0, 1)))
-    minf = _box("minf", _full("vmhd", 0, 1, bytes(8)), dinf, stbl)
-    mdhd = _full("mdhd", 0, 0, struct.pack("!4IHH", 0, 0, CLOCK_RATE, short, 0x55C4, 0))  # language "und"
-    hdlr = _full("hdlr", 0, 0, struct.pack("!I4s12x", 0, b"vide"), b"video\0")
-    tkhd = _full(
+    dinf = _box("dinf", _full_box("dref", 0, 0, struct.pack("!I", 1), _full_box("url ", 0, 1)))
+    minf = _box("minf", _full_box("vmhd", 0, 1, bytes(8)), dinf, stbl)
+    mdhd = _full_box("mdhd", 0, 0, struct.pack("!4IHH", 0, 0, CLOCK_RATE, short, 0x55C4, 0))  # language "und"
+    hdlr = _full_box("hdlr", 0, 0, struct.pack("!I4s12x", 0, b"vide"), b"video\0")
+    tkhd = _full_box(
         "tkhd",
         0,
         3,
@@ -58,7 +58,7 @@ def init_segment(sps: bytes, pps: bytes, width: int, height: int, duration: int 
         struct.pack("!2I", width << 16, height << 16),
     )
     trak = _box("trak", tkhd, _box("mdia", mdhd, hdlr, minf))
-    mvhd = _full(
+    mvhd = _full_box(
         "mvhd",
         0,
         0,
@@ -67,14 +67,14 @@ def init_segment(sps: bytes, pps: bytes, width: int, height: int, duration: int 
         bytes(24),
         struct.pack("!I", TRACK + 1),
     )
-    mehd = _full("mehd", 1, 0, struct.pack("!Q", duration))
-    mvex = _box("mvex", mehd, _full("trex", 0, 0, struct.pack("!5I", TRACK, 1, 0, 0, 0)))
+    mehd = _full_box("mehd", 1, 0, struct.pack("!Q", duration))
+    mvex = _box("mvex", mehd, _full_box("trex", 0, 0, struct.pack("!5I", TRACK, 1, 0, 0, 0)))
     return _box("ftyp", b"isom", struct.pack("!I", 0x200), b"isomiso5avc1mp41") + _box("moov", mvhd, trak, mvex)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One frame."""
+    """One frame, with length-prefixed NAL units."""
 
     data: bytes
     duration: int
@@ -82,15 +82,15 @@ class Sample:
 
 
 def sample(units: Sequence[bytes], duration: int, *, key: bool) -> Sample:
-    """A frame of these NAL units, its parameter sets left out."""
+    """A frame made of these NAL units, without parameter sets (they are in the init segment)."""
     kept = (unit for unit in units if unit[0] & 31 not in (SPS, PPS, AUD, SEI))
     return Sample(b"".join(struct.pack("!I", len(unit)) + unit for unit in kept), duration, key)
 
 
 def fragment(number: int, time: int, samples: Sequence[Sample]) -> bytes:
-    """`moof` and `mdat` with these frames, the first at `time`. `number` counts from 1."""
-    tfhd = _full("tfhd", 0, 0x020000, struct.pack("!I", TRACK))  # offsets count from the start of the moof
-    tfdt = _full("tfdt", 1, 0, struct.pack("!Q", time))
+    """`moof` and `mdat` with these frames, the first shown at `time`. `number` counts fragments from 1."""
+    tfhd = _full_box("tfhd", 0, 0x020000, struct.pack("!I", TRACK))  # offsets count from the start of the moof
+    tfdt = _full_box("tfdt", 1, 0, struct.pack("!Q", time))
     # data offset present; duration, size and flags of each sample
     fields = 0x000001 | 0x000100 | 0x000200 | 0x000400
     size_of_trun = 8 + 4 + 4 + 4 + 12 * len(samples)
@@ -98,16 +98,16 @@ def fragment(number: int, time: int, samples: Sequence[Sample]) -> bytes:
     entries = [
         struct.pack("!III", each.duration, len(each.data), KEY_FLAGS if each.key else OTHER_FLAGS) for each in samples
     ]
-    trun = _full("trun", 0, fields, struct.pack("!Ii", len(samples), size_of_moof + 8), *entries)
-    moof = _box("moof", _full("mfhd", 0, 0, struct.pack("!I", number)), _box("traf", tfhd, tfdt, trun))
+    trun = _full_box("trun", 0, fields, struct.pack("!Ii", len(samples), size_of_moof + 8), *entries)
+    moof = _box("moof", _full_box("mfhd", 0, 0, struct.pack("!I", number)), _box("traf", tfhd, tfdt, trun))
     return moof + _box("mdat", *(each.data for each in samples))
 
 
 def index(keyframes: Sequence[tuple[int, int]]) -> bytes:
-    """`mfra`: time and place of each fragment that begins with a keyframe. The place is that of its `moof`."""
-    entries = (struct.pack("!QQBBB", time, place, 1, 1, 1) for time, place in keyframes)
-    tfra = _full("tfra", 1, 0, struct.pack("!III", TRACK, 0, len(keyframes)), *entries)
-    return _box("mfra", tfra, _full("mfro", 0, 0, struct.pack("!I", 8 + len(tfra) + 16)))
+    """`mfra`: an index of the fragments that begin with a keyframe, as pairs of time and byte offset of the `moof`."""
+    entries = (struct.pack("!QQBBB", time, offset, 1, 1, 1) for time, offset in keyframes)
+    tfra = _full_box("tfra", 1, 0, struct.pack("!III", TRACK, 0, len(keyframes)), *entries)
+    return _box("mfra", tfra, _full_box("mfro", 0, 0, struct.pack("!I", 8 + len(tfra) + 16)))
 
 
 def _box(name: str, *parts: bytes) -> bytes:
@@ -115,5 +115,5 @@ def _box(name: str, *parts: bytes) -> bytes:
     return struct.pack("!I4s", 8 + len(body), name.encode()) + body
 
 
-def _full(name: str, version: int, flags: int, *parts: bytes) -> bytes:
+def _full_box(name: str, version: int, flags: int, *parts: bytes) -> bytes:
     return _box(name, struct.pack("!I", version << 24 | flags), *parts)

@@ -1,7 +1,7 @@
-"""Pictures with transparency for players that know none: the colour above its matte, in a picture of twice the height.
+"""Transparency for players without alpha: the frame stacked on its matte, in a picture of twice the height.
 
-The matte is white where the picture is opaque and black where it is not. It is keyed: what is near one colour, or dark,
-is taken for the background. A page puts the halves together again (`clients/overlay`); colours are not multiplied.
+The matte is white where the frame is opaque and black where it is transparent. It is keyed: pixels near one colour, or
+dark pixels, count as background. A page combines the halves again (`clients/overlay`). Colours are not premultiplied.
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from PIL import Image, ImageChops, ImageColor
 
 @dataclass(frozen=True, slots=True)
 class Matte:
-    """What is transparent.
+    """A chroma or luma key: which pixels are transparent.
 
-    `chroma` compares with `color` in the plane of Cb and Cr, so that shadows on the background are background: the
-    distance is the larger of the two differences, as a part of 255. `luma` takes dark for transparent: the distance is
-    the luma, as a part of 255. Up to `tolerance` the picture is transparent, from `tolerance + softness` on opaque, and
-    evenly between.
+    `chroma` compares Cb and Cr with those of `color`, so that shadows on the background count as background; the
+    distance is the larger of the two differences, divided by 255. `luma` makes dark pixels transparent; the distance is
+    the luma divided by 255. A pixel is transparent up to a distance of `tolerance`, opaque from
+    `tolerance + softness` on, and linear in between.
     """
 
     mode: Literal["chroma", "luma"]
     color: str
-    """#rrggbb; for `chroma`."""
+    """#rrggbb; used by `chroma` only."""
     tolerance: float
     softness: float
 
     def opacity(self, rgb: memoryview, width: int, height: int) -> bytes:
-        """Of RGB24, height x width x 3 bytes: height x width bytes, 255 where it is opaque."""
-        return self.of(Image.frombytes("RGB", (width, height), bytes(rgb))).tobytes()
+        """The opacity of RGB24 pixels, height x width x 3 bytes: height x width bytes, 255 is opaque."""
+        return self.opacity_image(Image.frombytes("RGB", (width, height), bytes(rgb))).tobytes()
 
-    def of(self, picture: Image.Image) -> Image.Image:
-        """Of an RGB picture: L, of the same size."""
+    def opacity_image(self, picture: Image.Image) -> Image.Image:
+        """The opacity of an RGB picture, as a greyscale (L) picture of the same size."""
         luma, *chroma = picture.convert("YCbCr").split()
         if self.mode == "luma":
             return luma.point(self._ramp())
@@ -44,15 +44,15 @@ class Matte:
         return ImageChops.lighter(cb, cr).point(self._ramp())
 
     def _ramp(self) -> list[int]:
-        """Opacity by distance."""
+        """Opacity (0 to 255) by distance (0 to 255)."""
         softness = max(self.softness, 1e-6)
         opacity = ((distance / 255 - self.tolerance) / softness for distance in range(256))
         return [round(255 * min(1.0, max(0.0, each))) for each in opacity]
 
 
 def stack(rgb: memoryview, width: int, height: int, matte: Matte | None) -> memoryview:
-    """RGB24, height x width x 3 bytes, above its matte: twice as many bytes. Without a matte everything is opaque."""
+    """Stack RGB24 pixels, height x width x 3 bytes, on their matte: twice as many bytes. No matte means opaque."""
     if matte is None:
         return memoryview(bytes(rgb) + b"\xff" * len(rgb))
-    opacity = matte.of(Image.frombytes("RGB", (width, height), bytes(rgb)))
+    opacity = matte.opacity_image(Image.frombytes("RGB", (width, height), bytes(rgb)))
     return memoryview(bytes(rgb) + Image.merge("RGB", (opacity, opacity, opacity)).tobytes())

@@ -136,7 +136,7 @@ async def test_webm_is_transparent_where_the_matte_says_so(run_gateway: Any) -> 
         assert plane(shown[0], 3).getextrema() == (255, 255)
         for index in (20, 31):
             picture = drawn(backend, live(gateway, stream), index)
-            alpha, right = plane(shown[index], 3), matte.of(picture)
+            alpha, right = plane(shown[index], 3), matte.opacity_image(picture)
             assert ImageStat.Stat(ImageChops.difference(alpha, right)).mean[0] < 6
             # nor is it the mean that fits; a single pixel the encoder may blur, and more so while it is short of time
             clear, opaque = (ImageStat.Stat(alpha, right.point(mask)).mean[0] for mask in (CLEAR, OPAQUE))
@@ -359,7 +359,7 @@ async def test_a_tape_that_cannot_keep_up_ends_without_a_gap(tmp_path: Path, mon
     path.touch()
     taken = Tape("webm", 16, Growth(path), lambda: False)
     for index in range(9):  # before it gets to write anything
-        taken.take(Frame(index, 5625 * index, 64, 48, 0, memoryview(bytes(64 * 48 * 3))))
+        taken.add(Frame(index, 5625 * index, 64, 48, 0, memoryview(bytes(64 * 48 * 3))))
     assert await taken.run() == "too_slow"
     assert len(frames(path.read_bytes())) == taken.frames == 6
 

@@ -18,7 +18,7 @@ GREEN = "#00b140"
 
 
 def opacity(matte: Matte, color: tuple[int, int, int]) -> int:
-    value = matte.of(Image.new("RGB", (2, 2), color)).getpixel((1, 1))
+    value = matte.opacity_image(Image.new("RGB", (2, 2), color)).getpixel((1, 1))
     assert isinstance(value, int)
     return value
 
