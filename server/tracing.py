@@ -87,8 +87,8 @@ class Tracing:
         assert whole is not None
         with use_span(whole):
             self.span("generate", chunk.generated, about)
-            if chunk.first.encoded is not None:
-                self.span("encode", chunk.first.encoded, about)
+            if chunk.first.encode_period is not None:
+                self.span("encode", chunk.first.encode_period, about)
             self.span("send", chunk.sent, about)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ class MjpegResponse(LongLivedResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._stream.audience.remove(self._viewer)
-            self._viewer.forget()
+            self._viewer.clear()
 
     async def send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

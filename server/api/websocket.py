@@ -53,7 +53,7 @@ async def serve(websocket: WebSocket, streams: Registry) -> None:
         close = await exchange(websocket, viewer)
     finally:
         stream.audience.remove(viewer)
-        viewer.forget()
+        viewer.clear()
     if close is None:
         return
     code, reason = close

@@ -89,19 +89,19 @@ class WhepSessions:
 
     async def end(self, stream: str, session: str) -> None:
         """Close a session, and wait until its resources are released. Raises `ApiError` 404."""
-        self.get(stream, session).over.set()
+        self.get(stream, session).closed.set()
         await asyncio.wait([self._tasks[stream, session]])
 
     def keep_keys(self, serials: Container[int]) -> None:
         """Close the sessions of API keys that are not in `serials`, because they were revoked."""
         for session, key in self._keys.items():
             if key not in serials:
-                self._peers[session].over.set()
+                self._peers[session].closed.set()
 
     async def stop(self) -> None:
         """Close every session."""
         for peer in self._peers.values():
-            peer.over.set()
+            peer.closed.set()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _serve(self, stream: Stream, session: str, peer: Peer) -> None:
@@ -109,17 +109,17 @@ class WhepSessions:
         opened_at = time.monotonic()
         peer.on_keyframe_request(lambda: stream.audience.request_key(peer.viewer))
         try:
-            await first_of(peer.connected.wait(), peer.over.wait(), timeout=CONNECT_SECONDS)
-            if peer.connected.is_set() and not peer.over.is_set():
+            await first_of(peer.connected.wait(), peer.closed.wait(), timeout=CONNECT_SECONDS)
+            if peer.connected.is_set() and not peer.closed.is_set():
                 seconds = time.monotonic() - opened_at
                 self._metrics.first_frame_phase_seconds.labels("connect").observe(seconds)
                 await stream.attach(peer.viewer)
-                await peer.over.wait()
+                await peer.closed.wait()
         except ApiError as error:
             logger.info("a viewer was not accepted: %s", error.detail)
         finally:
             stream.audience.remove(peer.viewer)
-            peer.viewer.forget()
+            peer.viewer.clear()
             del self._peers[key], self._tasks[key]
             self._keys.pop(key, None)
             try:

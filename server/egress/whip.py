@@ -39,12 +39,12 @@ async def push_whip(target: Destination, address: str, token: str, servers: Sequ
                 "invalid_answer", f"{target.authority} answers with no SDP that can be used"
             ) from None
         publisher.on_keyframe_request(lambda: feed.request_key(publisher.viewer))
-        await first_of(publisher.connected.wait(), publisher.over.wait(), timeout=CONNECT_SECONDS)
-        if not publisher.connected.is_set() or publisher.over.is_set():
+        await first_of(publisher.connected.wait(), publisher.closed.wait(), timeout=CONNECT_SECONDS)
+        if not publisher.connected.is_set() or publisher.closed.is_set():
             raise UnreachableError("not_connected", f"{target.authority} cannot be reached by UDP")
         await feed.attach(publisher.viewer)
         feed.on_live()
-        await publisher.over.wait()
+        await publisher.closed.wait()
         if publisher.viewer.close_code is None:
             raise UnreachableError("connection_lost", f"{target.authority} ended the connection")
     finally:

@@ -130,6 +130,8 @@ class Tape:
             self.finish("too_slow")
         self._wake.set()
 
+    take = add
+
     def finish(self, reason: Reason) -> None:
         """Accept no more frames; `run` writes what is queued and closes the file. Safe to call again."""
         if self._reason is None:

@@ -1,8 +1,9 @@
-"""One video frame becomes one packet per format, encoded once however many viewers there are.
+"""Video frames, and the picture formats in which each frame stands alone. Each frame is encoded once per format, for
+all viewers.
 
-A packet is a 16-byte header in network byte order (u8 version, u8 format, u16 width, u16 height, u16 flags, u64
-presentation time in 1/90000 s) and the payload: a JPEG, height x width x 3 bytes of RGB24, or a piece of fragmented
-MP4.
+An encoded picture starts with a 16-byte header in network byte order: u8 version, u8 format, u16 width, u16 height,
+u16 flags, u64 presentation time in 1/90000 s. The payload is a JPEG, height x width x 3 bytes of RGB24, or a piece of
+fragmented MP4.
 """
 
 import asyncio
@@ -20,114 +21,121 @@ from server.media.matte import Matte, stack
 from server.metrics import Metrics
 
 Format = Literal["mjpeg", "rgb24"]
-NUMBERS: dict[Format, int] = {"mjpeg": 1, "rgb24": 2}
-"""Of the format, in the header."""
+FORMAT_NUMBERS: dict[Format, int] = {"mjpeg": 1, "rgb24": 2}
+"""The formats' numbers in the header."""
 
 FMP4 = 3
-"""Number in the header of fragmented MP4, which a frame alone does not make: see `server.media.broadcast`."""
+"""The number of fragmented MP4 in the header. `server.media.broadcast` makes it: it takes more than one frame."""
 
 HEADER = struct.Struct("!BBHHHQ")
 VERSION = 1
 DISCONTINUITY = 1
-"""Header flag: the scene starts afresh with this frame."""
+"""Header flag: a new scene starts with this frame."""
 KEY = 2
-"""Header flag of fragmented MP4: can be shown without the fragments before it."""
-HEAD = 4
-"""Header flag of fragmented MP4: the init segment."""
+"""Header flag of fragmented MP4: this fragment can be decoded without those before it."""
+INIT = 4
+"""Header flag of fragmented MP4: this is the init segment."""
 
 JPEG_QUALITY = 85
 
 
 @dataclass(slots=True, eq=False)
 class Frame:
-    """One frame on its way to the screen."""
+    """One frame of a stream, from the engine to the viewers."""
 
     index: int
-    """From the start of the stream."""
+    """Counted from the start of the stream."""
     pts: int
-    """1/90000 s."""
+    """Presentation time in 1/90000 s."""
     width: int
     height: int
     flags: int
     rgb: memoryview
-    """height x width x 3 bytes, a slice of the chunk that it came in."""
-    encoded: tuple[float, float] | None = None
-    """When it was first being encoded, on the monotonic clock; None before that."""
-    packets: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
-    stacked: "Stacked | None" = None
+    """RGB24, height x width x 3 bytes: a slice of the chunk that it arrived in."""
+    encode_period: tuple[float, float] | None = None
+    """Start and end of its first encoding, on the monotonic clock; None before that."""
+    encoded: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
+    stacked: "StackedFrame | None" = None
 
-    def above(self, matte: Matte | None) -> "Stacked":
-        """The frame above its matte, the same for all who ask."""
+    def stacked_on(self, matte: Matte | None) -> "StackedFrame":
+        """The frame stacked on its matte; made once for all viewers."""
         if self.stacked is None or self.stacked.matte is not matte:
-            self.stacked = Stacked(self, matte)
+            self.stacked = StackedFrame(self, matte)
         return self.stacked
 
+    above = stacked_on
 
-class Stacked:
-    """A frame above its matte, which is made when it is first encoded."""
+
+class StackedFrame:
+    """A frame stacked on its matte, twice as high. The matte is computed when the pixels are first needed."""
 
     def __init__(self, frame: Frame, matte: Matte | None) -> None:
         self.index, self.pts, self.flags, self.width = frame.index, frame.pts, frame.flags, frame.width
         self.height = 2 * frame.height
         self.matte = matte
-        self.encoded: tuple[float, float] | None = None
-        self.packets: dict[Format, asyncio.Future[bytes]] = {}
+        self.encode_period: tuple[float, float] | None = None
+        self.encoded: dict[Format, asyncio.Future[bytes]] = {}
         self._frame_rgb = frame.rgb
         self._lock = threading.Lock()
         self._rgb: memoryview | None = None
 
     @property
     def rgb(self) -> memoryview:
-        """As `Frame.rgb`. Not for the event loop: the first to ask does the work."""
+        """As `Frame.rgb`. The first access computes it: do not call this on the event loop."""
         with self._lock:
             if self._rgb is None:
                 self._rgb = stack(self._frame_rgb, self.width, self.height // 2, self.matte)
             return self._rgb
 
 
-Picture = Frame | Stacked
+AnyFrame = Frame | StackedFrame
+Picture = AnyFrame
 
 
-Image.preinit()  # loads what writes JPEGs now, and not when there may be no file descriptor for it
+Image.preinit()  # loads the JPEG encoder now; later there might be no free file descriptor for it
 
 
-class Encoder:
-    """Turns frames into packets in a thread, so that the event loop never waits for a JPEG."""
+class PictureEncoder:
+    """Encodes frames as pictures in a thread, so that the event loop never waits for a JPEG."""
 
     def __init__(self, executor: Executor, metrics: Metrics) -> None:
         self._executor = executor
         self._metrics = metrics
 
-    def packet(self, frame: Picture, format: Format) -> asyncio.Future[bytes]:
-        """The frame's packet, encoded on the first call and shared by every later one."""
-        if (packet := frame.packets.get(format)) is None:
+    def encode(self, frame: AnyFrame, format: Format) -> asyncio.Future[bytes]:
+        """The frame as a picture with its header; encoded on the first call and shared by later ones."""
+        if (picture := frame.encoded.get(format)) is None:
             loop = asyncio.get_running_loop()
-            packet = frame.packets[format] = loop.run_in_executor(self._executor, self._encode, frame, format)
-        # Whoever stops waiting must not cancel it for the others.
-        return asyncio.shield(packet)
+            picture = frame.encoded[format] = loop.run_in_executor(self._executor, self._encode, frame, format)
+        # A caller that is cancelled must not cancel the work of the others.
+        return asyncio.shield(picture)
 
-    def _encode(self, frame: Picture, format: Format) -> bytes:
+    packet = encode
+
+    def _encode(self, frame: AnyFrame, format: Format) -> bytes:
         start = time.monotonic()
-        packet = encode(frame, format)
+        picture = encode_picture(frame, format)
         end = time.monotonic()
-        frame.encoded = frame.encoded or (start, end)
+        frame.encode_period = frame.encode_period or (start, end)
         self._metrics.encode_seconds.labels(format).observe(end - start)
-        return packet
+        return picture
 
 
-def encode(frame: Picture, format: Format) -> bytes:
-    """Header and payload. Runs in any thread."""
-    number = NUMBERS[format]
-    header = HEADER.pack(VERSION, number, frame.width, frame.height, frame.flags, frame.pts)
+Encoder = PictureEncoder
+
+
+def encode_picture(frame: AnyFrame, format: Format) -> bytes:
+    """Header and payload of a frame as a picture. Thread-safe."""
+    header = HEADER.pack(VERSION, FORMAT_NUMBERS[format], frame.width, frame.height, frame.flags, frame.pts)
     if format == "rgb24":
         return header + frame.rgb
     image = Image.frombytes("RGB", (frame.width, frame.height), bytes(frame.rgb))
-    # Full colour resolution: the page scales small pictures up, where halved chroma shows as coloured fringes.
+    # Full chroma resolution: pages scale small pictures up, which makes subsampled chroma visible as colour fringes.
     image.save(out := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
     return header + out.getbuffer()
 
 
-def fmp4_packet(frame: Picture, pts: int, body: bytes, *, key: bool = False, head: bool = False) -> bytes:
-    """Header and body of a piece of fragmented MP4; `pts` is in 1/90000 s."""
-    flags = HEAD if head else frame.flags | KEY * key
+def fmp4_message(frame: AnyFrame, pts: int, body: bytes, *, key: bool = False, init: bool = False) -> bytes:
+    """Header and body of a piece of fragmented MP4. `pts` is in 1/90000 s; `init` marks the init segment."""
+    flags = INIT if init else frame.flags | KEY * key
     return HEADER.pack(VERSION, FMP4, frame.width, frame.height, flags, pts) + body

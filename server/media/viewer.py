@@ -1,7 +1,7 @@
-"""What one viewer still has to be sent: a bounded queue that loses old frames, and never an event.
+"""One viewer's send queue: bounded, drops old frames, never drops an event.
 
-A viewer too slow for the frames sees fewer of them; where frames build on each other, it goes on at the next keyframe.
-One that does not even take its events is overrun, and its shell lets it go. Neither ever makes the stream wait.
+A slow viewer gets fewer frames; with a codec whose frames depend on each other, it continues at the next keyframe. A
+viewer that does not even read its events is overrun and gets disconnected. Neither delays the stream.
 """
 
 import asyncio
@@ -16,42 +16,43 @@ MAX_FRAMES = 8
 MAX_EVENTS = 256
 
 Watching = Format | Codec | Literal["fmp4", "events"]
-"""What a viewer takes: pictures, a codec's packets over WebRTC, fragments of MP4, or no frames at all."""
-PICTURES: dict[Watching, Format] = {"mjpeg": "mjpeg", "rgb24": "rgb24"}
-"""Where every frame is a picture of its own."""
-CODECS: dict[Watching, Codec] = {"h264": "h264", "vp8": "vp8", "fmp4": "h264"}
-"""Where frames build on each other: which encoder they come from."""
+"""What a viewer receives: pictures, a codec's frames over WebRTC, fragments of MP4, or events only."""
+PICTURE_FORMATS: dict[Watching, Format] = {"mjpeg": "mjpeg", "rgb24": "rgb24"}
+"""Formats in which each frame stands alone."""
+CODEC_OF: dict[Watching, Codec] = {"h264": "h264", "vp8": "vp8", "fmp4": "h264"}
+"""Formats in which frames depend on earlier ones, and the codec that makes them."""
 
 Item = str | bytes | EncodedFrame
+"""An event (JSON text), a picture or piece of MP4 (with its header), or a frame for WebRTC."""
 
 
 class _Kind(Enum):
-    KEPT = 0
-    """An event, or what the frames cannot be read without."""
+    REQUIRED = 0
+    """Never dropped: an event or an init segment."""
     FRAME = 1
     KEY = 2
-    """A frame that can be shown without those before it."""
+    """A frame that can be decoded without those before it."""
 
 
 class Viewer:
-    """One consumer of a stream: text items are events, others are frames, in the order they happened."""
+    """One consumer of a stream, with the queue of what it is still to be sent, in order."""
 
     def __init__(self, format: Watching, *, events: bool = True, alpha: bool = False) -> None:
         self.format = format
         self.alpha = alpha
-        """It takes every frame above its matte (see `server.media.matte`)."""
-        self.picture = PICTURES.get(format)
-        self.codec = CODECS.get(format)
+        """It gets every frame stacked on its matte (see `server.media.matte`)."""
+        self.picture = PICTURE_FORMATS.get(format)
+        self.codec = CODEC_OF.get(format)
         self.dropped = 0
-        """Frames this viewer was too slow for."""
+        """Frames dropped because the viewer was too slow."""
         self.overrun = False
-        """Events piled up too: there is nothing left to do but to disconnect."""
+        """Too many events are queued: the viewer must be disconnected."""
         self.close_code: int | None = None
-        """Set with the last item: close with this code once the queue is empty."""
+        """Once set, nothing more is queued: close with this code when the queue is empty."""
         self.awaits_key = self.codec is not None
-        """Frames are of no use to it before the next keyframe."""
+        """It can decode nothing before the next keyframe."""
         self.started = False
-        """It has been given a frame."""
+        """A frame has been queued for it."""
         self._events = events
         self._items: deque[tuple[_Kind, Item]] = deque()
         self._frames = 0
@@ -61,7 +62,7 @@ class Viewer:
         return len(self._items)
 
     def event(self, text: str) -> None:
-        """Queue an event, if this viewer takes any."""
+        """Queue an event, unless the viewer wants none."""
         if not self._events:
             return
         if len(self._items) - self._frames >= MAX_EVENTS:
@@ -69,19 +70,19 @@ class Viewer:
             self._items.clear()
             self._frames = 0
         if not self.overrun:
-            self._items.append((_Kind.KEPT, text))
+            self._items.append((_Kind.REQUIRED, text))
         self._wake.set()
 
-    def head(self, packet: bytes) -> None:
-        """Queue what the frames that follow cannot be read without: it is never dropped."""
+    def init_segment(self, item: bytes) -> None:
+        """Queue an init segment, which the following frames need. It is never dropped."""
         if not self.overrun:
-            self._items.append((_Kind.KEPT, packet))
+            self._items.append((_Kind.REQUIRED, item))
 
-    def frame(self, packet: bytes | EncodedFrame, *, key: bool = True) -> int:
-        """Queue a frame; returns how many were dropped for it, itself included.
+    def frame(self, item: bytes | EncodedFrame, *, key: bool = True) -> int:
+        """Queue a frame; returns how many frames were dropped, possibly including this one.
 
-        `key` says that it can be shown without those before it. A viewer that has just come waits for such a frame;
-        what it does not get until then does not count as dropped.
+        `key` says that it can be decoded without those before it. A new viewer waits for such a frame; the frames it
+        misses until then do not count as dropped.
         """
         if self.overrun:
             return 1
@@ -93,40 +94,40 @@ class Viewer:
             dropped += self.started
         else:
             self.awaits_key, self.started = False, True
-            self._items.append((_Kind.KEY if key else _Kind.FRAME, packet))
+            self._items.append((_Kind.KEY if key else _Kind.FRAME, item))
             self._frames += 1
             self._wake.set()
         self.dropped += dropped
         return dropped
 
     def finish(self, close_code: int) -> None:
-        """The stream is over: close once everything has been sent."""
+        """The stream has ended: close once the queue is empty."""
         self.close_code = close_code
         self._wake.set()
 
-    def forget(self) -> None:
-        """The viewer is gone: drop what it was not sent."""
+    def clear(self) -> None:
+        """Empty the queue: the viewer has left."""
         self._items.clear()
         self._frames = 0
 
     async def next(self) -> Item | None:
-        """The next item, as soon as there is one; None when the socket should be closed instead."""
+        """Wait for the next item; None when the connection should be closed instead."""
         while not self._items:
             if self.overrun or self.close_code is not None:
                 return None
             self._wake.clear()
             await self._wake.wait()
         kind, item = self._items.popleft()
-        self._frames -= kind is not _Kind.KEPT
+        self._frames -= kind is not _Kind.REQUIRED
         return item
 
     def _drop(self) -> int:
-        """Drop the oldest frame, and those that build on it."""
+        """Drop the oldest frame and those that depend on it; returns how many."""
         kept: deque[tuple[_Kind, Item]] = deque()
         before, found = self._frames, False
         for kind, item in self._items:
             found = found or (kind is _Kind.KEY and self._frames < before)
-            if kind is _Kind.KEPT or found:
+            if kind is _Kind.REQUIRED or found:
                 kept.append((kind, item))
             else:
                 self._frames -= 1

@@ -1,9 +1,9 @@
-"""One viewer over WebRTC: an offer becomes an answer, and packets that are encoded already become RTP.
+"""WebRTC connections that send a stream: to a viewer (WHEP) or to a server (WHIP). Encoded frames become RTP.
 
-This is the only file that knows aiortc from inside. What it takes from there that is no public interface is pinned by
-`tests/server/test_rtc.py`: the role in DTLS follows the offer, `RTCRtpSender._send_keyframe` is called for PLI and FIR,
-a connection's certificates, `RTCRtpSender._retransmit` is called for each packet of a NACK, a receiver can do without
-its estimator of the bitrate, and `aioice.Connection.get_component_candidates`, `data_received` and `_check_list`.
+This is the only file that uses aiortc's internals. `tests/server/media/test_webrtc.py` pins those it relies on: the
+DTLS role follows the offer; `RTCRtpSender._send_keyframe` is called for PLI and FIR; a connection's certificates;
+`RTCRtpSender._retransmit` is called for each packet of a NACK; a receiver works without its bitrate estimator; and
+`aioice.Connection.get_component_candidates`, `data_received` and `_check_list`.
 """
 
 import asyncio
@@ -38,30 +38,30 @@ from server.media.encoder import Codec, EncodedFrame
 from server.media.viewer import Viewer
 from server.rate_limit import TokenBucket
 
-# It tells of every pair of addresses that it tries, which are viewers'.
+# At INFO it logs every pair of addresses that it tries, which would disclose viewers' addresses.
 logging.getLogger("aioice").setLevel(logging.WARNING)
 
 MAX_LINES = 600
-"""Of an offer; browsers send about 250 for video and audio."""
+"""Of an SDP; browsers send about 250 for video and audio."""
 MAX_CANDIDATES = 32
-"""Of one viewer: more would make us knock at as many doors for whoever asks."""
+"""Per connection. Each makes the server send packets to an address of the client's choice."""
 NEGOTIATION_SECONDS = 10.0
 RETRANSMISSIONS_PER_MINUTE = 6000
-"""To one viewer, as many at once at most: a hundred a second, where a stream of 2.5 Mbit/s has 260 packets."""
+"""Per viewer, and also the largest burst: 100 a second, while a stream of 2.5 Mbit/s has 260 packets a second."""
 CREDENTIAL_SECONDS = 3600
-"""How long TURN credentials are good for: long enough to connect, not to live on."""
+"""Validity of TURN credentials: long enough to connect, too short to be worth sharing."""
 CIPHERS = (
     b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-ECDSA-AES128-SHA:ECDHE-ECDSA-AES256-SHA:"
     b"ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-CHACHA20-POLY1305:ECDHE-RSA-AES128-SHA:ECDHE-RSA-AES256-SHA"
 )
-"""aiortc's, which leave out peers whose certificate is RSA (GStreamer's are), and theirs."""
+"""aiortc's cipher suites (ECDSA only), and those for peers with an RSA certificate, such as GStreamer."""
 
 MIME_CODECS: dict[str, Codec] = {"video/h264": "h264", "video/vp8": "vp8"}
 
 
 @dataclass(frozen=True, slots=True)
 class IceServer:
-    """A STUN or TURN server as a client is told about it; STUN has no credentials."""
+    """A STUN or TURN server. STUN needs no credentials."""
 
     url: str
     username: str = ""
@@ -69,7 +69,7 @@ class IceServer:
 
 
 def ice_servers(urls: Sequence[str], secret: str, user: str, now: float) -> list[IceServer]:
-    """The servers with credentials for `user` that expire (coturn's `use-auth-secret`). `now` is unix time."""
+    """The servers with expiring credentials for `user` (coturn's `use-auth-secret`). `now` is unix time in seconds."""
     username = f"{int(now) + CREDENTIAL_SECONDS}:{user}"
     digest = hmac.new(secret.encode(), username.encode(), hashlib.sha1).digest()
     credential = base64.b64encode(digest).decode()
@@ -77,7 +77,7 @@ def ice_servers(urls: Sequence[str], secret: str, user: str, now: float) -> list
 
 
 class Certificate(RTCCertificate):
-    """A certificate whose connections also take peers with RSA."""
+    """A certificate whose connections also accept peers with RSA certificates."""
 
     def _create_ssl_context(self, srtp_profiles: list[Any]) -> Any:
         context = super()._create_ssl_context(srtp_profiles)
@@ -86,7 +86,7 @@ class Certificate(RTCCertificate):
 
 
 class EncodedTrack(MediaStreamTrack):
-    """What a viewer still has to be sent, as aiortc takes it: it only cuts these packets to RTP's size."""
+    """A viewer's queue as an aiortc track. aiortc splits the encoded frames into RTP packets and encodes nothing."""
 
     kind = "video"
 
@@ -94,10 +94,10 @@ class EncodedTrack(MediaStreamTrack):
         super().__init__()
         self.viewer: asyncio.Future[Viewer] = asyncio.get_running_loop().create_future()
         self.exhausted = asyncio.Event()
-        """The stream is over."""
+        """Set when the stream has ended."""
 
     async def recv(self) -> "Packet[Any]":
-        """The next packet, as soon as it is there; raises `MediaStreamError` after the last."""
+        """Wait for the next encoded frame. Raises `MediaStreamError` after the last."""
         viewer = await asyncio.shield(self.viewer)
         item = await viewer.next()
         if not isinstance(item, EncodedFrame):
@@ -106,61 +106,61 @@ class EncodedTrack(MediaStreamTrack):
         return item.packet
 
 
-class Line:
-    """A connection that a stream is sent over. `close` it in any case."""
+class SendingConnection:
+    """A WebRTC connection that sends one stream. Always `close` it."""
 
-    def __init__(self, servers: Sequence[IceServer], first: Codec, *, local: bool) -> None:
-        """`first` is sent unless another codec is agreed upon; `local` says that the other side is on this machine."""
-        # Without a list aiortc would ask a server of Google's.
-        ours = [RTCIceServer(each.url, each.username, each.credential) for each in servers]
-        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ours))
-        # Read when the first transceiver is made.
+    def __init__(self, servers: Sequence[IceServer], default: Codec, *, local: bool) -> None:
+        """`default` is the codec until one is negotiated. `local` says that the other side is on this machine."""
+        # Without a list, aiortc would contact a STUN server of Google's.
+        ice_servers = [RTCIceServer(each.url, each.username, each.credential) for each in servers]
+        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=ice_servers))
+        # Must be set before `addTransceiver`, which reads it.
         self._connection._RTCPeerConnection__certificates = [Certificate.generateCertificate()]  # type: ignore[attr-defined]
         self._track = EncodedTrack()
         self._transceiver = self._connection.addTransceiver(self._track, "sendonly")
         self._sender = self._transceiver.sender
-        # Nothing is received. Its thousand counters would wait for the garbage collector, as all of a connection does.
+        # Nothing is received, so save the memory of its thousand counters.
         self._transceiver.receiver._RTCRtpReceiver__remote_bitrate_estimator = None  # type: ignore[attr-defined]
         self._local = local
-        self.viewer = Viewer(first, events=False)
-        """What is to be sent; its format is the codec that was agreed upon."""
+        self.viewer = Viewer(default, events=False)
+        """The queue of what is to be sent; its format is the negotiated codec."""
         self.connected = asyncio.Event()
-        self.over = self._track.exhausted
-        """The line is lost or closed, or the stream has ended."""
+        self.closed = self._track.exhausted
+        """Set when the connection is lost or closed, or when the stream has ended."""
         self._connection.on("connectionstatechange", self._on_state)
 
     def on_keyframe_request(self, request: Callable[[], None]) -> None:
-        """Have `request` called whenever the other side reports that it can show nothing (PLI, FIR)."""
+        """Call `request` whenever the other side needs a keyframe (RTCP PLI or FIR)."""
         self._sender._send_keyframe = request  # type: ignore[method-assign]
 
     async def close(self) -> None:
-        """Hang up. Safe to call again."""
-        self.over.set()
+        """Close the connection. Safe to call again."""
+        self.closed.set()
         self._track.viewer.cancel()
         await self._connection.close()
-        self._untie()
+        self._break_reference_cycles()
 
-    def _untie(self) -> None:
-        """Undo the circles of what is closed, so that it goes with its last user.
+    def _break_reference_cycles(self) -> None:
+        """Break the reference cycles of a closed connection, so that its memory is freed at once.
 
-        It is 250 KiB a connection, of which the garbage collector sees a tenth: by what it counts, it need not hurry.
+        A connection holds 250 KiB, of which the garbage collector sees a tenth, so it would collect it too late.
         """
         for transceiver in self._connection.getTransceivers():
             transport = transceiver.sender.transport
             transport.remove_all_listeners()
             ice = _ice_of(transport)
             ice._check_list.clear()
-            for ours in ("get_component_candidates", "data_received"):
-                vars(ice).pop(ours, None)
-        for ours in ("_retransmit", "_send_keyframe"):
-            vars(self._sender).pop(ours, None)
+            for name in ("get_component_candidates", "data_received"):
+                vars(ice).pop(name, None)
+        for name in ("_retransmit", "_send_keyframe"):
+            vars(self._sender).pop(name, None)
 
-    def _agree(self, codec: Codec) -> None:
+    def _set_codec(self, codec: Codec) -> None:
         self.viewer = Viewer(codec, events=False)
         self._track.viewer.set_result(self.viewer)
 
     def _offer_loopback(self) -> None:
-        """Let this machine's loopback addresses be tried too, where the other side is local."""
+        """Offer loopback addresses too if the other side is on this machine."""
         if self._local:
             ice = _ice_of(self._sender.transport)
             ice.get_component_candidates = _with_loopback(ice.get_component_candidates)  # type: ignore[method-assign]
@@ -170,43 +170,43 @@ class Line:
             case "connected":
                 self.connected.set()
             case "failed" | "closed":
-                self.over.set()
+                self.closed.set()
 
 
 def _ice_of(transport: RTCDtlsTransport) -> Connection:
-    """aioice's end of it."""
+    """The transport's aioice connection."""
     connection: Connection = transport.transport.iceGatherer._connection
     return connection
 
 
-class Peer(Line):
-    """One connection to a viewer. Make it with `negotiate`."""
+class Peer(SendingConnection):
+    """A connection to a viewer, who makes the offer: call `negotiate`."""
 
     def __init__(self, servers: Sequence[IceServer], public_address: str | None, *, local: bool) -> None:
-        # Who says where we can be reached needs no servers at all.
+        # With a configured public address there is no need for STUN or TURN.
         super().__init__([] if public_address else servers, "vp8", local=local)
         self._public_address = public_address
         self._candidates = 0
         self._first_mid = ""
         self._user_fragment = ""
         self.answer = ""
-        """SDP, once negotiated."""
-        self._again = TokenBucket(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
+        """The answer's SDP, after `negotiate`."""
+        self._retransmissions = TokenBucket(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
 
     async def negotiate(self, offer: str) -> None:
-        """Answer the offer: sets `answer` and `viewer`. Raises `ApiError` when it cannot be answered."""
-        offer = self._vet(offer)
+        """Answer the offer: sets `answer` and `viewer`. Raises `ApiError` if it cannot be answered."""
+        offer = self._check_offer(offer)
         try:
             async with asyncio.timeout(NEGOTIATION_SECONDS):
                 await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
-                self._harden()
+                self._patch_transport()
                 await self._connection.setLocalDescription()
         except TimeoutError:
             message = "The server could not gather its addresses in time: try again."
             raise ApiError(503, "gathering_timeout", message, headers={"Retry-After": "5"}) from None
-        except OSError:  # want of descriptors is no fault of the offer
+        except OSError:  # out of file descriptors, which is not the offer's fault
             raise
-        except Exception as error:  # its parser and its checks raise nearly anything
+        except Exception as error:  # aiortc's parser and checks raise nearly anything
             if "send parameters" in str(error):
                 message = "The offer has no codec that the server sends: offer VP8 or H.264 with packetization-mode=1."
                 raise ApiError(400, "no_common_codec", message) from None
@@ -218,10 +218,10 @@ class Peer(Line):
         if not video.ice_candidates:
             raise ApiError(503, "no_address", "The server has no address that it could offer for WebRTC.")
         self.answer = with_public_address(answer, self._public_address) if self._public_address else answer
-        self._agree(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()])
+        self._set_codec(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()])
 
     async def trickle(self, fragment: str) -> None:
-        """Take further candidates of the viewer (RFC 8840). Raises `ApiError` for anything else."""
+        """Add ICE candidates that the viewer sends later (RFC 8840). Raises `ApiError` for any other fragment."""
         lines = fragment.splitlines()
         if len(lines) > MAX_LINES or any(not re.match(r"[a-z]=", line) for line in lines if line):
             raise invalid_sdp("it is no SDP fragment", "invalid_sdpfrag")
@@ -230,33 +230,33 @@ class Peer(Line):
                 message = "The server does not restart ICE: open a new session instead."
                 raise ApiError(422, "ice_restart_unsupported", message)
         for line in lines:
-            if line.startswith("a=candidate:") and self._wanted(line):
+            if line.startswith("a=candidate:") and self._accept_candidate(line):
                 candidate = candidate_from_sdp(line.removeprefix("a=candidate:"))
                 candidate.sdpMid = self._first_mid
-                with contextlib.suppress(ValueError):  # of a kind that our ICE does not know
+                with contextlib.suppress(ValueError):  # a kind that aioice does not know
                     await self._connection.addIceCandidate(candidate)
 
-    def _harden(self) -> None:
-        """Put our own hands on what is now known to carry the video: it may be the transport of the sound."""
+    def _patch_transport(self) -> None:
+        """Add our checks to the transport that carries the video, which may be the audio's; it is known only now."""
         self._offer_loopback()
         ice = _ice_of(self._sender.transport)
         receive, retransmit = ice.data_received, self._sender._retransmit
 
-        def receive_something(data: bytes, component: int) -> None:
-            """An empty datagram, which anybody may send, would end the connection: aiortc looks at its first byte."""
+        def receive_nonempty(data: bytes, component: int) -> None:
+            """Ignore empty datagrams, which anybody can send: aiortc reads the first byte and would fail."""
             if data:
                 receive(data, component)
 
-        async def retransmit_within_bounds(sequence_number: int) -> None:
-            """One small packet can ask for thousands of large ones."""
-            if not self._again.take(time.monotonic()):
+        async def retransmit_limited(sequence_number: int) -> None:
+            """Limit the rate: one small NACK can request thousands of large packets."""
+            if not self._retransmissions.take(time.monotonic()):
                 await retransmit(sequence_number)
 
-        ice.data_received = receive_something  # type: ignore[method-assign]
-        self._sender._retransmit = retransmit_within_bounds  # type: ignore[method-assign]
+        ice.data_received = receive_nonempty  # type: ignore[method-assign]
+        self._sender._retransmit = retransmit_limited  # type: ignore[method-assign]
 
-    def _vet(self, offer: str) -> str:
-        """The offer as aiortc is to see it. Raises `ApiError` when it is none that a viewer would send."""
+    def _check_offer(self, offer: str) -> str:
+        """Validate the offer; returns it in the form that aiortc gets. Raises `ApiError`."""
         lines = offer.splitlines()
         if len(lines) > MAX_LINES:
             raise invalid_sdp(f"it has more than {MAX_LINES} lines")
@@ -278,25 +278,25 @@ class Peer(Line):
             raise invalid_sdp("its video must be recvonly")
         self._first_mid = media[0].rtp.muxId
         self._user_fragment = (media[0].ice and media[0].ice.usernameFragment) or ""
-        kept = [line for line in lines if not line.startswith("a=candidate:") or self._wanted(line)]
-        # More may be trickled. And who could take either role leaves DTLS's passive one to us: as a client, aiortc
-        # would offer cipher suites that peers with an RSA certificate cannot use, were it not for `CIPHERS`.
+        kept = [line for line in lines if not line.startswith("a=candidate:") or self._accept_candidate(line)]
+        # More candidates may be trickled. If the viewer can take either DTLS role, make it the client: as a client,
+        # aiortc would offer cipher suites that peers with an RSA certificate cannot use, were it not for `CIPHERS`.
         kept = [line for line in kept if line != "a=end-of-candidates"]
         return "\r\n".join("a=setup:active" if line == "a=setup:actpass" else line for line in kept) + "\r\n"
 
-    def _wanted(self, line: str) -> bool:
-        """Whether to try this candidate. Who is left out can still reach us, where we can be reached."""
-        self._candidates += (fit := usable(line))
-        return fit and self._candidates <= MAX_CANDIDATES
+    def _accept_candidate(self, line: str) -> bool:
+        """Whether to try this candidate; counts it. A viewer left out can still reach the server's own candidates."""
+        self._candidates += (accepted := is_usable(line))
+        return accepted and self._candidates <= MAX_CANDIDATES
 
 
-class Publisher(Line):
-    """One connection to a server that takes a stream: we make the offer."""
+class Publisher(SendingConnection):
+    """A connection to a server that receives the stream (WHIP). The gateway makes the offer."""
 
     def __init__(self, servers: Sequence[IceServer], *, local: bool) -> None:
         super().__init__(servers, "h264", local=local)
         known = RTCRtpSender.getCapabilities("video").codecs
-        # What we have encoded already must be what is agreed upon; H.264 first, as for RTMP.
+        # Only codecs that the gateway encodes; H.264 first, because RTMP outputs use it too.
         order = ["video/h264", "video/vp8", "video/rtx"]
         codecs = [codec for codec in known if codec.mimeType.lower() in order]
         preferred = sorted(codecs, key=lambda codec: order.index(codec.mimeType.lower()))
@@ -304,31 +304,31 @@ class Publisher(Line):
         self._offer_loopback()
 
     async def offer(self) -> str:
-        """Our SDP, with every address that we have."""
+        """Create the offer, with all of this machine's candidates; returns its SDP."""
         await self._connection.setLocalDescription(await self._connection.createOffer())
         return self._connection.localDescription.sdp
 
     async def accept(self, answer: str) -> None:
-        """Take the server's answer: sets `viewer`. Raises `ValueError` when it is none that can be used."""
+        """Apply the server's answer: sets `viewer`. Raises `ValueError` if it cannot be used."""
         lines = answer.splitlines()
         if len(lines) > MAX_LINES:
             raise ValueError(f"it has more than {MAX_LINES} lines")
-        candidates = [line for line in lines if line.startswith("a=candidate:") and usable(line, local=self._local)]
+        candidates = [line for line in lines if line.startswith("a=candidate:") and is_usable(line, local=self._local)]
         kept = [line for line in lines if not line.startswith("a=candidate:") or line in candidates[:MAX_CANDIDATES]]
         try:
             answer = "\r\n".join(kept) + "\r\n"
             await self._connection.setRemoteDescription(RTCSessionDescription(answer, "answer"))
             video = next(media for media in SessionDescription.parse(answer).media if media.kind == "video")
             codec = MIME_CODECS[video.rtp.codecs[0].mimeType.lower()]
-        except Exception as error:  # its parser and its checks raise nearly anything
+        except Exception as error:  # aiortc's parser and checks raise nearly anything
             raise ValueError("WebRTC cannot be set up from it") from error
-        self._agree(codec)
+        self._set_codec(codec)
 
 
-def usable(candidate: str, *, local: bool = False) -> bool:
-    """Whether a line of SDP is a candidate to try: an address of UDP that could be the other side's.
+def is_usable(candidate: str, *, local: bool = False) -> bool:
+    """Whether a line of SDP is a UDP candidate at an address that the other side could have.
 
-    `local` says that it is known to be on this machine.
+    `local` says that the other side is on this machine, so loopback addresses are usable.
     """
     match = re.fullmatch(
         r"a=candidate:\S{1,64} 1 udp \d{1,10} (\S{1,64}) (\d{1,5}) typ (host|srflx|relay)( .*)?", candidate, re.I
@@ -338,14 +338,14 @@ def usable(candidate: str, *, local: bool = False) -> bool:
     try:
         address = ipaddress.ip_address(match[1])
     except ValueError:
-        return False  # an mDNS name, say: it would be asked for on our network
+        return False  # an mDNS name, for example, which would be queried on the server's network
     if address.is_loopback:
         return local
     return not (address.is_link_local or address.is_multicast or address.is_unspecified)
 
 
 def with_public_address(sdp: str, address: str) -> str:
-    """The answer with `address` in place of this machine's own, ports as they are; addresses of relays stay."""
+    """Replace this machine's own addresses in an SDP by `address`. Ports and the addresses of relays stay."""
     version = ipaddress.ip_address(address).version
 
     def rewrite(match: re.Match[str]) -> str:
@@ -357,12 +357,12 @@ def with_public_address(sdp: str, address: str) -> str:
 
 
 def invalid_sdp(what: str, code: str = "invalid_sdp") -> ApiError:
-    """A body that cannot be used."""
+    """The error for a body that is no usable SDP; `what` says why."""
     return ApiError(400, code, f"The body is not an SDP offer that can be answered: {what}.")
 
 
 def _with_loopback(gather: Any) -> Any:
-    """For a viewer on this machine, which may have no other address: aioice leaves loopback out."""
+    """Add 127.0.0.1, which aioice omits, to the gathered candidates: a local viewer may have no other address."""
 
     async def gather_with_loopback(component: int, addresses: list[str], timeout: int = 5) -> Any:
         return await gather(component, list(dict.fromkeys([*addresses, "127.0.0.1"])), timeout)

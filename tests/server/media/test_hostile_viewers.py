@@ -16,7 +16,7 @@ from aiortc.rtp import RTCP_PSFB_PLI
 
 from server.auth import keys
 from server.backends.fake import FakeBackend
-from server.media import webrtc as rtc
+from server.media import webrtc
 
 pytestmark = pytest.mark.anyio
 SDP = {"content-type": "application/sdp"}
@@ -120,7 +120,7 @@ async def test_a_storm_of_lost_packets_and_pictures(
     run_gateway: Any, rtc_viewer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of these packets asks for 3400 of the last ones once more, and the next for a keyframe."""
-    monkeypatch.setattr(rtc, "RETRANSMISSIONS_PER_MINUTE", 60)
+    monkeypatch.setattr(webrtc, "RETRANSMISSIONS_PER_MINUTE", 60)
     async with run_gateway(FakeBackend(width=256, height=256, chunk_seconds=0.02)) as gateway:
         stream = await gateway.live()
         async with rtc_viewer(gateway, stream, "H264") as bad, rtc_viewer(gateway, stream, "H264") as good:
