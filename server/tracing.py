@@ -1,7 +1,7 @@
-"""Traces for OpenTelemetry: request -> admit and chunk -> generate, encode, send. Without an exporter, nothing.
+"""OpenTelemetry spans: request -> admit, and chunk -> generate, encode, send. Without an exporter there are none.
 
-A span says how long something took and for which stream; never a prompt, a key or a token. The engine exports none:
-what it did for a chunk is in `wire.Frames`.
+A span holds times and the stream's id, never a prompt, a key or a token. The engine exports no spans: `wire.Frames`
+carries the time that it took for a chunk.
 """
 
 import time
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 Attributes = Mapping[str, str | int | float]
 Period = tuple[float, float]
-"""Begin and end, on the monotonic clock."""
+"""Start and end, on the monotonic clock in seconds."""
 
 MAX_CHUNKS = 8
-"""Chunks of one stream whose spans are not complete yet. The gateway is never so far behind."""
+"""Chunks of one stream whose spans are not complete; the gateway is never this far behind."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """A chunk on its way to the screen."""
+    """A chunk between the engine and the viewers."""
 
     index: int
     frames: int
     generated: Period
     first: Frame
-    """Its first frame, which stands for all of them."""
+    """The first frame; its times are those of the chunk's spans."""
     sent: Period | None = None
 
 
@@ -47,12 +47,12 @@ class Tracing:
 
     @property
     def on(self) -> bool:
-        """Whether anybody gets the spans."""
+        """Whether spans are exported."""
         return self._tracer is not None
 
     @contextmanager
     def request(self, method: str, path: str, carrier: Mapping[str, str]) -> "Iterator[Span | None]":
-        """The span of a request, below the one that its `traceparent` names. What it starts belongs to it."""
+        """The span of a request: a child of its `traceparent`, and the parent of spans started inside."""
         if self._tracer is None:
             yield None
             return
@@ -64,12 +64,12 @@ class Tracing:
             TraceContextTextMapPropagator().extract(carrier),
             SpanKind.SERVER,
             {"http.request.method": method, "url.path": path, "livereel.request_id": request_id.get()},
-            record_exception=False,  # its text could hold anything
+            record_exception=False,  # its text could contain anything
         ) as span:
             yield span
 
     def span(self, name: str, period: Period, attributes: Attributes) -> "Span | None":
-        """A span that is over, below the current one. Returns it, so that others can be put below it."""
+        """A finished span, as a child of the current one. Returns it, so that it can be made a parent."""
         if self._tracer is None:
             return None
         span = self._tracer.start_span(name, attributes=attributes, start_time=nanoseconds(period[0]))
@@ -77,40 +77,44 @@ class Tracing:
         return span
 
     def chunk(self, stream: str, chunk: Chunk) -> None:
-        """The spans of a chunk that has been sent."""
+        """Export the spans of a chunk, if it has been sent."""
         if self._tracer is None or chunk.sent is None:
             return
         from opentelemetry.trace import use_span
 
-        about: Attributes = {"livereel.stream": stream, "livereel.chunk": chunk.index, "livereel.frames": chunk.frames}
-        whole = self.span("chunk", (chunk.generated[0], chunk.sent[1]), about)
+        attributes: Attributes = {
+            "livereel.stream": stream,
+            "livereel.chunk": chunk.index,
+            "livereel.frames": chunk.frames,
+        }
+        whole = self.span("chunk", (chunk.generated[0], chunk.sent[1]), attributes)
         assert whole is not None
         with use_span(whole):
-            self.span("generate", chunk.generated, about)
+            self.span("generate", chunk.generated, attributes)
             if chunk.first.encode_period is not None:
-                self.span("encode", chunk.first.encode_period, about)
-            self.span("send", chunk.sent, about)
+                self.span("encode", chunk.first.encode_period, attributes)
+            self.span("send", chunk.sent, attributes)
 
     def close(self) -> None:
-        """Export what there is. Blocks for some seconds at most."""
+        """Export the remaining spans. Blocks for a few seconds at most."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 class Chunks:
-    """The chunks of one stream that are on their way to the screen."""
+    """The chunks of one stream that are between the engine and the viewers."""
 
     def __init__(self, tracing: Tracing, stream: str) -> None:
         self._tracing, self._stream = tracing, stream
         self._chunks: deque[Chunk] = deque(maxlen=MAX_CHUNKS)
 
     def arrived(self, index: int, frames: list[Frame], generated: Period) -> None:
-        """A chunk is there."""
+        """A chunk has arrived from the engine."""
         if self._tracing.on and frames:
             self._chunks.append(Chunk(index, len(frames), generated, frames[0]))
 
     def sent(self, frame: Frame, period: Period) -> None:
-        """A frame has been handed to the viewers. With the first of a chunk, those before it are done."""
+        """A frame has been handed to the viewers. The first frame of a chunk completes the chunks before it."""
         for chunk in self._chunks:
             if chunk.first is frame:
                 while self._chunks[0] is not chunk:
@@ -119,18 +123,18 @@ class Chunks:
                 return
 
     def over(self) -> None:
-        """Nothing more will be sent."""
+        """The stream has ended: export what is complete."""
         while self._chunks:
             self._tracing.chunk(self._stream, self._chunks.popleft())
 
 
 def nanoseconds(monotonic: float) -> int:
-    """A time of the monotonic clock as nanoseconds since 1970."""
+    """Convert a time of the monotonic clock to nanoseconds since 1970."""
     return time.time_ns() + round((monotonic - time.monotonic()) * 1e9)
 
 
 def from_environment(environment: Mapping[str, str]) -> Tracing:
-    """Traces go where `OTEL_EXPORTER_OTLP_ENDPOINT` says, nowhere without it. Raises `ValueError` for the operator."""
+    """Tracing to `OTEL_EXPORTER_OTLP_ENDPOINT`, or disabled if that is unset. Raises `ValueError` for the operator."""
     if not environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return Tracing()
     try:

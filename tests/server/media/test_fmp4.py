@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from server.backends.fake import FakeBackend
 from server.media import fmp4
-from server.media.frames import DISCONTINUITY, HEAD, KEY
+from server.media.frames import DISCONTINUITY, INIT, KEY
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def test_what_a_viewer_gets_is_a_film(run_gateway: Any) -> None:
         stream = await gateway.open()
         seen = await gateway.watch(stream, "?format=fmp4", until=lambda seen: len(seen.frames) > 30)
         packets = [packet for _, packet in seen.frames]
-        assert header(packets[0]) == (1, 3, 132, 98, HEAD, 0)
+        assert header(packets[0]) == (1, 3, 132, 98, INIT, 0)
         assert header(packets[1]) == (1, 3, 132, 98, KEY, 0)
         assert seen.pts[1:] == list(range(0, 30 * 5625, 5625))
         film = b"".join(packet[16:] for packet in packets)
@@ -59,7 +59,7 @@ async def test_who_comes_later_starts_with_a_keyframe_of_its_time(run_gateway: A
         await gateway.until(lambda: gateway.streams.get(stream["id"]).playback.shown > 5)
         late = await gateway.watch(stream, "?format=fmp4", until=lambda seen: len(seen.frames) > 5)
         flags = [header(packet)[4] for _, packet in late.frames]
-        assert flags == [HEAD, KEY, 0, 0, 0, 0]
+        assert flags == [INIT, KEY, 0, 0, 0, 0]
         assert late.pts[1] > 5 * 5625
         film = b"".join(packet[16:] for _, packet in late.frames)
         with av.open(io.BytesIO(film)) as container:
