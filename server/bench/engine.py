@@ -1,6 +1,6 @@
-"""The pretended engine in a process of its own, so that there is one to kill.
+"""The fake engine as a process of its own, so that benchmarks have an engine process to kill.
 
-It speaks the whole contract, ring included, and answers as `FakeBackend` does in the gateway's process.
+It implements the whole wire contract, the ring included, and generates what `FakeBackend` does.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 0.5
 
 
 class Bridge:
-    """Between the socket and the pretended engine: pixels go through the ring, as soon as it has a slot free."""
+    """Connects the socket to the fake engine. Pixels go through the ring, as soon as it has a free slot."""
 
     def __init__(self, socket: zmq.asyncio.Socket, frames: int, engine: FakeBackend) -> None:
         """`frames` is the file descriptor of the ring."""
@@ -33,32 +33,32 @@ class Bridge:
         self._waiting: deque[tuple[wire.Frames, bytes]] = deque()
 
     def emit(self, event: EngineEvent, pixels: bytes) -> None:
-        """What the engine says goes to the gateway."""
+        """Send an engine's event to the gateway."""
         assert not isinstance(event, Lost)
         if isinstance(event, wire.Frames):
             self._waiting.append((event, pixels))
-            self._put()
+            self._send_waiting()
         else:
             self._socket.send(wire.encode(event))
 
-    def take(self, message: wire.ToEngine) -> None:
-        """What the gateway says is for the ring or for the engine."""
+    def handle(self, message: wire.ToEngine) -> None:
+        """Handle a message of the gateway: for the ring, or for the engine."""
         match message:
             case wire.Layout(slots=slots, slot_bytes=slot_bytes):
                 self._ring, self._free = wire.Ring(self._frames, slots, slot_bytes), list(range(slots))
             case wire.Release(slot=slot):
                 self._free.append(slot)
-                self._put()
+                self._send_waiting()
             case _:
                 self._engine.send(message)
 
     def beat(self) -> None:
-        """Say that all is well."""
+        """Send a heartbeat."""
         slots = self._ring.slots if self._ring else 0
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         self._socket.send(wire.encode(wire.Heartbeat(0.0, 0, resident, slots - len(self._free), slots)))
 
-    def _put(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting and self._free and self._ring:
             event, pixels = self._waiting.popleft()
             slot, self._generation = self._free.pop(), self._generation + 1
@@ -68,7 +68,7 @@ class Bridge:
 
 
 async def run(options: argparse.Namespace) -> None:
-    """Until `Shutdown`, or until the gateway is gone."""
+    """Serve until `Shutdown`, or until the gateway has died."""
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.PAIR)
     socket.set(zmq.LINGER, 0)
@@ -89,7 +89,7 @@ async def run(options: argparse.Namespace) -> None:
             pass
     await engine.start(bridge.emit)
     while not isinstance(message := wire.decode_to_engine(await socket.recv()), wire.Shutdown):
-        bridge.take(message)
+        bridge.handle(message)
     beating.cancel()
     await engine.stop()
     context.destroy(linger=0)

@@ -1,12 +1,12 @@
-"""Fifty viewers of one stream, one more who never reads, and what each costs the gateway.
+"""What each viewer costs the gateway: one viewer of a stream against fifty, of whom one more never reads.
 
     python -m server.bench.fanout --transport h264 --viewers 50
 
-Starts a gateway with a pretended engine in a process of its own, has one viewer watch for some seconds and then all of
-them, and prints how many frames each got and how much processor time the gateway took. The picture is grainy, so that
-the encoder is at its ceiling of bits. Viewers over WebRTC are thin, so that the figures are the gateway's: they decrypt
-packets and compare whole frames byte by byte, which are the same for all only if they were encoded once. They decode
-nothing and ask for no packet again, so that whatever is lost on the way counts as lost.
+Starts a gateway with a fake engine in a process of its own. First one viewer watches for some seconds, then all of
+them. Prints how many frames each received and how much processor time the gateway used. The picture is noise, so that
+the encoder reaches its bitrate ceiling. WebRTC viewers do as little as possible, so that the figures are the gateway's:
+they decrypt packets and compare whole frames byte by byte, which are equal for all viewers only if they were encoded
+once. They decode nothing and request no retransmission, so every packet lost on the way counts as lost.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import datetime
 import os
 import socket
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,118 +23,56 @@ from typing import Any
 
 import httpx
 import websockets
-from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessionDescription
-from aiortc.codecs.vpx import vp8_depayload
+from aiortc import RTCPeerConnection
 from PIL import Image
 
 from server.backends.fake import FakeBackend
+from server.bench.clients import CODECS, ReceivedFrames, RtpDepacketizer, open_live_stream, watch_webrtc
 from server.bench.gateway import Gateway, running
 
-TRANSPORTS = {"h264": "H264", "vp8": "VP8", "fmp4": "", "mjpeg": ""}
+TRANSPORTS = (*CODECS, "fmp4", "mjpeg")
 """WebRTC with one of two codecs, or the WebSocket with one of two formats."""
 PACE_SECONDS = 0.05
-"""Between two viewers who come: fifty handshakes at once would be another measurement."""
+"""Between two viewers that connect: fifty handshakes at once would be another measurement."""
 
 
-@dataclass
-class Got:
-    """What one viewer got: a frame's identity and the time of its arrival."""
-
-    frames: list[tuple[int, float]] = field(default_factory=list)
-    bytes: int = 0
-
-    def within(self, start: float, end: float) -> dict[int, float]:
-        return {frame: at for frame, at in self.frames if start <= at < end}
-
-
-class Packets:
-    """Puts RTP packets together to frames. A frame of which a packet is missing, or might be, is none."""
-
-    def __init__(self, got: Got, codec: str) -> None:
-        self._got = got
-        # VP8's payloads start with a number of the picture that counts from elsewhere for each viewer.
-        self._depayload = vp8_depayload if codec == "VP8" else bytes
-        self._next: int | None = None
-        self._whole = False
-        self._payloads: list[bytes] = []
-        self.lost = 0
-
-    async def take(self, data: bytes, arrival_time_ms: int) -> None:
-        """The next packet, decrypted: RFC 3550, section 5.1. Stands in for aiortc's handling of it."""
-        number = int.from_bytes(data[2:4], "big")
-        if self._next is not None and number != self._next:
-            self.lost += (number - self._next) % 65536
-            self._whole = False
-        start = 12 + 4 * (data[0] & 15)
-        if data[0] & 16:  # header extensions, which differ from viewer to viewer
-            start += 4 + 4 * int.from_bytes(data[start + 2 : start + 4], "big")
-        self._payloads.append(self._depayload(data[start:]))
-        self._next = (number + 1) % 65536
-        if data[1] & 128:  # the last of its frame
-            frame = b"".join(self._payloads)
-            if self._whole:
-                self._got.frames.append((hash(frame), time.monotonic()))
-                self._got.bytes += len(frame)
-            self._payloads, self._whole = [], True
-
-
-class Grain(FakeBackend):
-    """A test picture of which no frame can be told from the one before it."""
+class NoiseBackend(FakeBackend):
+    """A fake engine whose frames are noise, so that no frame predicts the next."""
 
     def _picture(self, stream: Any, frame: int) -> bytes:
-        if not hasattr(self, "_grain"):
+        if not hasattr(self, "_noise"):
             bands = [Image.effect_noise((2 * self.width, 2 * self.height), 40) for _ in "RGB"]
-            self._grain = Image.merge("RGB", bands)
-        # Steps with no common divisor: the same corner does not come again for hours.
+            self._noise = Image.merge("RGB", bands)
+        # Steps without a common divisor: no crop repeats for hours.
         left, top = frame * 101 % self.width, frame * 67 % self.height
-        return self._grain.crop((left, top, left + self.width, top + self.height)).tobytes()
+        return self._noise.crop((left, top, left + self.width, top + self.height)).tobytes()
 
 
 def processor_seconds(pid: int) -> float:
-    """Of all its threads, in user and system mode."""
+    """Processor time of all threads of a process, in user and system mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def played_and_encoded(gateway: Gateway, transport: str) -> tuple[int, int]:
-    """Frames that the gateway has played, and how often it has encoded one this way, for all viewers together."""
+    """Frames that the gateway has played, and frames that it has encoded for this transport."""
     codec = "h264" if transport == "fmp4" else transport
     figures = gateway.figures()
     encoded = figures.get(f'livereel_encode_seconds_count{{codec="{codec}"}}', 0)
     return int(figures["livereel_frames_shown_total"]), int(encoded)
 
 
-async def watch_rtc(base: str, stream: dict[str, Any], codec: str, packets: Packets) -> RTCPeerConnection:
-    """Connect a viewer over WebRTC."""
-    peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-    video = peer.addTransceiver("video", "recvonly")
-    capabilities = RTCRtpReceiver.getCapabilities("video")
-    assert capabilities is not None
-    video.setCodecPreferences([each for each in capabilities.codecs if each.name in (codec, "rtx")])
-    await peer.setLocalDescription(await peer.createOffer())
-    async with httpx.AsyncClient(base_url=base, timeout=30) as http:
-        headers = {"content-type": "application/sdp"}
-        response = await http.post(stream["whep_url"], content=peer.localDescription.sdp, headers=headers)
-    if not response.is_success:
-        await peer.close()
-        response.raise_for_status()
-    # aiortc's own receiver costs many times what the gateway's sender does: it would be all that is measured.
-    video.receiver.transport._handle_rtp_data = packets.take  # type: ignore[method-assign]
-    await peer.setRemoteDescription(RTCSessionDescription(response.text, "answer"))
-    return peer
-
-
-async def watch_socket(stream: dict[str, Any], format: str, got: Got) -> None:
+async def watch_socket(stream: dict[str, Any], format: str, received: ReceivedFrames) -> None:
     """Read the WebSocket until cancelled."""
     async with websockets.connect(f"{stream['ws_url']}?format={format}", compression=None, max_size=None) as socket:
         async for message in socket:
             if isinstance(message, bytes):
-                got.frames.append((int.from_bytes(message[8:16], "big"), time.monotonic()))
-                got.bytes += len(message)
+                received.frames.append((int.from_bytes(message[8:16], "big"), time.monotonic()))
+                received.bytes += len(message)
 
 
-def never_reading(base: str, stream: dict[str, Any]) -> socket.socket:
-    """A WebSocket viewer of raw frames who shakes hands and then never reads."""
+def connect_without_reading(base: str, stream: dict[str, Any]) -> socket.socket:
+    """Connect a WebSocket viewer of raw frames that completes the handshake and then never reads."""
     host, port = base.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)))
     key = base64.b64encode(os.urandom(16)).decode()
@@ -146,69 +83,78 @@ def never_reading(base: str, stream: dict[str, Any]) -> socket.socket:
     return client
 
 
-async def measure(gateway: Gateway, transport: str, viewers: int, seconds: float, *, deaf: bool) -> dict[str, Any]:
-    """Have this many watch a new stream, and say what they got and what it took."""
+async def measure(
+    gateway: Gateway, transport: str, viewers: int, seconds: float, *, with_stuck_viewer: bool
+) -> dict[str, Any]:
+    """Have this many viewers watch a new stream; returns the figures by name."""
     base, pid = gateway.base, gateway.pid
     async with httpx.AsyncClient(base_url=base, timeout=30) as http:
-        stream = (await http.post("/v1/streams", json={"prompt": "a ball", "seed": 1})).raise_for_status().json()
-        while (await http.get(f"/v1/streams/{stream['id']}")).json()["state"] != "live":
-            await asyncio.sleep(0.05)
-        received = [Got() for _ in range(viewers)]
-        packets = [Packets(got, TRANSPORTS[transport]) for got in received]
+        stream = await open_live_stream(http, "a ball")
+        received = [ReceivedFrames() for _ in range(viewers)]
+        depacketizers = [RtpDepacketizer(each, CODECS.get(transport, "")) for each in received]
         peers: list[RTCPeerConnection] = []
         readers: list[asyncio.Task[None]] = []
         for number in range(viewers):
-            if codec := TRANSPORTS[transport]:
-                peers.append(await watch_rtc(base, stream, codec, packets[number]))
+            if codec := CODECS.get(transport):
+                peers.append(await watch_webrtc(base, stream, codec, depacketizers[number]))
             else:
                 readers.append(asyncio.create_task(watch_socket(stream, transport, received[number])))
             await asyncio.sleep(PACE_SECONDS)
-        client = never_reading(base, stream) if deaf else None
+        stuck = connect_without_reading(base, stream) if with_stuck_viewer else None
         await asyncio.sleep(3)
         played, encoded = await asyncio.to_thread(played_and_encoded, gateway, transport)
         start, before = time.monotonic(), processor_seconds(pid)
-        own, size = time.process_time(), sum(got.bytes for got in received)
+        own, size = time.process_time(), sum(each.bytes for each in received)
         await asyncio.sleep(seconds)
         end, after = time.monotonic(), processor_seconds(pid)
-        own, size = time.process_time() - own, sum(got.bytes for got in received) - size
+        own, size = time.process_time() - own, sum(each.bytes for each in received) - size
         counts = await asyncio.to_thread(played_and_encoded, gateway, transport)
         await asyncio.sleep(1)
         for task in readers:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in peers), *readers, return_exceptions=True)
-        if client:
-            client.close()
+        if stuck:
+            stuck.close()
         await http.delete(f"/v1/streams/{stream['id']}")
-    # Frames that somebody got in the window, and of those, what each viewer got: by when does not matter.
-    shown = set().union(*(got.within(start, end) for got in received))
-    all_of_it = [{frame for frame, _ in got.frames} for got in received]
-    gaps = sorted(
-        later - earlier for got in received for earlier, later in pairwise(sorted(got.within(start, end).values()))
-    )
+    shown, common, worst = completeness(received, start, end)
     return {
         "viewers": len(received),
         "frames played": counts[0] - played,
         "frames encoded, for all": counts[1] - encoded,
-        "frames that came to anybody": len(shown),
-        "packets lost on the way, of all viewers": sum(each.lost for each in packets),
+        "frames that came to anybody": shown,
+        "packets lost on the way, of all viewers": sum(each.lost for each in depacketizers),
         "Mbit/s to each viewer": round(8e-6 * size / len(received) / (end - start), 2),
-        "frames that every viewer got, %": round(100 * len(shown.intersection(*all_of_it)) / len(shown), 2),
-        "frames that the worst viewer got, %": round(
-            100 * min(len(shown & frames) for frames in all_of_it) / len(shown), 2
-        ),
-        "gap between frames, ms, p50 / p99 / max": [
-            round(1000 * gaps[min(len(gaps) - 1, int(share * len(gaps)))], 1) for share in (0.5, 0.99, 1.0)
-        ],
+        "frames that every viewer got, %": common,
+        "frames that the worst viewer got, %": worst,
+        "gap between frames, ms, p50 / p99 / max": gap_quantiles(received, start, end),
         "gateway, processor s per s": round((after - before) / (end - start), 3),
         "viewers' process, the same": round(own / (end - start), 3),
     }
 
 
+def completeness(received: list[ReceivedFrames], start: float, end: float) -> tuple[int, float, float]:
+    """Frames that any viewer received from `start` to `end`; of these, the percentage that every viewer received at any
+    time, and the percentage that the worst viewer received."""
+    shown = set().union(*(each.within(start, end) for each in received))
+    by_viewer = [{frame for frame, _ in each.frames} for each in received]
+    common, worst = len(shown.intersection(*by_viewer)), min(len(shown & frames) for frames in by_viewer)
+    return len(shown), round(100 * common / len(shown), 2), round(100 * worst / len(shown), 2)
+
+
+def gap_quantiles(received: list[ReceivedFrames], start: float, end: float) -> list[float]:
+    """Milliseconds between consecutive frames of a viewer, over all viewers: p50, p99 and maximum."""
+    gaps = sorted(
+        later - earlier for each in received for earlier, later in pairwise(sorted(each.within(start, end).values()))
+    )
+    return [round(1000 * gaps[min(len(gaps) - 1, int(share * len(gaps)))], 1) for share in (0.5, 0.99, 1.0)]
+
+
 async def run(options: argparse.Namespace, gateway: Gateway) -> None:
+    """Measure one viewer, then all, and print both."""
     width, height = options.size
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {width}x{height} at {options.fps}/s, {options.transport}")
-    alone = await measure(gateway, options.transport, 1, options.seconds, deaf=False)
-    crowd = await measure(gateway, options.transport, options.viewers, options.seconds, deaf=True)
+    alone = await measure(gateway, options.transport, 1, options.seconds, with_stuck_viewer=False)
+    crowd = await measure(gateway, options.transport, options.viewers, options.seconds, with_stuck_viewer=True)
     for name in alone:
         print(f"{name:42s} {alone[name]!s:24s} {crowd[name]}")
     name = "gateway, processor s per s"
@@ -227,7 +173,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     width, height = options.size
-    backend = partial(Grain, width=width, height=height, fps=options.fps, chunk_seconds=0.1)
+    backend = partial(NoiseBackend, width=width, height=height, fps=options.fps, chunk_seconds=0.1)
     with running(backend, idle_timeout_s=0) as gateway:
         asyncio.run(run(options, gateway))
 

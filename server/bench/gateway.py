@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, as benchmarks measure it: its address, its figures, what it holds."""
+"""Runs a gateway in a process of its own for benchmarks, and measures it: metrics, memory, descriptors, children."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import signal
 import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,23 @@ from server.backends.base import Backend
 from server.config import Config
 
 START_SECONDS = 300.0
-"""An engine with weights may take this long."""
+"""Limit for the engine to become ready: one with large weights takes minutes."""
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """One that runs. Its figures are those of `/metrics`, its open files and children those of the system."""
+    """A running gateway. Figures come from `/metrics`; descriptors and children from `/proc`."""
 
     base: str
     pid: int
 
     def figures(self) -> dict[str, float]:
-        """Every sample by name and labels."""
+        """All samples of `/metrics`, by name with labels."""
         text = urllib.request.urlopen(self.base + "/metrics", timeout=30).read().decode()
         return {name: float(value) for name, value in re.findall(r"(?m)^([a-z]\S*) (\S+)$", text)}
 
     def descriptors(self) -> list[str]:
-        """What its file descriptors stand for, sockets without their numbers."""
+        """The targets of its open file descriptors, sorted; sockets without their inode numbers."""
         folder, found = Path(f"/proc/{self.pid}/fd"), []
         for entry in folder.iterdir():
             with contextlib.suppress(OSError):
@@ -44,12 +44,12 @@ class Gateway:
         return sorted(found)
 
     def children(self) -> list[int]:
-        """Processes that it started and that have not been waited for, the oldest first: the engine, then its spare."""
+        """Process ids of its children, oldest first: the engine, then the standby."""
         return children(self.pid)
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent this one is, the oldest first."""
+    """Process ids of a process's children, oldest first, including unreaped ones."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -61,7 +61,7 @@ def children(pid: int) -> list[int]:
 
 
 def quantile(before: Mapping[str, float], after: Mapping[str, float], name: str, share: float) -> float:
-    """Upper bound, in the histogram's unit, of this share of what was observed in between."""
+    """Upper bound of a quantile of a histogram, over the observations between two scrapes; `share` is from 0 to 1."""
     buckets = []
     for key, count in after.items():
         if found := re.fullmatch(rf'{name}_bucket{{le="(.+)"}}', key):
@@ -71,25 +71,25 @@ def quantile(before: Mapping[str, float], after: Mapping[str, float], name: str,
 
 
 SETTLE_SECONDS = 20.0
-"""How long a gateway may take to let go of what its clients left behind."""
+"""How long a gateway may take to free the resources of clients that have left."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a gateway held at a time."""
+    """The resources that a gateway held at one time."""
 
     at: float
-    """On the monotonic clock."""
+    """Monotonic time in seconds."""
     resident: float
     engine: float
-    """Bytes in memory of the two processes."""
+    """Resident bytes of the gateway (`resident`) and of its engine."""
     descriptors: int
     tasks: int
     threads: int
 
 
-def look(gateway: Gateway) -> Sample:
-    """What the gateway holds now."""
+def take_sample(gateway: Gateway) -> Sample:
+    """Measure what the gateway holds now."""
     figures = gateway.figures()
     return Sample(
         time.monotonic(),
@@ -101,19 +101,19 @@ def look(gateway: Gateway) -> Sample:
     )
 
 
-async def settled(gateway: Gateway, before: Sample) -> Sample:
-    """What the gateway holds once it had time to let go: as little as before, it is hoped."""
+async def settled_sample(gateway: Gateway, before: Sample) -> Sample:
+    """Measure once the gateway holds no more than before, or after `SETTLE_SECONDS`."""
     until = time.monotonic() + SETTLE_SECONDS
     while True:
         await asyncio.sleep(1)
-        now = await asyncio.to_thread(look, gateway)
+        now = await asyncio.to_thread(take_sample, gateway)
         small = now.tasks <= before.tasks and now.descriptors <= before.descriptors and now.threads <= before.threads
         if small or time.monotonic() > until:
             return now
 
 
 def growth(samples: list[Sample], name: str) -> float:
-    """MiB a minute, over the second half, as the line through it has it."""
+    """Growth of a field in MiB per minute: the slope of a line fitted to the second half of the samples."""
     later = samples[len(samples) // 2 :]
     if len(later) < 3:
         return 0.0
@@ -121,17 +121,31 @@ def growth(samples: list[Sample], name: str) -> float:
     return statistics.linear_regression(minutes, [getattr(sample, name) / 2**20 for sample in later]).slope
 
 
-def report(found: list[tuple[str, object, bool]]) -> int:
-    """Print it; returns the exit status."""
-    for name, figure, good in found:
+Figure = tuple[str, object, bool]
+"""Name, value, and whether the value is acceptable."""
+
+
+def leak_figures(before: Sample, after: Sample, samples: Sequence[Sample] = ()) -> list[Figure]:
+    """Tasks, descriptors and threads before, at most (if there are samples) and after. None may have grown."""
+    figures: list[Figure] = []
+    for name in ("tasks", "descriptors", "threads"):
+        start, end = getattr(before, name), getattr(after, name)
+        most = [max(getattr(sample, name) for sample in samples)] if samples else []
+        figures.append((f"{name} before / {'most / ' if samples else ''}after", [start, *most, end], end <= start))
+    return figures
+
+
+def report(figures: list[Figure]) -> int:
+    """Print the figures; returns the exit status, 1 if any is not acceptable."""
+    for name, figure, good in figures:
         print(f"{name:52s} {figure!s}{'' if good else '   <- NOT AS IT SHOULD BE'}")
-    return int(not all(good for _, _, good in found))
+    return int(not all(good for _, _, good in figures))
 
 
 def serve(
     address: "multiprocessing.Queue[str]", backend: Callable[[], Backend], settings: dict[str, Any], silent: bool
 ) -> None:
-    """The gateway's process, from here on."""
+    """Run the gateway until it is told to stop: the main function of its process."""
     if not silent:
         logs.set_up("text")
     config = Config(port=0, **settings)
@@ -154,7 +168,7 @@ def serve(
 
 @contextlib.contextmanager
 def running(backend: Callable[[], Backend], *, silent: bool = True, **settings: Any) -> Iterator[Gateway]:
-    """Start a gateway, and end it in order. `backend` is made in its process; `settings` are of `Config`."""
+    """Start a gateway and stop it afterwards. `backend` is called in its process; `settings` are fields of `Config`."""
     spawn = multiprocessing.get_context("spawn")
     address: multiprocessing.Queue[str] = spawn.Queue()
     process = spawn.Process(target=serve, args=(address, backend, settings, silent))

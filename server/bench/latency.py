@@ -1,11 +1,12 @@
-"""From the engine to the glass: when a frame was made, and when a browser's canvas has it.
+"""Glass-to-glass latency: from the generation of a frame until a browser's canvas shows it, by transport.
 
     python -m server.bench.latency
 
-The pretended engine writes frame, time and prompt on its pictures (`server.backends.fake.stamp`); headless Chromium, on
-the same machine and so with the same clock, watches by each transport, and reads them back from a canvas. Beside it a
-program takes the raw frames from the WebSocket, which tells what the transport, the codec and the browser add to the
-lead that playback keeps. Then the prompt is changed, and it counts from the request until the canvas shows it.
+The fake engine stamps frame number, time and prompt on its pictures (`server.backends.fake.stamp`). Headless Chromium,
+on the same machine and so with the same clock, watches over each transport and reads the stamps back from a canvas. At
+the same time a program reads raw frames from the WebSocket; the difference is what transport, codec and browser add to
+the lead that playback keeps. Then the prompt is changed, and the time from the request until the canvas shows the new
+prompt is measured.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import httpx
 import websockets
 
 from server.backends.fake import STAMP_BITS, STAMP_FIELDS, STAMP_ROWS, FakeBackend
+from server.bench.clients import open_live_stream
 from server.bench.gateway import Gateway, running
 
 TRANSPORTS = ("vp8", "h264", "fmp4", "mjpeg")
@@ -66,7 +68,7 @@ function video() {
   element.requestVideoFrameCallback(next);
   return element;
 }
-async function rtc(url, mime) {
+async function webrtc(url, mime) {
   const peer = new RTCPeerConnection({ iceServers: [] });
   const receiver = peer.addTransceiver("video", { direction: "recvonly" });
   receiver.setCodecPreferences(RTCRtpReceiver.getCapabilities("video").codecs.filter(
@@ -91,7 +93,7 @@ async function fmp4(url) {
   const append = () => { if (!buffer.updating && waiting.length) buffer.appendBuffer(waiting.shift()); };
   buffer.onupdateend = () => {
     const { buffered } = element;
-    // At the newest frame there is, and again there whenever playback has fallen behind it.
+    // Jump to the newest frame, at the start and whenever playback has fallen behind it.
     if (buffered.length && (element.paused || buffered.end(buffered.length - 1) - element.currentTime > 0.3)) {
       element.currentTime = Math.max(buffered.start(0), buffered.end(buffered.length - 1) - 0.07);
       element.play();
@@ -104,22 +106,22 @@ async function fmp4(url) {
 }
 function mjpeg(url) {
   const image = new Image();
-  const look = () => {
+  const readFrame = () => {
     if (image.naturalWidth) read(image, image.naturalWidth, image.naturalHeight);
-    requestAnimationFrame(look);
+    requestAnimationFrame(readFrame);
   };
   document.body.append(image);
   image.src = url;
-  requestAnimationFrame(look);
+  requestAnimationFrame(readFrame);
 }
 """
 
-Seen = list[tuple[int, int, int, float]]
-"""Frame, when it was made in ms of the stamp's cycle, prompt, and when it was seen in ms since 1970."""
+Sightings = list[tuple[int, int, int, float]]
+"""Frame number, time of generation (ms, modulo `CYCLE_MS`), prompt, and time at which it was seen (ms since 1970)."""
 
 
 def read_stamp(rgb: bytes, width: int) -> tuple[int, int, int] | None:
-    """Frame, time and prompt of a raw picture; None when its stamp is damaged."""
+    """Frame number, time and prompt of a raw picture, RGB24; None if its stamp is damaged."""
     columns = STAMP_BITS // STAMP_ROWS
     side = width // columns
     bits = 0
@@ -133,63 +135,63 @@ def read_stamp(rgb: bytes, width: int) -> tuple[int, int, int] | None:
 
 
 def milliseconds(since: float, until: float) -> float:
-    """From a stamp to a time, in a cycle that starts anew every 49 days."""
+    """Milliseconds between two times modulo `CYCLE_MS`, which is 49 days."""
     return (until - since + CYCLE_MS / 2) % CYCLE_MS - CYCLE_MS / 2
 
 
 @dataclass
-class Watched:
-    """What one transport showed."""
+class Observation:
+    """What was seen over one transport."""
 
-    canvas: Seen
-    raw: Seen
+    canvas: Sightings
+    raw: Sightings
     damaged: int
+    """Pictures on the canvas whose stamp could not be read."""
     steered: list[float] = field(default_factory=list)
-    """From the request for a prompt to the canvas, in ms."""
+    """Milliseconds from each request for a prompt until the canvas showed it."""
 
     @property
-    def handed(self) -> int:
-        """Frames that the gateway handed out between the first and the last that the canvas had."""
+    def sent(self) -> int:
+        """Frames that the gateway sent between the first and the last that the canvas showed."""
         return sum(self.canvas[0][0] <= frame <= self.canvas[-1][0] for frame, *_ in self.raw) if self.canvas else 0
 
     @property
     def from_engine(self) -> list[float]:
+        """Milliseconds from a frame's generation until the canvas showed it."""
         return [milliseconds(made, at) for _, made, _, at in self.canvas]
 
     @property
     def from_gateway(self) -> list[float]:
-        """Against the same frame at the program that takes raw frames."""
-        handed = {frame: at for frame, _, _, at in self.raw}
-        return [at - handed[frame] for frame, _, _, at in self.canvas if frame in handed]
+        """Milliseconds from the arrival of the same frame at the program that reads raw frames."""
+        arrived = {frame: at for frame, _, _, at in self.raw}
+        return [at - arrived[frame] for frame, _, _, at in self.canvas if frame in arrived]
 
 
-def spread(values: list[float]) -> str:
-    """Median and 95th percentile."""
+def percentiles(values: list[float]) -> str:
+    """Median and 95th percentile, as text."""
     ordered = sorted(values)
     if not ordered:
         return "-"
     return " / ".join(f"{ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.0f}" for share in (0.5, 0.95))
 
 
-async def take_raw(url: str, seen: Seen) -> None:
+async def read_raw(url: str, seen: Sightings) -> None:
     """Read raw frames until cancelled."""
     async with websockets.connect(f"{url}?format=rgb24", compression=None, max_size=None) as socket:
         async for item in socket:
             if isinstance(item, bytes):
                 now = time.time() * 1000
-                if found := read_stamp(item[HEADER_BYTES:], int.from_bytes(item[2:4])):
-                    seen.append((*found, now))
+                if stamp := read_stamp(item[HEADER_BYTES:], int.from_bytes(item[2:4])):
+                    seen.append((*stamp, now))
 
 
-async def watch(browser: Any, gateway: Gateway, transport: str, seconds: float, steers: int) -> Watched:
-    """Watch a new stream by one transport."""
+async def watch(browser: Any, gateway: Gateway, transport: str, seconds: float, steers: int) -> Observation:
+    """Watch a new stream over one transport, for so many seconds and then for so many prompt changes."""
     async with httpx.AsyncClient(base_url=gateway.base, timeout=30) as http:
-        stream = (await http.post("/v1/streams", json={"prompt": "prompt 0", "seed": 1})).raise_for_status().json()
-        while (await http.get(f"/v1/streams/{stream['id']}")).json()["state"] != "live":
-            await asyncio.sleep(0.05)
-        raw: Seen = []
-        reader = asyncio.create_task(take_raw(stream["ws_url"], raw))
-        # The page must be the gateway's own for its requests to be let through; its policy is not what is measured.
+        stream = await open_live_stream(http, "prompt 0")
+        raw: Sightings = []
+        reader = asyncio.create_task(read_raw(stream["ws_url"], raw))
+        # The page must be of the gateway's origin for its requests to be allowed; its CSP is not what is measured.
         context = await browser.new_context(bypass_csp=True)
         page = await context.new_page()
         await page.goto(gateway.base + "/livez")
@@ -198,23 +200,10 @@ async def watch(browser: Any, gateway: Gateway, transport: str, seconds: float, 
         await asyncio.sleep(3)
         await page.evaluate("window.seen.length = 0")
         await asyncio.sleep(seconds)
-        canvas: Seen = [tuple(each) for each in await page.evaluate("window.seen")]
-        found = Watched(canvas, list(raw), await page.evaluate("window.damaged || 0"))
+        canvas: Sightings = [tuple(each) for each in await page.evaluate("window.seen")]
+        found = Observation(canvas, list(raw), await page.evaluate("window.damaged || 0"))
         for number in range(steers):
-            before = (await page.evaluate("window.seen"))[-1][2]
-            await asyncio.sleep(random.uniform(0, 0.75))  # anywhere in a chunk
-            asked = time.time() * 1000
-            await http.patch(f"/v1/streams/{stream['id']}", json={"prompt": f"prompt {number + 1}"})
-            async with asyncio.timeout(20):
-                while not (
-                    later := [
-                        at
-                        for _, _, prompt, at in await page.evaluate("window.seen.slice(-64)")
-                        if prompt != before and at > asked
-                    ]
-                ):
-                    await asyncio.sleep(0.1)
-            found.steered.append(later[0] - asked)
+            found.steered.append(await steer(page, http, stream["id"], f"prompt {number + 1}"))
         await context.close()
         reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -223,16 +212,30 @@ async def watch(browser: Any, gateway: Gateway, transport: str, seconds: float, 
     return found
 
 
+async def steer(page: Any, http: httpx.AsyncClient, stream: str, prompt: str) -> float:
+    """Change the prompt; returns the milliseconds until the canvas shows it."""
+    before = (await page.evaluate("window.seen"))[-1][2]
+    await asyncio.sleep(random.uniform(0, 0.75))  # anywhere in a chunk
+    asked_at = time.time() * 1000
+    await http.patch(f"/v1/streams/{stream}", json={"prompt": prompt})
+    async with asyncio.timeout(20):
+        while True:
+            latest = await page.evaluate("window.seen.slice(-64)")
+            if later := [at for _, _, shown, at in latest if shown != before and at > asked_at]:
+                return float(later[0] - asked_at)
+            await asyncio.sleep(0.1)
+
+
 START = {
-    "vp8": "rtc(stream.whep_url, 'video/VP8')",
-    "h264": "rtc(stream.whep_url, 'video/H264')",
+    "vp8": "webrtc(stream.whep_url, 'video/VP8')",
+    "h264": "webrtc(stream.whep_url, 'video/H264')",
     "fmp4": "fmp4(stream.ws_url + '?format=fmp4')",
     "mjpeg": "mjpeg(`/v1/streams/${stream.id}/mjpeg`)",
 }
 
 
 async def run(options: argparse.Namespace, gateway: Gateway) -> int:
-    """Every transport, one after the other; returns the exit status."""
+    """Measure each transport in turn and print its figures; returns the exit status."""
     from playwright.async_api import async_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -246,10 +249,10 @@ async def run(options: argparse.Namespace, gateway: Gateway) -> int:
         browser = await api.chromium.launch(executable_path=chromium, args=arguments)
         for transport in options.transport or TRANSPORTS:
             found = await watch(browser, gateway, transport, options.seconds, options.steers)
-            figures = [spread(each) for each in (found.from_engine, found.from_gateway, found.steered)]
+            figures = [percentiles(each) for each in (found.from_engine, found.from_gateway, found.steered)]
             print(
                 f"{transport:8s} {figures[0]:>18s} {figures[1]:>18s} {figures[2]:>18s}   "
-                f"{len(found.canvas)} of {found.handed} / {found.damaged}",
+                f"{len(found.canvas)} of {found.sent} / {found.damaged}",
                 flush=True,
             )
             good &= len(found.canvas) > 0

@@ -1,8 +1,13 @@
-"""What the fan-out benchmark counts as a frame."""
+"""What viewers over WebRTC count as a frame, and how a client records faults."""
 
 import asyncio
+from typing import Any
 
-from server.bench.fanout import Got, Packets
+import pytest
+
+from server.bench.clients import Client, Outcomes, ReceivedFrames, RtpDepacketizer
+
+pytestmark = pytest.mark.anyio
 
 
 def packet(number: int, body: bytes, *, last: bool = False) -> bytes:
@@ -12,11 +17,11 @@ def packet(number: int, body: bytes, *, last: bool = False) -> bytes:
 
 
 def frames(*packets: bytes, codec: str = "H264") -> tuple[list[int], int]:
-    got = Got()
-    viewer = Packets(got, codec)
+    received = ReceivedFrames()
+    depacketizer = RtpDepacketizer(received, codec)
     for each in packets:
-        asyncio.run(viewer.take(each, 0))
-    return [frame for frame, _ in got.frames], viewer.lost
+        asyncio.run(depacketizer.handle_packet(each, 0))
+    return [frame for frame, _ in received.frames], depacketizer.lost
 
 
 def test_frames_are_told_apart_by_what_is_in_them() -> None:
@@ -36,3 +41,13 @@ def test_the_number_of_a_vp8_picture_is_no_part_of_it() -> None:
     first = frames(packet(1, b"\x10x", last=True), packet(2, b"\x90\x80\x80\1abc", last=True), codec="VP8")
     second = frames(packet(1, b"\x10x", last=True), packet(2, b"\x90\x80\x85\7abc", last=True), codec="VP8")
     assert first == second == ([hash(b"abc")], 0)
+
+
+async def test_a_fault_is_noted(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        client = Client(gateway.http, outcomes := Outcomes())
+        assert await client.open(duration_s=-1) is None
+        nothing = {"id": "st_none", "ws_url": f"ws://{gateway.address}/v1/streams/st_none/ws"}
+        assert await client.watch(nothing, "mjpeg", 2) == 0
+    assert list(outcomes.faults) == ["opened: 400 invalid_value"]
+    assert list(outcomes.refused) == ["stream_not_found"]
