@@ -93,7 +93,7 @@ async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], Grow
     with growth.path.open("ab") as file:
         file.write(b"def")
     growth.grow(6)
-    growth.end(whole=whole)
+    growth.end(complete=whole)
     await request
     assert client.body == b"abcdef"
     assert client.complete == whole, "only a whole file looks complete"
@@ -102,7 +102,7 @@ async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], Grow
 
 async def test_a_file_that_was_never_begun_is_not_found(growing: Callable[[bytes], Growth]) -> None:
     growth = growing(b"")
-    growth.end(whole=False)
+    growth.end(complete=False)
     with pytest.raises(ApiError) as caught:
         await Client().get(download(growth))
     assert (caught.value.status_code, caught.value.code) == (404, "video_not_found")
