@@ -5,12 +5,12 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-# the CPU build, which lies ready on our machines; set TORCH=torch for the newest CUDA build
+# torch's CPU build; TORCH=torch installs the newest CUDA build
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate docs clean
+.PHONY: setup serve test lint test-schema test-browser test-players test-gpu bench-gpu bench-serve bench-fanout bench-latency churn soak evaluate picture docs clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -76,6 +76,9 @@ evaluate: setup
 # write docs/options.md from the options that the programs declare
 docs: setup
 	$(BIN)/python -m docs.options
+
+picture: setup
+	$(BIN)/python -m engine.bench.picture $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
