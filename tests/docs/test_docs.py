@@ -40,7 +40,8 @@ def test_files_that_are_named_exist(name: str) -> None:
     text = re.sub(r"(?s)```.*?```", "", (ROOT / name).read_text())
     for path in FILE.findall(text):
         if path.split("/")[0] in {"server", "engine", "clients", "deploy", "docs", "tests", "architecture"}:
-            assert any((ROOT / folder / path).exists() for folder in ("", "tests")), path
+            candidates = [ROOT / folder / (path + suffix) for folder in ("", "tests") for suffix in ("", ".py")]
+            assert any(candidate.exists() for candidate in candidates), path
 
 
 def test_the_readme_fits_on_a_screen() -> None:
