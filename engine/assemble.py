@@ -21,7 +21,7 @@ from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, Picture
 from engine.transforms.apply import Speed, accelerate, fastest_exact
 from engine.transforms.calibrate import PROMPTS, calibrate
 from engine.transforms.low_bit import Policy, WeightFormat, unsupported_reason
-from engine.transforms.weight_only import weights_in_8_bits
+from engine.transforms.weight_only import quantise_weights
 from engine.warmup import WarmupResult
 from engine.wire import ModelInfo
 
@@ -100,7 +100,7 @@ def assemble(
 
     text = build("text_encoder", lambda: TextEncoder(preset.text))
     if text_weights is not None:
-        weights_in_8_bits(text, text_weights)
+        quantise_weights(text, text_weights)
     encoder = place_text_encoder(text, text_encoder, device)
     dit = build("dit", lambda: CausalWan(preset.dit)).to(device)
     if not {"statistics.mean", "statistics.std"} <= tensors.keys():
@@ -139,9 +139,9 @@ def device_notes(policy: Policy, speed: Speed, device: torch.device) -> Iterator
     sparse."""
     if speed.sparse_weights == "faster":
         yield f"2:4 sparse weights: {', '.join(sorted(policy.sparse)) or 'none would be faster here'}"
-    for held in (WeightFormat(policy.form), *([WeightFormat(policy.form, sparse=True)] if policy.sparse else [])):
+    for held in (WeightFormat(policy.scheme), *([WeightFormat(policy.scheme, sparse=True)] if policy.sparse else [])):
         if reason := unsupported_reason(held, device):
-            form = f"2:4 {held.form or 'sparse'}" if held.sparse else held.form
+            form = f"2:4 {held.scheme or 'sparse'}" if held.sparse else held.scheme
             yield f"{form} products are emulated here, and slower for it: {reason}"
 
 

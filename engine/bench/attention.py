@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import attention as reference
-from engine.ops.linear import LARGEST, quantise
+from engine.ops.attention import AttentionOperands, BlockLists
+from engine.ops.quant import FORMAT_MAX, quantise, round_to_format
 from engine.timing import milliseconds
 
 MODES = ("bf16 dense", "bf16 sparse", "8-bit dense", "8-bit sparse")
@@ -43,7 +44,9 @@ class Inputs:
     q8: Tensor
     k8: Tensor
     v8: Tensor
-    scales: dict[str, Tensor]
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
 
 
 def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str, dtype: torch.dtype) -> Inputs:
@@ -58,10 +61,10 @@ def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str,
     channels = k.abs().amax(1)
     rows = quantise(q * channels[:, None], "int8")
     even = ring[0] / channels[:, None]
-    k_scale = (even[:, :keys].abs().amax((1, 3)) / LARGEST["int8"]).contiguous()
-    k8 = (even / k_scale[:, None, :, None]).round().clamp(-LARGEST["int8"], LARGEST["int8"]).to(torch.int8)
-    v_scale = (v.abs().amax((1, 3)) / LARGEST["fp8"]).contiguous()
-    v8 = (v / v_scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    k_scale = (even[:, :keys].abs().amax((1, 3)) / FORMAT_MAX["int8"]).contiguous()
+    k8 = round_to_format(even, k_scale[:, None, :, None], "int8")
+    v_scale = (v.abs().amax((1, 3)) / FORMAT_MAX["fp8"]).contiguous()
+    v8 = round_to_format(v, v_scale[:, None, :, None], "fp8")
     ring = ring.to(dtype)
     return Inputs(
         q.to(dtype),
@@ -70,7 +73,9 @@ def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str,
         rows.data,
         k8[:, :keys],
         reference.pack_values(v8),
-        {"q_scale": rows.scale[..., 0].contiguous(), "k_scale": k_scale, "v_scale": v_scale},
+        rows.scale[..., 0].contiguous(),
+        k_scale,
+        v_scale,
     )
 
 
@@ -91,15 +96,19 @@ def relative(out: Tensor, right: Tensor) -> float:
     return float((out.float() - right.float()).norm() / right.float().norm())
 
 
+def operands(mode: str, x: Inputs, index: Tensor | None, visits: list[int] | None = None) -> AttentionOperands:
+    """The operands of a mode, which reads the block lists if it is sparse."""
+    blocks = BlockLists(index, visits) if index is not None and mode.endswith("sparse") else None
+    if mode.startswith("8-bit"):
+        return AttentionOperands(x.q8, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, packed=True, blocks=blocks)
+    return AttentionOperands(x.q, x.k, x.v, blocks=blocks)
+
+
 def call(mode: str, x: Inputs, index: Tensor | None, config: Any = None) -> Tensor:
+    """The kernel's result in a mode."""
     from engine.ops.triton import attention as kernels
 
-    listed = index if mode.endswith("sparse") else None
-    q, k, v = (x.q8, x.k8, x.v8) if mode.startswith("8-bit") else (x.q, x.k, x.v)
-    extra: dict[str, Any] = {"packed": True, **x.scales} if mode.startswith("8-bit") else {}
-    if listed is None:
-        return kernels.dense(q, k, v, config=config, **extra)
-    return kernels.block_sparse(q, k, v, listed, config=config, **extra)
+    return kernels.attend_configured(operands(mode, x, index), config)
 
 
 def random_lists(batch: int, heads: int, queries: int, keys: int, count: int, device: str) -> Tensor:
@@ -150,19 +159,10 @@ def check(mode: str, specialized: bool, device: str) -> None:
         for persistent in (False, True):
             config = kernels.Config(persistent=persistent, specialized=specialized, stages=2, turns=persistent)
             torch.full((1 << (14 if device == "cpu" else 26),), float("nan"), device=device)
-            q, k, v = (x.q8, x.k8, x.v8) if eight else (x.q, x.k, x.v)
-            extra: dict[str, Any] = {"packed": True, **x.scales} if eight else {}
-            if mode.endswith("dense"):
-                pairs = [(call(mode, x, None, config), reference.dense(q, k, v, **extra))]
-            else:
-                pairs = [
-                    (
-                        kernels.block_sparse(q, k, v, index, visits=visits, config=config, **extra),
-                        reference.block_sparse(q, k, v, index, visits=visits, **extra),
-                    )
-                    for visits in (None, shorter)
-                ]
-            worst = max(worst, *(relative(out, right) for out, right in pairs))
+            for visits in (None, shorter) if mode.endswith("sparse") else (None,):
+                given = operands(mode, x, index, visits)
+                out, right = kernels.attend_configured(given, config), reference.attend(given)
+                worst = max(worst, relative(out, right))
     # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities, which
     # the plain kernel does in another way
     limit = (0.1 if device == "cpu" else 4e-2 if specialized else 6e-2) if eight else 1e-2
@@ -265,7 +265,7 @@ def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[s
             row("FlashAttention-4 bf16", lambda x, i: lambda: fa4(x), flop=full)
 
     def choose(x: Inputs, mask: Tensor, count: int, dense: int) -> Tensor:
-        return kernels.choose_blocks(kernels.pool(x.q), kernels.pool(x.k), mask, count, dense)
+        return kernels.choose_blocks(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k), mask, count, dense)
 
     def bind(mode: str, config: Any, lists: list[Tensor] | None, x: Inputs, i: int) -> Callable[[], Tensor]:
         return partial(call, mode, x, None if lists is None else lists[i], config)
@@ -289,17 +289,17 @@ def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[s
                     lists,
                     full * lists[0].shape[-1] / blocks,
                 )
-    pooled = [(kernels.pool(x.q), kernels.pool(x.k)) for x in sets]
+    pooled = [(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k)) for x in sets]
     chunk = [x.k[:, -queries:] for x in sets]
     costs: dict[str, list[Callable[[], Tensor]]] = {
         f"choose {keep} + {current} of {blocks}": [
             partial(kernels.choose_blocks, q, k, always, keep, current) for q, k in pooled
         ],
         "the same in torch": [partial(reference.choose_blocks, q, k, always, keep, current) for q, k in pooled],
-        "pool the chunk": [partial(kernels.pool, x) for x in chunk],
-        "pool all keys": [partial(kernels.pool, x.k) for x in sets],
+        "pool the chunk": [partial(kernels.pool_blocks, x) for x in chunk],
+        "pool all keys": [partial(kernels.pool_blocks, x.k) for x in sets],
         "pack the chunk's values in 8 bits": [
-            partial(kernels.pack_values, x.v[:, -queries:], x.v8, keys - queries, x.scales["v_scale"]) for x in sets
+            partial(kernels.pack_values, x.v[:, -queries:], x.v8, keys - queries, x.v_scale) for x in sets
         ],
     }
     for name, work in costs.items():

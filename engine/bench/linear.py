@@ -30,12 +30,13 @@ from engine.bench.rollout import ceiling
 from engine.config import PRESETS, Preset, QuantScheme
 from engine.models.config import DiTConfig, TextConfig
 from engine.ops.linear import first_line
-from engine.ops.sparse import Sparse24, prune
+from engine.ops.quant import Sparse24, tensors_of
+from engine.ops.sparse import prune
 from engine.timing import milliseconds
-from engine.transforms.low_bit import Projection, WeightFormat, tensors, unsupported_reason
+from engine.transforms.low_bit import Projection, WeightFormat, unsupported_reason
 from engine.transforms.sparse_weights import faster_roles
 
-FORMS: tuple[tuple[str, WeightFormat, bool], ...] = (
+FORMATS: tuple[tuple[str, WeightFormat, bool], ...] = (
     ("as it is", WeightFormat(), False),
     ("fp8, a scale a row", WeightFormat("fp8"), False),
     ("fp8, fixed input scale", WeightFormat("fp8"), True),
@@ -93,7 +94,12 @@ def chunk_tokens(preset: Preset) -> int:
 
 
 def measure(
-    name: str, held: WeightFormat, fixed: bool, weights: list[Tensor], inputs: list[Tensor], exact: Tensor | None = None
+    name: str,
+    weight_format: WeightFormat,
+    fixed: bool,
+    weights: list[Tensor],
+    inputs: list[Tensor],
+    exact: Tensor | None = None,
 ) -> Row:
     """Time and error of a form over sets of operands; the first are exact's. Whatever fails is told, not raised."""
     device = inputs[0].device
@@ -101,24 +107,26 @@ def measure(
     nan = float("nan")
     us, whole, error = nan, nan, nan
     try:
-        projections = [Projection.of(weight, held) for weight in weights]
-        fault = unsupported_reason(held, device)
+        projections = [Projection.from_weight(weight, weight_format) for weight in weights]
+        fault = unsupported_reason(weight_format, device)
         if isinstance(first := projections[0].weight, Sparse24) and not first.compressed:
             fault = fault or "not in this shape or dtype"
         if fixed:
             for projection, x in zip(projections, inputs, strict=True):
-                projection.watch()
+                projection.start_calibration()
                 projection(x)
-                projection.settle()
+                projection.finish_calibration()
         if exact is None:
-            kept = prune(weights[0].float()) if held.sparse else weights[0].float()
+            kept = prune(weights[0].float()) if weight_format.sparse else weights[0].float()
             exact = inputs[0][:512].float() @ kept.t()
         out = projections[0](inputs[0])[: len(exact)].float()
         error = float((out - exact).norm() / exact.norm())
         del out
-        rounded = [p.rounded(x) if held.rows else x for p, x in zip(projections, inputs, strict=True)]
+        rounded = [
+            p.quantised(x) if weight_format.input_format else x for p, x in zip(projections, inputs, strict=True)
+        ]
         us = 1e3 * _time(projections, rounded)
-        whole = 1e3 * _time(projections, inputs) if held.rows else us
+        whole = 1e3 * _time(projections, inputs) if weight_format.input_format else us
     except Exception as problem:  # a compiler's, a library's: whatever it is, the table goes on
         fault = f"{type(problem).__name__}: {first_line(problem)}"
     return Row(name, us, whole, error, fault)
@@ -148,8 +156,8 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
         print(f"\n{roles}: {tokens} x {depth} -> {width}")
         print(f"{'':24}{'us':>9}{'whole':>9}{'TFLOP/s':>9}{'ceiling':>9}{'speed-up':>9}{'error':>9}")
         rows = []
-        for name, held, fixed in FORMS:
-            row = measure(name, held, fixed, weights, inputs)
+        for name, weight_format, fixed in FORMATS:
+            row = measure(name, weight_format, fixed, weights, inputs)
             rows.append(row)
             rate = row.rate(flop)
             print(
@@ -159,12 +167,12 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
             )
         found[roles] = rows
     print("\nall six of a block, us: product, and with the rounding of what the kernel before cannot (o, cross_o)")
-    for index, (name, held, fixed) in enumerate(FORMS):
+    for index, (name, weight_format, fixed) in enumerate(FORMATS):
         product = sum(count * found[roles][index].us for roles, (_, _, count) in shapes(dit).items())
         # no kernel before can round by the largest value of a whole matrix that is not known yet
         apart = (
             {"o, cross_q, cross_o": 2}
-            if held.form != "fp8-tensor" or fixed
+            if weight_format.scheme != "fp8-tensor" or fixed
             else {r: s[2] for r, s in shapes(dit).items()}
         )
         passes = sum(count * (found[roles][index].whole - found[roles][index].us) for roles, count in apart.items())
@@ -172,8 +180,8 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
     choices: tuple[tuple[str, QuantScheme | None, bool], ...] = (
         ("2:4", None, False), ("2:4 fp8", "fp8", False), ("2:4 fp8, fixed", "fp8", True),
     )  # fmt: skip
-    for name, form, fixed in choices:
-        faster = faster_roles(dit, tokens, form, device, dtype, fixed=fixed)
+    for name, scheme, fixed in choices:
+        faster = faster_roles(dit, tokens, scheme, device, dtype, fixed=fixed)
         print(f"`--sparse-weights` would keep {name} for: {', '.join(sorted(faster)) or 'none'}")
     return found
 
@@ -182,17 +190,18 @@ def block(dit: DiTConfig, tokens: int, device: torch.device, dtype: torch.dtype,
 def small(text: TextConfig, device: torch.device, dtype: torch.dtype) -> dict[str, list[Row]]:
     """Print and return weights alone in 8 bits against bfloat16, where the weights are most of what is read."""
     found: dict[str, list[Row]] = {}
-    forms: tuple[QuantScheme | None, ...] = (None, "fp8-weights", "int8-weights")
+    schemes: tuple[QuantScheme | None, ...] = (None, "fp8-weights", "int8-weights")
     print("\nproducts that wait for their weights, us (and GB/s of weights)")
-    print(f"{'':30}" + "".join(f"{form or 'as it is':>20}" for form in forms))
+    print(f"{'':30}" + "".join(f"{scheme or 'as it is':>20}" for scheme in schemes))
     lengths = (1, 16, 64, text.length) if device.type == "cuda" else (1, 16)
     for name, (depth, width) in text_shapes(text).items():
         for tokens in lengths:
             weights, inputs = operands(tokens, depth, width, device, dtype)
-            rows = [measure(form or "as it is", WeightFormat(form), False, weights, inputs) for form in forms]
+            rows = [measure(scheme or "as it is", WeightFormat(scheme), False, weights, inputs) for scheme in schemes]
             found[f"{name}, {tokens} tokens"] = rows
             sizes = [
-                sum(x.nbytes for x in tensors(Projection.of(weights[0], WeightFormat(form)).weight)) for form in forms
+                sum(x.nbytes for x in tensors_of(Projection.from_weight(weights[0], WeightFormat(scheme)).weight))
+                for scheme in schemes
             ]
             cells = [f"{row.us:9.1f} ({size / row.us / 1e3:6.0f})" for row, size in zip(rows, sizes, strict=True)]
             print(f"{f'{name}: {tokens} x {depth} -> {width}':30}" + "".join(f"{x:>20}" for x in cells), flush=True)

@@ -15,6 +15,7 @@ from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
 from engine.config import Preset
 from engine.models.config import DiTConfig
+from engine.ops.quant import QuantTensor
 
 SHARD_BYTES = 4 << 30
 DTYPES = {name: dtype for dtype, name in store.DTYPES.items()} | {
@@ -48,7 +49,7 @@ def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
 
 def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
     """stored * scale in float32: scale has one element, or one for each row of stored [rows, ...]."""
-    return stored.float() * scale.float().reshape(-1, *[1] * (stored.ndim - 1))
+    return QuantTensor(stored, scale.float().reshape(-1, *[1] * (stored.ndim - 1))).dequantise()
 
 
 def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> tuple[str, Found]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.sources import MANIFEST
+from engine.ops.quant import QuantTensor, quantise
 
-__all__ = ["MANIFEST", "StoreError", "StoredTensor", "Writer", "load", "quantise", "save", "verify"]
+__all__ = ["MANIFEST", "StoreError", "StoredTensor", "Writer", "load", "save", "verify"]
 
 SHARD_BYTES = 15 << 20
 """What the repository takes for a file."""
@@ -85,18 +86,16 @@ def load(folder: Path) -> dict[str, Tensor]:
             except SafetensorError as error:
                 raise StoreError(f"{folder / name} is not a readable safetensors file: {error}") from None
     return {
-        name: value.float() * stored[f"{name}_scale"] if f"{name}_scale" in stored else value
+        name: QuantTensor(value, stored[f"{name}_scale"]).dequantise() if f"{name}_scale" in stored else value
         for name, value in stored.items()
         if not name.endswith("weight_scale")
     }
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, ...] and scale float32 [out, 1, ...] of a weight [out, ...]: symmetric, one scale per output row."""
-    flat = weight.detach().float().flatten(1)
-    scale = flat.abs().amax(dim=1).clamp(min=1e-12) / 127
-    rounded = (flat / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return rounded.reshape(weight.shape), scale.reshape(-1, *[1] * (weight.ndim - 1))
+def _int8(weight: Tensor) -> QuantTensor:
+    """A weight [out, ...] as int8 with float32 scales [out, 1, ...], one for each output row."""
+    rows = quantise(weight.detach().flatten(1), "int8")
+    return QuantTensor(rows.data.reshape(weight.shape), rows.scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,8 @@ def save(
         for name, value in tensors.items():
             if value.is_floating_point() and value.ndim >= 2:
                 if component in low_bit and name.endswith("weight"):
-                    weight, scale = quantise(value.cpu())
-                    entries[name], entries[f"{name}_scale"] = StoredTensor.of(weight), StoredTensor.of(scale)
+                    low = _int8(value.cpu())
+                    entries[name], entries[f"{name}_scale"] = StoredTensor.of(low.data), StoredTensor.of(low.scale)
                 else:
                     entries[name] = StoredTensor.of(value.bfloat16())
             else:

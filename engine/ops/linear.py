@@ -1,90 +1,38 @@
-"""Matrix products in 8 bits: each row with its own scale, or a matrix with one; products in the hardware's units.
+"""Linear layers in 8 bits, by whichever product the device has.
 
     y = (x8 w8^T) * x_scale * w_scale + bias
 
-with x8 [R, K] and w8 [N, K] in float8 e4m3 or int8, float32 scales, accumulated in float32 or int32. Micikevicius et
-al. 2022 (arXiv 2209.05433) for the formats, Dettmers et al. 2022 (arXiv 2208.07339) for a scale a row.
-`linear_weights8` rounds the weights alone.
+with x8 [R, K] and w8 [N, K] in float8 e4m3 or int8, float32 scales, accumulated in float32 or int32.
 """
 
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Format = Literal["fp8", "int8"]
-LARGEST: dict[Format, float] = {"fp8": 448.0, "int8": 127.0}
-STORED: dict[Format, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+from engine.ops.dispatch import on_gpu, rescale, small_batch_linear
+from engine.ops.quant import FORMAT_DTYPE, QuantTensor
+
+SMALL_BATCH = 64
+"""Rows up to which a product is limited by reading its weights: one kernel then dequantises them as they arrive."""
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A format with one scale for a whole matrix that is known beforehand: no largest magnitude has to be found."""
-
-    format: Format
-    scale: Tensor
-    """float32 [1]."""
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """1 / scale. First asked for before a graph is recorded, it is no part of it."""
-        return self.scale.reciprocal()
-
-
-OutputFormat = Format | Fixed
-
-
-@dataclass(frozen=True)
-class QuantTensor:
-    """A matrix in 8 bits: data [..., K], and what to multiply each row by, float32 [..., 1], or all of it by, [1]."""
-
-    data: Tensor
-    scale: Tensor
-
-    @property
-    def format(self) -> Format:
-        return "int8" if self.data.dtype == torch.int8 else "fp8"
-
-    @property
-    def one_scale(self) -> bool:
-        return self.scale.ndim == 1
-
-    def restore(self) -> Tensor:
-        """float32 [..., K]."""
-        return self.data.float() * self.scale
-
-
-def quantise(x: Tensor, to: OutputFormat) -> QuantTensor:
-    """x [..., K], each row scaled so that its largest magnitude is the format's largest; or all by a fixed scale."""
-    wide = x.float()
-    if isinstance(to, Fixed):
-        form, scale = to.format, to.scale
-        scaled = (wide / scale).clamp(-LARGEST[form], LARGEST[form])
-    else:
-        form = to
-        scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST[form]
-        scaled = wide / scale
-    return QuantTensor((scaled.round() if form == "int8" else scaled).to(STORED[form]), scale)
-
-
-def one_scale(x: Tensor, form: Format) -> Fixed:
-    """The scale that brings the largest magnitude in all of x to the format's largest."""
-    largest = torch.linalg.vector_norm(x.flatten(), float("inf"), dtype=torch.float32)
-    return Fixed(form, largest.clamp(min=1e-12)[None] / LARGEST[form])
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 100 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
 
 
 @cache
 def fp8_unsupported_reason(device: torch.device, scales: Literal["rows", "tensor"]) -> str | None:
-    """Why this device does not multiply float8 matrices with a scale a row, or one for each matrix; None if it does.
+    """Why this device cannot multiply float8 matrices with row scales, or with one scale each; None if it can.
 
-    Asked of the device itself, once, with a product whose result is known.
+    Found once, by a product whose result is known.
     """
-    if device.type != "cuda":
+    if not on_gpu(device):
         return "needs a GPU"
-    a = torch.ones(16, 32, device=device).to(STORED["fp8"])
+    a = torch.ones(16, 32, device=device).to(FORMAT_DTYPE["fp8"])
     scale = torch.full((16, 1) if scales == "rows" else (1, 1), 0.5, device=device)
     try:
         out = torch._scaled_mm(a, a.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
@@ -94,27 +42,23 @@ def fp8_unsupported_reason(device: torch.device, scales: Literal["rows", "tensor
     return None if right else "wrong result"
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
-
-
 def fp8_rows_supported(device: torch.device) -> bool:
     return fp8_unsupported_reason(device, "rows") is None
 
 
-def linear8(x: QuantTensor, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def quantised_linear(x: QuantTensor, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N] in `dtype`.
 
-    Float8 goes through whichever product the device has: with a scale a row, or without scales, which are then applied
-    to the result. Where it has none the rows are restored and multiplied in `dtype`, and so they are in float32, which
-    the units do not give.
+    Float8 uses the product that the device has: with row scales, or without scales, which are then applied to the
+    result. Without either, and in float32, which the hardware's products do not give, both operands are dequantised
+    and multiplied in `dtype`.
     """
     rows, device = x.data.flatten(0, -2), x.data.device
     a, b = x.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
     native = dtype == torch.bfloat16 and x.format == "fp8"
     by_row = native and fp8_unsupported_reason(device, "rows") is None
     by_tensor = native and fp8_unsupported_reason(device, "tensor") is None
-    if by_tensor and x.one_scale and weight.one_scale:
+    if by_tensor and x.per_tensor and weight.per_tensor:
         out = torch._scaled_mm(rows, weight.data.t(), scale_a=a, scale_b=b, out_dtype=dtype, use_fast_accum=True)
     elif by_row:
         a, b = a.expand(len(rows), 1).contiguous(), b.expand(1, len(weight.data)).contiguous()
@@ -126,48 +70,20 @@ def linear8(x: QuantTensor, weight: QuantTensor, bias: Tensor | None, dtype: tor
     elif x.format == "int8" and len(rows) > 16 and rows.shape[1] % 8 == 0 and len(weight.data) % 8 == 0:
         out = rescale(torch._int_mm(rows, weight.data.t()), a, b, dtype)
     else:
-        out = F.linear((rows.float() * a).to(dtype), weight.restore().to(dtype))
+        out = F.linear((rows.float() * a).to(dtype), weight.dequantise().to(dtype))
     if bias is not None:
         out = out + bias.to(dtype)
     return out.unflatten(0, x.data.shape[:-1])
 
 
-SMALL_BATCH = 64
-"""Rows up to which a product waits for its weights: there they are rounded back as they arrive, in one kernel."""
+def weight_only_linear(x: Tensor, weight: QuantTensor) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, with only the weight in 8 bits: [..., N] in x's dtype.
 
-
-def linear_weights8(x: Tensor, weight: QuantTensor) -> Tensor:
-    """x [..., K] times weight [N, K] transposed, with nothing but the weights in 8 bits: [..., N] in x's dtype.
-
-    Above `SMALL_BATCH` rows the weights are restored first, which saves memory and costs a little time.
+    Above `SMALL_BATCH` rows the weight is dequantised first, which saves memory and costs a little time.
     """
     rows = x.flatten(0, -2)
-    if rows.is_cuda and len(rows) <= SMALL_BATCH and _kernel_reads(weight):
-        from engine.ops.triton import linear
-
-        out = linear.linear_weights8(rows, weight)
+    if len(rows) <= SMALL_BATCH:
+        out = small_batch_linear(rows, weight)
     else:
         out = F.linear(rows, rescale(weight.data, weight.scale, None, x.dtype))
     return out.unflatten(0, x.shape[:-1])
-
-
-def _kernel_reads(weight: QuantTensor) -> bool:
-    """Triton converts float8 e4m3 from compute capability 8.9 on."""
-    return weight.format == "int8" or torch.cuda.get_device_capability(weight.data.device) >= (8, 9)
-
-
-def rescale(x: Tensor, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [R, N] times rows [R, 1] times columns [1, N], in float32 and rounded once to `dtype`.
-
-    Either may be of one element, for all, or None. On a GPU one pass over memory, in place where the dtype allows.
-    """
-    if x.is_cuda and (x.dtype != STORED["fp8"] or torch.cuda.get_device_capability(x.device) >= (8, 9)):
-        from engine.ops.triton import linear
-
-        return linear.rescale(x, rows, columns, dtype)
-    wide = x.float()
-    if rows is not None:
-        wide = wide * rows
-    if columns is not None:
-        wide = wide * columns
-    return wide.to(dtype)

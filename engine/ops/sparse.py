@@ -1,14 +1,13 @@
-"""Products with weights of which two in every four are zero, 2:4: half the multiplications, on NVIDIA's sparse units.
+"""Linear layers with 2:4 sparse weights, two of every four zero: half the multiplications, on NVIDIA's sparse units.
 
-    y = x (w * mask)^T,   two of each four neighbours along K kept
+    y = x (w * mask)^T,   two of every four neighbours along K kept
 
-Mishra et al. 2021 (arXiv 2104.08378). The kept values and their places go through cuSPARSELt, which PyTorch carries;
-elsewhere the matrix is multiplied with its zeros, which is the reference. Weights may be in float8 with a scale a row;
-these and the scales of x are applied in a pass over the result, since the library takes no vector of scales for float8
-on Hopper ("operation not supported", CUDA 13.0).
+Mishra et al. 2021 (arXiv 2104.08378). cuSPARSELt, which PyTorch includes, multiplies compressed weights; elsewhere
+the weight is multiplied with its zeros, which is the reference. Weights may be float8 with row scales; these and the
+scales of x are applied in a pass over the result, since on Hopper the library takes no vector of scales for float8
+("operation not supported", CUDA 13.0).
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,100 +15,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.linear import QuantTensor, first_line, linear8, quantise, rescale
-
-UNIT = 64
-"""Rows of x are filled up to a multiple: cuSPARSELt takes 16, and its tiles are larger."""
-
-
-@dataclass(frozen=True)
-class Sparse24:
-    """A weight [N, K] with its zeros, or compressed by cuSPARSELt."""
-
-    data: Tensor
-    scale: Tensor | None
-    """float32 [N, 1], in float8."""
-    shape: tuple[int, int]
-    compressed: bool
+from engine.ops.dispatch import on_gpu, rescale
+from engine.ops.linear import first_line, quantised_linear
+from engine.ops.quant import SPARSE_ROWS, QuantTensor, Sparse24, quantise
 
 
 def prune(weight: Tensor) -> Tensor:
-    """weight [N, K] with the two smaller magnitudes of each four along K set to zero; of equal ones the later.
+    """weight [N, K] with the two smaller magnitudes of every four along K set to zero; of equal ones the later.
 
     Raises:
-        ValueError: K is no multiple of four.
+        ValueError: K is not a multiple of four.
     """
     if weight.shape[-1] % 4:
         raise ValueError(f"2:4 sparsity needs rows of a multiple of 4, got {weight.shape[-1]}")
     groups = weight.unflatten(-1, (-1, 4))
-    lesser = groups.abs().argsort(dim=-1, descending=True, stable=True)[..., 2:]
-    return groups.scatter(-1, lesser, 0.0).flatten(-2)
+    smaller = groups.abs().argsort(dim=-1, descending=True, stable=True)[..., 2:]
+    return groups.scatter(-1, smaller, 0.0).flatten(-2)
 
 
 def is_pruned(weight: Tensor) -> bool:
-    """Whether at most two of each four along K differ from zero."""
+    """Whether at most two of every four along K are nonzero."""
     return weight.shape[-1] % 4 == 0 and bool(((weight.unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all())
 
 
 @cache
 def sparse_unsupported_reason(device: torch.device, *, fp8: bool) -> str | None:
-    """Why this device has no product of 2:4 weights in bfloat16, or float8; None if it has. Asked of itself, once."""
-    if device.type != "cuda":
+    """Why this device has no product of 2:4 weights in bfloat16, or float8; None if it has one. Tried once."""
+    if not on_gpu(device):
         return "needs a GPU"
     x = torch.arange(64.0, device=device)[:, None] % 5 + torch.arange(64.0, device=device) % 3
     weight = prune((torch.arange(64.0, device=device)[:, None] % 3 + 1) * (torch.arange(64.0, device=device) % 7 - 3))
     try:
         if fp8:
             rows = quantise(weight, "fp8")
-            packed = Sparse24(torch._cslt_compress(rows.data), rows.scale, (64, 64), compressed=True)
-            out = linear_sparse(quantise(x, "fp8"), packed, torch.bfloat16)
+            compressed = Sparse24(torch._cslt_compress(rows.data), rows.scale, (64, 64), compressed=True)
+            out = sparse_linear(quantise(x, "fp8"), compressed, torch.bfloat16)
         else:
-            packed = Sparse24(torch._cslt_compress(weight.bfloat16()), None, (64, 64), compressed=True)
-            out = linear_sparse(x.bfloat16(), packed, torch.bfloat16)
+            compressed = Sparse24(torch._cslt_compress(weight.bfloat16()), None, (64, 64), compressed=True)
+            out = sparse_linear(x.bfloat16(), compressed, torch.bfloat16)
         expected = x @ weight.t()
-        apart = float((out.float() - expected).norm() / expected.norm())
+        difference = float((out.float() - expected).norm() / expected.norm())
     except RuntimeError as error:
         return first_line(error)
-    return None if apart < 0.1 else f"wrong result (error {apart:.2g})"
+    return None if difference < 0.1 else f"wrong result (error {difference:.2g})"
 
 
 def compress(weight: Tensor, fp8: bool) -> Sparse24:
-    """A pruned weight [N, K] as it will be multiplied: compressed where the device and the shape allow."""
+    """A pruned weight [N, K], in float8 if `fp8`, compressed where the device and the shape allow."""
     shape = weight.shape[0], weight.shape[1]
     data, scale = weight, None
     if fp8:
         rows = quantise(weight, "fp8")
         data, scale = rows.data, rows.scale
-    # the units' results are bfloat16
+    # the sparse units give bfloat16
     fits = weight.dtype == torch.bfloat16 and shape[0] % 32 == shape[1] % 32 == 0
     if fits and sparse_unsupported_reason(weight.device, fp8=fp8) is None:
         return Sparse24(torch._cslt_compress(data.contiguous()), scale, shape, compressed=True)
     return Sparse24(data, scale, shape, compressed=False)
 
 
-def linear_sparse(x: Tensor | QuantTensor, weight: Sparse24, dtype: torch.dtype) -> Tensor:
-    """x [..., K] times weight [N, K] transposed: [..., N] in `dtype`. x is in float8 where the weight is."""
+def sparse_linear(x: Tensor | QuantTensor, weight: Sparse24, dtype: torch.dtype) -> Tensor:
+    """x [..., K] times weight [N, K] transposed: [..., N] in `dtype`. x is float8 where the weight is."""
     if isinstance(x, QuantTensor):
         assert weight.scale is not None
         if not weight.compressed:
-            return linear8(x, QuantTensor(weight.data, weight.scale), None, dtype)
+            return quantised_linear(x, QuantTensor(weight.data, weight.scale), None, dtype)
         rows = x.data.flatten(0, -2)
-        out = _product(weight.data, filled(rows, UNIT), dtype)[: len(rows)]
+        out = _product(weight.data, pad_rows(rows, SPARSE_ROWS), dtype)[: len(rows)]
         return rescale(out, x.scale.reshape(-1, 1), weight.scale.reshape(1, -1), dtype).unflatten(0, x.data.shape[:-1])
     if not weight.compressed:
         return F.linear(x, weight.data)
-    rows = x.flatten(0, -2).contiguous()  # the library is told no strides
-    out = _product(weight.data, filled(rows, UNIT // 8), None)[: len(rows)]
+    rows = x.flatten(0, -2).contiguous()  # the library takes no strides
+    out = _product(weight.data, pad_rows(rows, SPARSE_ROWS // 8), None)[: len(rows)]
     return out.unflatten(0, x.shape[:-1])
 
 
-def filled(rows: Tensor, unit: int) -> Tensor:
-    """rows [R, K] with as many more as make R a multiple of `unit`, whatever these hold.
+def pad_rows(rows: Tensor, multiple: int) -> Tensor:
+    """rows [R, K], padded so that R is a multiple; the values of the added rows are arbitrary.
 
-    Without a copy where the memory goes on that far, as the kernels that round to 8 bits leave it.
+    Does not copy if the memory behind `rows` is large enough, as the kernels that quantise allocate it.
     """
     height, width = rows.shape
-    wanted = -(-height // unit) * unit
+    wanted = -(-height // multiple) * multiple
     if wanted == height:
         return rows
     room = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
@@ -118,33 +105,35 @@ def filled(rows: Tensor, unit: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, wanted - height))
 
 
-def _product(packed: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x [R, K] times the weight transposed: [R, N], by the algorithm that was fastest when the shape was first met.
+def _product(compressed: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x [R, K] times the weight transposed: [R, N], by the algorithm that was fastest when the shape was first used.
 
-    dtype: of the result of float8; otherwise it is x's.
+    dtype: of the result for float8; otherwise the result has x's.
     """
-    key = packed.device, packed.dtype, packed.numel(), x.shape
+    key = compressed.device, compressed.dtype, compressed.numel(), x.shape
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
-            return torch._cslt_sparse_mm(packed, x.t(), out_dtype=dtype, transpose_result=True)
-        _algorithms[key] = _search(packed, x, dtype)
+            return torch._cslt_sparse_mm(compressed, x.t(), out_dtype=dtype, transpose_result=True)
+        _algorithms[key] = _search(compressed, x, dtype)
     algorithm, parts, mode = _algorithms[key]
-    return torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, algorithm, parts, mode)
+    return torch._cslt_sparse_mm(compressed, x.t(), None, None, dtype, True, algorithm, parts, mode)
 
 
 _algorithms: dict[tuple[torch.device, torch.dtype, int, torch.Size], tuple[int, int, int]] = {}
 
 
-def _search(packed: Tensor, x: Tensor, dtype: torch.dtype | None) -> tuple[int, int, int]:
-    """An algorithm's number, into how many parts it cuts K, and how it sums them; the library's default where it finds
-    none, or one that gives another result."""
+def _search(compressed: Tensor, x: Tensor, dtype: torch.dtype | None) -> tuple[int, int, int]:
+    """An algorithm's number, the number of parts it splits K into, and how it sums them.
+
+    The library's default if its search finds none, or one with a different result.
+    """
     library: Any = getattr(torch._C, "_cusparselt", None)
-    usual = 0, 1, -1
-    expected = torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, *usual)
+    default = 0, 1, -1
+    expected = torch._cslt_sparse_mm(compressed, x.t(), None, None, dtype, True, *default)
     try:
-        algorithm, parts, mode, _ = library.mm_search(packed, x.t(), None, None, dtype, True)
-        found = torch._cslt_sparse_mm(packed, x.t(), None, None, dtype, True, algorithm, parts, mode)
+        algorithm, parts, mode, _ = library.mm_search(compressed, x.t(), None, None, dtype, True)
+        found = torch._cslt_sparse_mm(compressed, x.t(), None, None, dtype, True, algorithm, parts, mode)
     except (AttributeError, TypeError, RuntimeError):
-        return usual
+        return default
     close = torch.isclose(found, expected, rtol=0.02, atol=0.01 * float(expected.abs().nanmean()), equal_nan=True)
-    return (algorithm, parts, mode) if float(close.float().mean()) > 0.999 else usual
+    return (algorithm, parts, mode) if float(close.float().mean()) > 0.999 else default

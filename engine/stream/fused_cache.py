@@ -10,29 +10,20 @@ which a policy names (`heads.py`), see these alone and nothing of the past.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engine.config import CacheConfig
 from engine.models.config import DiTConfig
-from engine.ops import fused
-from engine.ops.attention import BLOCK, attention
-from engine.ops.fused import Scales
+from engine.ops import dispatch
+from engine.ops.attention import BLOCK, AttentionOperands, BlockLists, attention
+from engine.ops.fused import QKVProjection
+from engine.ops.quant import KVScales
 from engine.stream import pruned_heads as policy
 from engine.stream.kv_cache import KVCache, Rows
 from engine.stream.pruned_heads import Heads
-
-
-def kernels(device: torch.device) -> Any:
-    """Where `dense`, `block_sparse` and what they need are for this device."""
-    if device.type == "cuda":
-        from engine.ops.triton import attention as module
-    else:
-        from engine.ops import attention as module  # type: ignore[no-redef]
-    return module
 
 
 @dataclass(frozen=True)
@@ -88,20 +79,17 @@ class FusedCache(KVCache):
             stored=torch.int8 if low_bit else dtype,
         )
         self.keep, self.dtype = keep, dtype
-        self.scales: list[Scales] | None = None
-        self._scales: Scales | None = None
+        self.scales: list[KVScales] | None = None
+        self._scales: KVScales | None = None
         """Of all layers, [layers, ...]."""
         if low_bit:
             mean, gain = (torch.ones(layers, batch, heads, head_dim, device=device) for _ in range(2))
-            self._scales = Scales(mean, gain, torch.ones(layers, batch, heads, device=device))
-            self.scales = [Scales(*layer) for layer in zip(*vars(self._scales).values(), strict=True)]
+            self._scales = KVScales(mean, gain, torch.ones(layers, batch, heads, device=device))
+            self.scales = [KVScales(*layer) for layer in zip(*vars(self._scales).values(), strict=True)]
             # the 8-bit kernels read values transposed: what `values` would hold is in `packed` instead
             tokens = -(-self.keys.data.shape[2] // 16) * 16
             self.packed = torch.zeros(layers, batch, heads, head_dim, tokens, device=device, dtype=torch.float8_e4m3fn)
             self.values = Rows((layers, batch, 0, heads, head_dim), dtype, self.device, "exact")
-        self._kernels = kernels(self.device)
-        # there our kernel takes three quarters of the time of PyTorch's best (`docs/benchmarks.md`)
-        self._own_dense = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) == (9, 0)
         blocks = -(-self.keys.data.shape[2] // BLOCK) if keep < 1 else 0
         self.pooled = torch.zeros(layers, batch, blocks, heads, head_dim, device=device)
         self._seen_always: dict[tuple[int, int], Tensor] = {}
@@ -138,26 +126,28 @@ class FusedCache(KVCache):
         span = self._span(self.slot)
         raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
         keys = self.keys.data[layer]
-        made = fused.Projected(qkv, bias, norm_q, norm_k, eps, self._angles)
+        projection = QKVProjection(qkv, bias, norm_q, norm_k, eps, self._angles)
         if self.scales is None:
-            return Queries(fused.heads(made, keys[:, span], self.values.data[layer][:, span], raw_keys=raw))
+            return Queries(
+                dispatch.qk_norm_rope(projection, keys[:, span], self.values.data[layer][:, span], raw_keys=raw)
+            )
 
         scales, packed = self.scales[layer], self.packed[layer]
         width, shape = qkv.shape[-1] // 3, keys.shape[2:]
         if self.written:
-            asked = Queries(*fused.heads8(made, keys[:, span], scales, raw_keys=raw))
+            asked = Queries(*dispatch.qk_norm_rope_int8(projection, keys[:, span], scales, raw_keys=raw))
             values = qkv[..., 2 * width :].unflatten(-1, shape)
             own_bias = None if bias is None else bias[2 * width :]
-            self._kernels.pack_values(values, packed, span.start, scales.value, own_bias)
+            dispatch.pack_values(values, packed, span.start, scales.value, own_bias)
             return asked
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
             torch.empty((*qkv.shape[:2], *shape), dtype=qkv.dtype, device=self.device) for _ in range(2)
         )
-        q = fused.heads(made, exact_keys, exact_values, raw_keys=raw)
+        q = dispatch.qk_norm_rope(projection, exact_keys, exact_values, raw_keys=raw)
         scales.calibrate(exact_keys, exact_values)
-        scales.store_keys(exact_keys, keys[:, span])
-        self._kernels.pack_values(exact_values, packed, span.start, scales.value)
+        scales.quantise_keys(exact_keys, keys[:, span])
+        dispatch.pack_values(exact_values, packed, span.start, scales.value)
         return Queries(q, exact=(exact_keys, exact_values))
 
     def attend(self, layer: int, asked: Queries, out_scale: Tensor | None = None) -> Tensor:
@@ -169,42 +159,46 @@ class FusedCache(KVCache):
             return attention(asked.q, *asked.exact)
         keys = self.keys.data[layer, :, : self.filled]
         if self.scales is None:
-            return self._attention(layer, asked.q, keys, self.values.data[layer, :, : self.filled])
-        scales = self.scales[layer]
-        given = {"q_scale": asked.q_scale, "v_scale": scales.value, "out_scale": out_scale}
-        return self._attention(layer, asked.q, keys, self.packed[layer], **given, packed=True, out_dtype=self.dtype)
+            values = self.values.data[layer, :, : self.filled]
+            return self._attention(layer, AttentionOperands(asked.q, keys, values))
+        operands = AttentionOperands(
+            asked.q,
+            keys,
+            self.packed[layer],
+            q_scale=asked.q_scale,
+            v_scale=self.scales[layer].value,
+            packed=True,
+            out_dtype=self.dtype,
+            out_scale=out_scale,
+        )
+        return self._attention(layer, operands)
 
-    def _attention(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
+    def _attention(self, layer: int, operands: AttentionOperands) -> Tensor:
         """Attention over the keys, or over the blocks of them that are chosen."""
         past = self._past_blocks()
         kept = round(self.keep * past)
         if kept < past or (past and self._pruned_in[layer]):
-            index, visits = self._listed(layer, q, past, kept)
-            out: Tensor = self._kernels.block_sparse(q, keys, values, index, visits=visits, **given)
-            return out
-        if not given and not self._own_dense:
-            return attention(q, keys, values)
-        out = self._kernels.dense(q, keys, values, **given)
-        return out
+            operands = replace(operands, blocks=self._listed(layer, operands.q, past, kept))
+        return dispatch.attend(operands)
 
-    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> tuple[Tensor, list[int] | None]:
-        """`index` and `visits` of `block_sparse`: the `kept` best of the `past` blocks, and none for pruned heads."""
+    def _listed(self, layer: int, q: Tensor, past: int, kept: int) -> BlockLists:
+        """The `kept` best of the `past` blocks, and none of them for pruned heads."""
         heads, blocks = self._pruned_in[layer], -(-self.filled // BLOCK)
         if heads == q.shape[2]:
-            return self._listed_pruned(past).always, None
+            return BlockLists(self._listed_pruned(past).always)
         if kept < past:
             # in 8 bits the mean key that was taken off changes all scores of a query alike, and so do, nearly, the
             # scales of queries
-            index = self._kernels.choose_blocks(
-                self._kernels.pool(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
+            index = dispatch.choose_blocks(
+                dispatch.pool_blocks(q, BLOCK), self.pooled[layer, :, :blocks], self._always(), kept, blocks - past
             )
             if not heads:
-                return index, None
+                return BlockLists(index)
         else:
             index = self._listed_pruned(past).every
         lists = self._listed_pruned(past)
         visits = [lists.always.shape[-1] if pruned else index.shape[-1] for pruned in self._marks[layer]]
-        return torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), visits
+        return BlockLists(torch.where(self._pruned[layer], lists.pruned[: index.shape[-1]], index), visits)
 
     def _listed_pruned(self, past: int) -> Lists:
         """Made once for every state of the ring, as `_always` is: before a graph of it is recorded."""
@@ -227,14 +221,14 @@ class FusedCache(KVCache):
             span = self._span(self.slot)
             first, last = span.start // BLOCK, -(-span.stop // BLOCK)
             tokens = self.keys.data[:, :, first * BLOCK : last * BLOCK].flatten(0, 1)
-            self.pooled[:, :, first:last] = self._kernels.pool(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
+            self.pooled[:, :, first:last] = dispatch.pool_blocks(tokens, BLOCK).unflatten(0, self.keys.data.shape[:2])
         super().advance()
 
     def _turn_sink(self, angles: Tensor) -> None:
         raw = self.raw_sink.flatten(0, 1)
         keys = self.keys.data[:, :, : raw.shape[1]].flatten(0, 1)
-        scales = None if self._scales is None else Scales(*(x.flatten(0, 1) for x in vars(self._scales).values()))
-        fused.store_turned(raw, angles, keys, scales)
+        scales = None if self._scales is None else KVScales(*(x.flatten(0, 1) for x in vars(self._scales).values()))
+        dispatch.store_rotated(raw, angles, keys, scales)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         eight = () if self._scales is None else (*vars(self._scales).values(), self.packed)

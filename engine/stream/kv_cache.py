@@ -18,9 +18,8 @@ from torch import Tensor
 from engine.config import CacheConfig, KVPrecision
 from engine.models.dit import Attend
 from engine.ops.attention import attention
+from engine.ops.quant import FORMAT_DTYPE, QuantTensor, quantise
 from engine.ops.rope import rope_angles, rotate
-
-LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
 class Rows:
@@ -32,26 +31,25 @@ class Rows:
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: KVPrecision
     ) -> None:
-        self.dtype, self.largest = dtype, LARGEST.get(precision, 0.0)
-        stored = {"exact": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[precision]
+        self.dtype, self.format = dtype, None if precision == "exact" else precision
+        stored = dtype if self.format is None else FORMAT_DTYPE[self.format]
         self.data = torch.zeros(shape, device=device, dtype=stored)
-        self.scale = torch.ones((*shape[:-1], 1 if self.largest else 0), device=device)
+        self.scale = torch.ones((*shape[:-1], 0 if self.format is None else 1), device=device)
 
     def write(self, layer: int, span: slice, x: Tensor) -> None:
         """Store x [B, tokens of the span, heads, head_dim]."""
-        if self.largest:
-            x = x.float()
-            scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / self.largest
-            self.scale[layer, :, span] = scale
-            x = x / scale
-            if self.data.dtype == torch.int8:
-                x = x.round()
-        self.data[layer, :, span] = x.to(self.data.dtype)
+        if self.format is None:
+            self.data[layer, :, span] = x.to(self.data.dtype)
+        else:
+            quantised = quantise(x, self.format)
+            self.data[layer, :, span], self.scale[layer, :, span] = quantised.data, quantised.scale
 
     def read(self, layer: int, count: int) -> Tensor:
         """The first `count` tokens, [B, count, heads, head_dim]: a view where they are exact."""
         data = self.data[layer, :, :count]
-        return (data.float() * self.scale[layer, :, :count]).to(self.dtype) if self.largest else data
+        if self.format is None:
+            return data
+        return QuantTensor(data, self.scale[layer, :, :count]).dequantise().to(self.dtype)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.data, self.scale

@@ -1,8 +1,8 @@
-"""Fixed scales for the inputs of projections in 8 bits, from a few chunks that are generated and thrown away.
+"""Calibration: fixed scales for the inputs of 8-bit projections, from a few chunks that are generated and discarded.
 
-With its scale known, a kernel that rounds its result need not find the largest magnitude of each row first, and a
-product takes one scale for all rows, which is what some devices have alone. What is larger than `HEADROOM` times the
-largest value seen is clipped.
+With a fixed scale, a kernel that quantises its result need not find each row's largest magnitude first, and a product
+takes one scale for all rows, the only kind that some devices support. Values above `HEADROOM` times the largest one
+seen are clipped.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ CHUNKS = 3
 
 @torch.inference_mode()
 def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: int = CHUNKS) -> None:
-    """Fix the scales of `served` by the first chunks under each of the encoded prompts, [batch, L, text_dim].
+    """Fix the input scales of `served` from its first chunks under each encoded prompt, [batch, L, text_dim].
 
-    Before anything is recorded as a graph.
+    Must precede the capture of CUDA graphs.
 
     Raises:
         ValueError: the model is not the fused one.
@@ -37,7 +37,7 @@ def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: i
         raise ValueError("fixed scales can only be used together with the fused model")
     projections = [x for block in model.blocks for x in block.projections.values()]
     for projection in projections:
-        projection.watch()
+        projection.start_calibration()
     rollout = preset.rollout()
     for seed, text in enumerate(texts):
         cache, seeds = served.new_cache(), [seed] * len(text)
@@ -47,4 +47,4 @@ def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: i
             latents = denoise_chunk(model, rollout, cache, context, rows)
             commit_chunk(model, rollout, cache, context, latents, rows, context_pass=served.context_pass)
     for projection in projections:
-        projection.settle()
+        projection.finish_calibration()

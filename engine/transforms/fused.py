@@ -14,23 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
-from engine.ops.fused import Activation, add_norm, rms_norm
-from engine.ops.linear import Fixed, OutputFormat, QuantTensor
-from engine.stream.fused_cache import FusedCache, Queries, kernels
+from engine.ops.dispatch import add_norm, padded_attention, rms_norm
+from engine.ops.quant import Activation, FixedScale, OutputFormat, QuantTensor
+from engine.stream.fused_cache import FusedCache, Queries
 from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
-def fixed_fp8(into: OutputFormat | None) -> Tensor | None:
+def fixed_fp8(output_format: OutputFormat | None) -> Tensor | None:
     """The scale by which attention itself can round its result for the projection that follows."""
-    return into.scale if isinstance(into, Fixed) and into.format == "fp8" else None
+    if isinstance(output_format, FixedScale) and output_format.format == "fp8":
+        return output_format.scale
+    return None
 
 
-def activation(x: Tensor, into: OutputFormat | None) -> Activation:
+def activation(x: Tensor, output_format: OutputFormat | None) -> Activation:
     """What attention made, which may be in 8 bits already."""
     if x.element_size() > 1:
         return x
-    assert isinstance(into, Fixed)
-    return QuantTensor(x, into.scale)
+    assert isinstance(output_format, FixedScale)
+    return QuantTensor(x, output_format.scale)
 
 
 class FusedBlock:
@@ -153,7 +155,14 @@ class FusedWan(nn.Module):
         block, eps, added = self.blocks[layer], self.config.eps, begun.added
         shift, scale = begun.modulation[layer, :, 0], begun.modulation[layer, :, 1]
         begun.residual, h = add_norm(
-            begun.residual, scale, shift, eps, y=added.y, bias=added.bias, gate=added.gate, into=block.qkv.into
+            begun.residual,
+            scale,
+            shift,
+            eps,
+            y=added.y,
+            bias=added.bias,
+            gate=added.gate,
+            output_format=block.qkv.input_format,
         )
         qkv = block.qkv(h).unflatten(0, (begun.batch, -1))
         begun.asked = cache.write(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
@@ -162,17 +171,21 @@ class FusedWan(nn.Module):
         """The rest of the block."""
         block, eps, residual = self.blocks[layer], self.config.eps, begun.residual
         _, _, gate1, shift2, scale2, gate2 = begun.modulation[layer].unbind(1)
-        into = block.o.into
+        output_format = block.o.input_format
         assert begun.asked is not None
-        own = cache.attend(layer, begun.asked, fixed_fp8(into))
-        y = block.o(activation(own.flatten(0, 1).flatten(1), into))
+        own = cache.attend(layer, begun.asked, fixed_fp8(output_format))
+        y = block.o(activation(own.flatten(0, 1).flatten(1), output_format))
         weight, bias = block.text_norm.weight[None], block.text_norm.bias[None]
-        residual, h = add_norm(residual, weight, bias, eps, y=y, bias=block.o.bias, gate=gate1, into=block.cross_q.into)
+        residual, h = add_norm(
+            residual, weight, bias, eps, y=y, bias=block.o.bias, gate=gate1, output_format=block.cross_q.input_format
+        )
         q = rms_norm(block.cross_q(h), block.cross_q.bias, block.cross_norm, eps)
         text_k, text_v = text.layers[layer]
-        q, into = q.view(len(text_k), -1, *text_k.shape[2:]), block.cross_o.into
-        seen = kernels(q.device).padded(q, text_k, text_v, text.lengths, fixed_fp8(into))
-        y = block.cross_o(activation(seen.reshape(len(residual), -1), into))
-        residual, h = add_norm(residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, into=block.up.into)
-        y = block.down(block.up.gelu(h, block.down.into))
+        q, output_format = q.view(len(text_k), -1, *text_k.shape[2:]), block.cross_o.input_format
+        seen = padded_attention(q, text_k, text_v, text.lengths, fixed_fp8(output_format))
+        y = block.cross_o(activation(seen.reshape(len(residual), -1), output_format))
+        residual, h = add_norm(
+            residual, scale2, shift2, eps, y=y, bias=block.cross_o.bias, output_format=block.up.input_format
+        )
+        y = block.down(block.up.gelu(h, block.down.input_format))
         begun.residual, begun.added = residual, Added(y, block.down.bias, gate2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints.lora import Lora
+from engine.ops.dispatch import on_gpu
 
 
 def merge(parameter: str, clean: Tensor, active: Iterable[tuple[Lora, float]]) -> Tensor:
@@ -79,5 +80,5 @@ class Adapters:
             return
         if parameter not in self._clean:
             clean = weight.detach().to("cpu", copy=True)
-            self._clean[parameter] = clean.pin_memory() if weight.is_cuda else clean
+            self._clean[parameter] = clean.pin_memory() if on_gpu(weight.device) else clean
         weight.copy_(merge(parameter, self._clean[parameter].to(weight.device), effective))

@@ -1,6 +1,6 @@
-"""The projections of a transformer block in fewer bits, or 2:4 sparse, or as they are: which is data, see `Policy`."""
+"""The linear layers of a transformer block in fewer bits, or 2:4 sparse, or unchanged, as a `Policy` says."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,47 +10,51 @@ from torch import Tensor, nn
 
 from engine.config import QuantScheme, Role
 from engine.models.dit import Block
-from engine.ops.blocks import E2M1, Blocks, blocks_unsupported_reason, linear_blocks, quantise_blocks
-from engine.ops.cublas import gelu_product
-from engine.ops.fused import Activation, gelu, to_rows8
-from engine.ops.linear import (
-    LARGEST,
-    Fixed,
+from engine.ops import dispatch
+from engine.ops.blocks import block_linear, blocks_unsupported_reason
+from engine.ops.cublas import linear_gelu_fp8
+from engine.ops.linear import fp8_unsupported_reason, quantised_linear, weight_only_linear
+from engine.ops.quant import (
+    E2M1,
+    FORMAT_MAX,
+    Activation,
+    BlockQuantTensor,
+    FixedScale,
     Format,
     OutputFormat,
     QuantTensor,
-    fp8_unsupported_reason,
-    linear8,
-    linear_weights8,
-    one_scale,
+    Sparse24,
+    Weight,
     quantise,
+    tensor_scale,
+    tensors_of,
 )
-from engine.ops.sparse import Sparse24, compress, linear_sparse, prune, sparse_unsupported_reason
+from engine.ops.sparse import compress, prune, sparse_linear, sparse_unsupported_reason
 
-Weight = Tensor | QuantTensor | Sparse24 | Blocks
 HEADROOM: dict[Format, float] = {"fp8": 4.0, "int8": 1.25}
-"""What a fixed scale leaves above the largest magnitude seen. Float8 rounds in proportion, so room costs it nothing."""
+"""Factor of a fixed scale above the largest magnitude seen. Float8 rounds relative to magnitude, so headroom costs it
+nothing."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the weights of a projection are kept.
+    """How the weight of a linear layer is stored: quantised by a scheme or not, 2:4 sparse or not.
 
     Raises:
-        ValueError: there are no sparse products in this form.
+        ValueError: there is no 2:4 sparse product for the scheme.
     """
 
-    form: QuantScheme | None = None
+    scheme: QuantScheme | None = None
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        if self.sparse and self.form not in (None, "fp8"):
-            raise ValueError(f"2:4 sparse weights are multiplied as they are or in fp8, not in {self.form}")
+        if self.sparse and self.scheme not in (None, "fp8"):
+            raise ValueError(f"2:4 sparse weights are multiplied as they are or in fp8, not in {self.scheme}")
 
     @property
-    def rows(self) -> Format | None:
-        """The format of the other operand, where that is in 8 bits."""
-        match self.form:
+    def input_format(self) -> Format | None:
+        """The 8-bit format that inputs are quantised to; None where they are not, or in blocks."""
+        match self.scheme:
             case "fp8" | "fp8-tensor":
                 return "fp8"
             case "int8":
@@ -60,46 +64,47 @@ class WeightFormat:
 
     @property
     def scales_inputs(self) -> bool:
-        """Whether there is a scale of inputs that could be fixed."""
-        return self.rows is not None or self.form == "nvfp4"
+        """Whether inputs have a scale that calibration can fix."""
+        return self.input_format is not None or self.scheme == "nvfp4"
 
 
-def unsupported_reason(held: WeightFormat, device: torch.device) -> str | None:
-    """Why this device has no product of its own for this form, so that it is emulated; None if it has."""
-    if held.sparse:
-        return sparse_unsupported_reason(device, fp8=held.form is not None)
-    match held.form:
+def unsupported_reason(weight_format: WeightFormat, device: torch.device) -> str | None:
+    """Why this device has no hardware product for the format, so that it is emulated; None if it has one."""
+    if weight_format.sparse:
+        return sparse_unsupported_reason(device, fp8=weight_format.scheme is not None)
+    match weight_format.scheme:
         case "fp8":
             return fp8_unsupported_reason(device, "rows") and fp8_unsupported_reason(device, "tensor")
         case "fp8-tensor":
             return fp8_unsupported_reason(device, "tensor")
-        case "mxfp8" | "nvfp4" as form:
-            return blocks_unsupported_reason(device, form)
+        case "mxfp8" | "nvfp4" as block_format:
+            return blocks_unsupported_reason(device, block_format)
         case _:
             return None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is in fewer bits, and what is sparse. Everything outside the blocks stays as it is: it is small, and errors
-    there reach all.
+    """Which linear layers of the blocks are quantised, and which are 2:4 sparse.
 
-    `exact` names the roles that stay as they are in every block, `exact_blocks` whole blocks.
+    Layers outside the blocks are never changed: they are small, and their errors reach every token. `exact` names roles
+    that are unchanged in every block, `exact_blocks` blocks that are unchanged altogether.
     """
 
-    form: QuantScheme | None = None
+    scheme: QuantScheme | None = None
     exact: frozenset[Role] = field(default_factory=frozenset)
     exact_blocks: frozenset[int] = field(default_factory=frozenset)
     sparse: frozenset[Role] = field(default_factory=frozenset)
 
     def of(self, block: int, role: Role) -> WeightFormat:
+        """The weight format of a role in the block-th block."""
         if role in self.exact or block in self.exact_blocks:
             return WeightFormat()
-        return WeightFormat(self.form, role in self.sparse)
+        return WeightFormat(self.scheme, role in self.sparse)
 
 
 def layers_of(block: Block) -> dict[Role, list[nn.Linear]]:
-    """The linear layers of each role, which read the same input and are joined."""
+    """The linear layers of each role; those of one role read the same input and are joined."""
     own, cross = block.self_attn, block.cross_attn
     return {
         "qkv": [own.q, own.k, own.v],
@@ -112,34 +117,36 @@ def layers_of(block: Block) -> dict[Role, list[nn.Linear]]:
 
 
 class Projection:
-    """One or more linear layers over the same input, side by side, without their bias.
+    """One or more linear layers over the same input as one product, without their bias.
 
-    As they are, the layers' weights become views of the joint one, so nothing is held twice and a change of theirs (a
-    LoRA) is a change here. In any other way the joint weight is a copy: `refresh` makes it again.
+    An unchanged weight is joined in place: the layers' weights become views of it, so memory is not doubled and a
+    change of theirs (a LoRA) takes effect here. In any other format the joined weight is a copy, which `refresh`
+    computes again.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], held: WeightFormat | None = None) -> None:
-        self._layers, self.held = layers, held or WeightFormat()
+    def __init__(self, layers: Sequence[nn.Linear], weight_format: WeightFormat | None = None) -> None:
+        self._layers, self.weight_format = layers, weight_format or WeightFormat()
         self.bias: Tensor | None = self._join([x.bias for x in layers]) if layers[0].bias is not None else None
         self.weight: Weight
-        if self.held == WeightFormat():
+        if self.weight_format == WeightFormat():
             self.weight = self._join([x.weight for x in layers])
         else:
-            self.weight = self._make(torch.cat([x.weight.detach() for x in layers]))
+            self.weight = self._convert(torch.cat([x.weight.detach() for x in layers]))
         self.scale: Tensor | None = None
-        """Of the input, float32 [1], where it was calibrated; without it each input's own is looked for."""
-        self._fixed: Fixed | None = None
-        self._seen: Tensor | None = None
+        """Of the input, float32 [1], once calibrated; before, every input's scales are computed from its values."""
+        self._fixed: FixedScale | None = None
+        self._largest_input: Tensor | None = None
+        """Largest magnitude during calibration; None outside it."""
 
     @classmethod
-    def of(cls, weight: Tensor, held: WeightFormat, bias: Tensor | None = None) -> "Projection":
-        """A weight [N, K] by itself, which is taken over."""
+    def from_weight(cls, weight: Tensor, weight_format: WeightFormat, bias: Tensor | None = None) -> "Projection":
+        """A projection of one weight [N, K], which it takes over."""
         with torch.device("meta"):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        return cls([layer], held)
+        return cls([layer], weight_format)
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -149,122 +156,112 @@ class Projection:
             part.data = view
         return joint
 
-    def _make(self, weight: Tensor) -> Weight:
-        if self.held.sparse:
-            return compress(prune(weight), self.held.form is not None)
-        match self.held.form:
+    def _convert(self, weight: Tensor) -> Weight:
+        """weight [N, K] in the weight format."""
+        scheme = self.weight_format.scheme
+        if self.weight_format.sparse:
+            return compress(prune(weight), scheme is not None)
+        match scheme:
             case "fp8" | "fp8-weights":
                 return quantise(weight, "fp8")
             case "int8" | "int8-weights":
                 return quantise(weight, "int8")
             case "fp8-tensor":
-                return quantise(weight, one_scale(weight, "fp8"))
-            case "mxfp8" | "nvfp4" as form:
-                return quantise_blocks(weight, form)
+                return quantise(weight, tensor_scale(weight, "fp8"))
+            case "mxfp8" | "nvfp4":
+                return dispatch.quantise_blocks(weight, scheme)
             case None:
                 return weight
 
     def release(self, *, keep_on_host: bool) -> None:
-        """Give back the layers' own memory on the device, now that the copy serves."""
-        if self.held == WeightFormat():
+        """Free the device memory of the layers' own weights, which the converted copy replaces."""
+        if self.weight_format == WeightFormat():
             return
         for layer in self._layers:
             moved = layer.weight.detach().to("cpu" if keep_on_host else "meta")
             layer.weight = nn.Parameter(moved, requires_grad=False)
 
     def refresh(self) -> None:
-        """Take the layers' changed weights over, in place. Sparse ones are pruned anew."""
-        if self.held == WeightFormat():
+        """Convert the layers' changed weights again, in place. Sparse ones are pruned again."""
+        if self.weight_format == WeightFormat():
             return
-        old = tensors(self.weight)
-        fresh = self._make(torch.cat([x.weight.detach().to(old[0].device) for x in self._layers]))
-        for mine, new in zip(old, tensors(fresh), strict=True):
-            mine.copy_(new)
+        old = tensors_of(self.weight)
+        new = self._convert(torch.cat([x.weight.detach().to(old[0].device) for x in self._layers]))
+        for target, source in zip(old, tensors_of(new), strict=True):
+            target.copy_(source)
 
     @property
-    def into(self) -> OutputFormat | None:
-        """What the kernel that makes the input is to round it to, so that no other pass has to."""
-        form = self.held.rows
-        if form is None or self._seen is not None:
+    def input_format(self) -> OutputFormat | None:
+        """The output format for the kernel that computes the input, so that quantising needs no pass of its own."""
+        to = self.weight_format.input_format
+        if to is None or self._largest_input is not None:
             return None
         if self._fixed is not None:
             return self._fixed
-        return None if self.held.form == "fp8-tensor" else form
+        return None if self.weight_format.scheme == "fp8-tensor" else to
 
-    def watch(self) -> None:
-        """From now on note the largest magnitude of the input, until `settle`."""
-        if self.held.scales_inputs:
-            self._seen = torch.zeros(1, device=tensors(self.weight)[0].device)
+    def start_calibration(self) -> None:
+        """Record the largest magnitude of the inputs until `finish_calibration`."""
+        if self.weight_format.scales_inputs:
+            self._largest_input = torch.zeros(1, device=tensors_of(self.weight)[0].device)
 
-    def settle(self) -> None:
-        """Fix the input's scale by what was seen; where nothing was, each input's own is looked for as before."""
-        seen, self._seen = self._seen, None
-        if seen is None or not float(seen):
+    def finish_calibration(self) -> None:
+        """Fix the input's scale; if no input came, scales are computed from each input as before."""
+        largest, self._largest_input = self._largest_input, None
+        if largest is None or not float(largest):
             return
-        form = self.held.rows
-        if form is not None:
-            self.scale = seen * (HEADROOM[form] / LARGEST[form])
-            self._fixed = Fixed(form, self.scale)
+        to = self.weight_format.input_format
+        if to is not None:
+            self.scale = largest * (HEADROOM[to] / FORMAT_MAX[to])
+            self._fixed = FixedScale(to, self.scale)
         else:
-            self.scale = seen * (HEADROOM["fp8"] / (LARGEST["fp8"] * E2M1[-1]))
+            self.scale = largest * (HEADROOM["fp8"] / (FORMAT_MAX["fp8"] * E2M1[-1]))
 
     def __call__(self, x: Activation) -> Tensor:
-        """x [R, K] -> [R, N], in the dtype of the activations. It is best given as `into` says."""
+        """x [R, K] -> [R, N], in the dtype of the activations. x is best in `input_format`, but need not be."""
         weight = self.weight
-        if self._seen is not None:
+        if self._largest_input is not None:
             assert isinstance(x, Tensor)
-            torch.maximum(self._seen, x.abs().amax().float(), out=self._seen)
+            torch.maximum(self._largest_input, x.abs().amax().float(), out=self._largest_input)
         if isinstance(weight, Sparse24):
-            return linear_sparse(x if self.held.form is None else self.rounded(x), weight, self.dtype)
-        if isinstance(weight, QuantTensor) and self.held.rows is not None:
-            return linear8(self.rounded(x), weight, None, self.dtype)
+            return sparse_linear(x if weight.scale is None else self.quantised(x), weight, self.dtype)
+        if isinstance(weight, QuantTensor) and self.weight_format.input_format is not None:
+            return quantised_linear(self.quantised(x), weight, None, self.dtype)
         assert isinstance(x, Tensor)
         if isinstance(weight, QuantTensor):
-            return linear_weights8(x, weight)
-        if isinstance(weight, Blocks):
-            return linear_blocks(quantise_blocks(x, weight.format, self._block_scale()), weight, self.dtype)
+            return weight_only_linear(x, weight)
+        if isinstance(weight, BlockQuantTensor):
+            scale = self.scale if weight.format == "nvfp4" else None
+            return block_linear(dispatch.quantise_blocks(x, weight.format, scale), weight, self.dtype)
         return F.linear(x, weight)
 
-    def _block_scale(self) -> Tensor | None:
-        return self.scale if self.held.form == "nvfp4" else None
-
-    def rounded(self, x: Activation) -> QuantTensor:
-        """The input in 8 bits, where it is not yet: a pass over it, or two where its one scale has to be found."""
+    def quantised(self, x: Activation) -> QuantTensor:
+        """The input in 8 bits. If it is not yet, that is one pass over it, or two if its one scale must be found."""
         if isinstance(x, QuantTensor):
             return x
-        form = cast(Format, self.held.rows)
-        return to_rows8(x, self.into or (one_scale(x, form) if self.held.form == "fp8-tensor" else form))
+        to = self.weight_format.input_format
+        assert to is not None
+        one_scale = self.weight_format.scheme == "fp8-tensor"
+        return dispatch.quantise(x, self.input_format or (tensor_scale(x, to) if one_scale else to))
 
-    def gelu(self, x: Activation, into: OutputFormat | None) -> Activation:
-        """GELU of the product plus the bias, as `into` says: in the product's own epilogue where that can be had."""
+    def gelu(self, x: Activation, output_format: OutputFormat | None) -> Activation:
+        """GELU of the product plus the bias, in the epilogue of the product where the device can do that."""
         weight, bias = self.weight, self.bias
-        if isinstance(weight, Tensor) and into is None and bias is not None:
+        if isinstance(weight, Tensor) and output_format is None and bias is not None:
             assert isinstance(x, Tensor)
-            if x.is_cuda:
-                return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-            return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-        if (
-            isinstance(weight, QuantTensor)
-            and isinstance(x, QuantTensor)
-            and isinstance(into, Fixed)
-            and bias is not None
-        ):
-            made = gelu_product(x, weight, bias, into)
-            if made is not None:
-                return made
-        return gelu(self(x), bias, into)
+            return dispatch.linear_gelu(x, weight, bias)
+        match weight, x, bias, output_format:
+            case QuantTensor(), QuantTensor(), Tensor(), FixedScale():
+                activated = linear_gelu_fp8(x, weight, bias, output_format)
+                if activated is not None:
+                    return activated
+        return dispatch.gelu(self(x), bias, output_format)
 
     @property
     def dtype(self) -> torch.dtype:
         return self._layers[0].weight.dtype
 
 
-def tensors(weight: Weight) -> list[Tensor]:
-    """What a weight consists of."""
-    parts: Iterable[object] = (weight,) if isinstance(weight, Tensor) else vars(weight).values()
-    return [x for x in parts if isinstance(x, Tensor)]
-
-
 def bytes_of(projections: Mapping[str, Projection]) -> int:
     """Device memory of the weights of these projections."""
-    return sum(x.nbytes for projection in projections.values() for x in tensors(projection.weight))
+    return sum(x.nbytes for projection in projections.values() for x in tensors_of(projection.weight))

@@ -17,7 +17,7 @@ from engine.checkpoints.headers import DTYPES
 from engine.config import DIT_1_3B, PRESETS
 from engine.models.text_encoder import TextEncoder
 from engine.stream.fused_cache import FusedCache
-from engine.transforms.weight_only import weights_in_8_bits
+from engine.transforms.weight_only import quantise_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +198,7 @@ def test_memory_of_text_weights_in_8_bits_is_the_modules_own() -> None:
     small = replace(preset.text, vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=2)
     encoder = TextEncoder(small).to(torch.bfloat16)
     shapes = {name: tuple(p.shape) for name, p in encoder.named_parameters()}
-    weights_in_8_bits(encoder, "int8")
+    quantise_weights(encoder, "int8")
     setting = replace(memory.default(preset), exact_text=False)
     assert memory.text_encoder(shapes, setting) == sum(p.nbytes for p in encoder.parameters())
 

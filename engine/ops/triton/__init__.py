@@ -1,1 +1,1 @@
-"""Kernels in Triton. Nothing here is imported unless an operator asks for it: a CPU install has no triton."""
+"""Triton kernels. `engine.ops.dispatch` imports these modules on first use: a CPU installation has no triton."""

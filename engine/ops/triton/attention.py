@@ -1,14 +1,14 @@
 """Attention of a chunk's queries over the rolling cache, dense or over listed blocks, in 16 or 8 bits.
 
-The references, with the contract of every argument, are the functions of the same names in `engine.ops.attention`.
+The references, which document the arguments, are the functions of the same names in `engine.ops.attention`.
 
-Work is cut by a plan (`plan`): each program gets whole tiles of queries and then one even share of the tiles that
-would have filled the last round only partly. A tile whose keys were shared out is put together by `_combine`. With
-444 tiles on 132 multiprocessors that is 3.4 rounds instead of 4.
+`plan` divides the work: each program gets whole tiles of queries, and then an even share of the tiles that would have
+filled the last round only partly. `_combine` sums a tile whose keys were shared among programs. With 444 tiles on 132
+multiprocessors that takes 3.4 rounds instead of 4.
 
-Softmax runs in powers of two; scales of 8-bit inputs are part of its multiplier and of the last division, so they
-cost nothing. Probabilities are raised to 256 before they become 8-bit, and so is their sum. On Hopper 8-bit ones are
-made without exponentials (`engine.ops.triton.hopper`), from scores that lie within 2,000 powers of two of 0.
+Softmax uses powers of two; the scales of 8-bit inputs are folded into its multiplier and into the final division, so
+they cost nothing. 8-bit probabilities and their sum are scaled by 256. On Hopper they are computed without exponentials
+(`engine.ops.triton.hopper`), from scores whose magnitude is below 2,000 powers of two.
 """
 
 import math
@@ -23,18 +23,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BLOCK = 128
+from engine.ops.attention import BLOCK, AttentionOperands
+
 PADDED_BLOCK = (64, 32)
-"""Queries and keys of a tile."""
+"""Queries and keys in a tile of `padded_attention`."""
 LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel runs: tile sizes, warps, depth of its pipeline, and whether programs stay for many tiles.
+    """How a kernel runs: tile sizes, warps, pipeline stages, and whether programs process several tiles (persistent).
 
-    `specialized` takes the kernel of `engine.ops.triton.hopper`, whose tiles are of 128 queries; with `turns` its two
-    groups of warps use the matrix unit in turn.
+    specialized: use the warp-specialised kernel in `engine.ops.triton.hopper`, whose tiles have 128 queries.
+    turns: its two warp groups take turns at the matrix unit.
     """
 
     block_m: int = 128
@@ -61,15 +62,15 @@ CONFIGS: dict[tuple[bool, bool, bool], Config] = {
 
 
 def plan(steps: Sequence[int], programs: int) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """Share tiles of so many steps each among `programs`.
+    """Divide tiles among `programs`; `steps` has the number of steps of each tile.
 
-    Of equal tiles each program gets as many whole ones as all can have, and an even share of the steps that are left;
-    of unequal ones an even share of all.
+    If all tiles are equal, each program gets the same number of whole tiles and an even share of the remaining steps;
+    otherwise an even share of all steps.
 
     Returns:
-        For each program, its segments [tile, first step, end, slot]; slot is -1 where the segment is a whole tile,
-        otherwise where its part of a sum goes. All programs have as many, filled up with empty ones. And for each
-        shared tile [tile, first slot, end of slots].
+        For each program, its segments [tile, first step, end, slot]; slot is -1 if the segment is a whole tile,
+        otherwise the place of its partial sum. Every program has the same number of segments, padded with empty ones.
+        And for each shared tile [tile, first slot, end of slots].
     """
     work: list[list[list[int]]] = [[] for _ in range(programs)]
     tiles, equal = len(steps), len(set(steps)) == 1
@@ -97,9 +98,9 @@ def plan(steps: Sequence[int], programs: int) -> tuple[list[list[list[int]]], li
 def _plan_on(
     device: torch.device, batch: int, heads: tuple[int, ...], tiles_q: int, programs: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`plan` as int32 tensors, for the steps of each head's tiles; without `programs` each tile has its own.
+    """`plan` as int32 tensors, for the steps per tile of each head; without `programs`, one program per tile.
 
-    The first call copies from the host, so it must come before a graph is captured.
+    The first call copies from the host, so it must precede the capture of a CUDA graph.
     """
     steps = [count for count in heads for _ in range(tiles_q)] * batch
     work, shared = plan(steps, len(steps) if programs is None else min(programs, sum(steps)))
@@ -143,7 +144,7 @@ def _attend(
 ):
     program = tl.program_id(0)
     HALVES: tl.constexpr = 128 // BN
-    # steps in which the end of the keys may lie: the first one, or the block that is listed first
+    # the end of the keys can only be in these steps: the first one, or the block that is listed first
     EDGE: tl.constexpr = HALVES if SPARSE else 1
     rows = tl.arange(0, BM)
     columns = tl.arange(0, D)
@@ -218,13 +219,13 @@ def _step(
     SHIFT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of keys into the running maximum m, sum and weighted sum of values."""
+    """Add one tile of keys to the running maximum m, sum and weighted sum of values."""
     BM: tl.constexpr = q.shape[0]
     if SPARSE:
         HALVES: tl.constexpr = 128 // BN
         at = (tl.load(blocks + step // HALVES) * HALVES + step % HALVES) * BN
     else:
-        # from the end, so that only a first step meets the end of the keys
+        # backwards, so that only a first step meets the end of the keys
         at = ((keys + BN - 1) // BN - 1 - step) * BN
     k = k_desc.load([batch, at, head, 0]).reshape(BN, D)
     s = tl.dot(q, k.T).to(tl.float32) * multiplier[:, None]
@@ -237,7 +238,7 @@ def _step(
     if PACKED:
         p = p.reshape(BM, BN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BM, BN)
         v = v_desc.load([batch, head, 0, at]).reshape(D, BN).T
-        # 8-bit products are added in few bits: each tile is summed on its own, and the sums in float32
+        # the hardware accumulates 8-bit products in few bits: sum each tile separately, and the sums in float32
         acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v)
     else:
         v = v_desc.load([batch, at, head, 0]).reshape(BN, D)
@@ -262,7 +263,7 @@ def _combine(
     SCALED_V: tl.constexpr,
     SCALED_OUT: tl.constexpr,
 ):
-    """Add the parts of one shared tile, ROWS rows a program."""
+    """Sum the parts of one shared tile, ROWS rows per program."""
     entry = shared + tl.program_id(0) * 3
     tile = tl.load(entry)
     first = tl.load(entry + 1)
@@ -272,7 +273,7 @@ def _combine(
     m = tl.full([ROWS], -float("inf"), tl.float32)
     for slot in range(first, end):
         m = tl.maximum(m, tl.load(stats + slot * 2 * BM + rows))
-    # no part saw a key: every weight is then 0, not NaN
+    # if no part had a key, every weight is 0, not NaN
     m = tl.where(m == -float("inf"), 0.0, m)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -293,98 +294,78 @@ def _combine(
     tl.store(out + at[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None,
-    visits: Sequence[int] | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    packed: bool,
-    out_dtype: torch.dtype | None,
-    out_scale: Tensor | None,
-    config: Config | None,
-) -> Tensor:
+def attend(operands: AttentionOperands) -> Tensor:
+    """See `engine.ops.attention.attend`. 8-bit values that are not packed are packed first, in a pass of its own."""
+    return attend_configured(operands, None)
+
+
+def attend_configured(operands: AttentionOperands, config: Config | None) -> Tensor:
+    """`attend` with a given configuration, for benchmarks and tests; None for the fastest known one.
+
+    Raises:
+        ValueError: dtypes, shapes or the configuration are not supported; the message says which.
+    """
+    q, k, v = operands.q, operands.k, operands.v
+    eight, packed, blocks = operands.eight_bit, operands.packed, operands.blocks
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    eight = q.element_size() == 1
     if eight and not packed:
         v, packed = pack_values(v), True
-    if eight and (q.dtype, k.dtype, v.dtype) != (torch.int8, torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"in 8 bits queries and keys are int8, values float8: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if packed and not eight:
-        raise ValueError("packed values are for 8-bit attention")
     # the Hopper kernel has no float32 form
-    config = config or CONFIGS[_is_hopper(q.device) and q.element_size() < 4, eight, index is not None]
+    hopper = _is_hopper(q.device) and q.element_size() < 4
+    config = config or CONFIGS[hopper, eight, blocks is not None]
+    _check(operands, v, packed, config)
     bm, bn = config.block_m, config.block_n
-    if config.specialized and (bm != BLOCK or (index is not None and bn != BLOCK)):
-        raise ValueError(f"the specialised kernel has tiles of {BLOCK} queries, and visits whole blocks: {config}")
-    if v.shape[-1 if packed else 1] < keys:
-        raise ValueError(f"{keys} keys, but values {list(v.shape)}")
     tiles_q = triton.cdiv(queries, bm)
-    steps = triton.cdiv(keys, bn) if index is None else index.shape[-1] * (BLOCK // bn)
-    each = (steps,) * heads if visits is None else tuple(count * (BLOCK // bn) for count in visits)
-    if min(each) < 1 or max(each) > steps:
+    steps = triton.cdiv(keys, bn) if blocks is None else blocks.index.shape[-1] * (BLOCK // bn)
+    visits = None if blocks is None else blocks.visits
+    per_head = (steps,) * heads if visits is None else tuple(count * (BLOCK // bn) for count in visits)
+    if min(per_head) < 1 or max(per_head) > steps:
         raise ValueError(f"every head visits 1 to {steps // max(BLOCK // bn, 1)} blocks, got {visits}")
     programs = _multiprocessors(q.device) if config.persistent else None
-    work, shared = _plan_on(q.device, batch, each, tiles_q, programs)
+    work, shared = _plan_on(q.device, batch, per_head, tiles_q, programs)
     slots = int(shared.shape[0]) + work.shape[0] if len(shared) else 1
-    out_dtype = out_dtype or (torch.bfloat16 if eight else q.dtype)
-    if out_scale is not None:
-        out_dtype = torch.float8_e4m3fn
-    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=operands.result_dtype, device=q.device)
     parts = torch.empty((slots, bm, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((slots, 2, bm), dtype=torch.float32, device=q.device)
-    for scale in (q_scale, k_scale, v_scale, out_scale):
-        if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
-            raise ValueError("scales are contiguous float32")
-    if index is not None and not (index.is_contiguous() and index.dtype == torch.int32):
-        raise ValueError("index is contiguous int32")
+    scales = {name: getattr(operands, name) for name in ("q_scale", "k_scale", "v_scale", "out_scale")}
+    arguments = {"out": out, "parts": parts, "stats": stats, "work": work, **scales}
+    arguments |= {"index": None if blocks is None else blocks.index, "scale": LOG2E / math.sqrt(dim)}
+    arguments |= {"heads": heads, "tiles_q": tiles_q, "queries": queries, "keys": keys, "segments": work.shape[1]}
+    arguments |= {"listed": 0 if blocks is None else blocks.index.shape[-1], "BN": bn, "D": dim, "PACKED": packed}
+    arguments |= {f"SCALED_{name.removesuffix('_scale').upper()}": scale is not None for name, scale in scales.items()}
+    arguments |= {"SPARSE": blocks is not None, "SHIFT": 8.0 if eight else 0.0}
     launch = _launch_specialized if config.specialized else _launch
-    launch(
-        config,
-        (q, k, v),
-        {
-            "out": out,
-            "parts": parts,
-            "stats": stats,
-            "work": work,
-            "q_scale": q_scale,
-            "k_scale": k_scale,
-            "v_scale": v_scale,
-            "out_scale": out_scale,
-            "index": index,
-            "scale": LOG2E / math.sqrt(dim),
-            "heads": heads,
-            "tiles_q": tiles_q,
-            "queries": queries,
-            "keys": keys,
-            "listed": 0 if index is None else index.shape[-1],
-            "segments": work.shape[1],
-            "BN": bn,
-            "D": dim,
-            "PACKED": packed,
-            "SCALED_Q": q_scale is not None,
-            "SCALED_K": k_scale is not None,
-            "SCALED_V": v_scale is not None,
-            "SCALED_OUT": out_scale is not None,
-            "SPARSE": index is not None,
-            "SHIFT": 8.0 if eight else 0.0,
-        },
-    )
+    launch(config, (q, k, v), arguments)
     if len(shared):
         rows = 16
         _combine[(len(shared), bm // rows)](
-            parts, stats, shared, v_scale, out_scale, out, heads, tiles_q, queries,
-            BM=bm, D=dim, ROWS=rows, SCALED_V=v_scale is not None, SCALED_OUT=out_scale is not None, num_warps=4,
+            parts, stats, shared, scales["v_scale"], scales["out_scale"], out, heads, tiles_q, queries,
+            BM=bm, D=dim, ROWS=rows, SCALED_V=arguments["SCALED_V"], SCALED_OUT=arguments["SCALED_OUT"], num_warps=4,
         )  # fmt: skip
     return out
 
 
+def _check(operands: AttentionOperands, v: Tensor, packed: bool, config: Config) -> None:
+    """Raises ValueError for what the kernels do not support; `v` are the values as they will be read."""
+    q, k, blocks = operands.q, operands.k, operands.blocks
+    if operands.eight_bit and (q.dtype, k.dtype, v.dtype) != (torch.int8, torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"in 8 bits queries and keys are int8, values float8: got {q.dtype}, {k.dtype}, {v.dtype}")
+    if packed and not operands.eight_bit:
+        raise ValueError("packed values are for 8-bit attention")
+    if config.specialized and (config.block_m != BLOCK or (blocks is not None and config.block_n != BLOCK)):
+        raise ValueError(f"the specialised kernel has tiles of {BLOCK} queries, and visits whole blocks: {config}")
+    if v.shape[-1 if packed else 1] < k.shape[1]:
+        raise ValueError(f"{k.shape[1]} keys, but values {list(v.shape)}")
+    for scale in (operands.q_scale, operands.k_scale, operands.v_scale, operands.out_scale):
+        if scale is not None and not (scale.is_contiguous() and scale.dtype == torch.float32):
+            raise ValueError("scales are contiguous float32")
+    if blocks is not None and not (blocks.index.is_contiguous() and blocks.index.dtype == torch.int32):
+        raise ValueError("index is contiguous int32")
+
+
 def _blocks(config: Config, dim: int, packed: bool, rows: int) -> tuple[list[int], list[int], list[int]]:
-    """What one copy fetches of q, k and v."""
+    """Shapes of the tiles of q, k and v that one copy loads."""
     bn = config.block_n
     return [1, rows, 1, dim], [1, bn, 1, dim], [1, 1, dim, bn] if packed else [1, bn, 1, dim]
 
@@ -436,61 +417,25 @@ def _launch_specialized(config: Config, inputs: tuple[Tensor, Tensor, Tensor], a
 
 @lru_cache(maxsize=8)
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=8)
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
+    if triton.knobs.runtime.interpret:
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    packed: bool = False,
-    out_dtype: torch.dtype | None = None,
-    out_scale: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """See `engine.ops.attention.dense`. 8-bit v that is not packed is packed first, which costs a pass over it."""
-    return _run(q, k, v, None, None, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
-
-
-def block_sparse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    *,
-    visits: Sequence[int] | None = None,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    packed: bool = False,
-    out_dtype: torch.dtype | None = None,
-    out_scale: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """See `engine.ops.attention.block_sparse`."""
-    return _run(q, k, v, index, visits, q_scale, k_scale, v_scale, packed, out_dtype, out_scale, config)
-
-
 @triton.jit
-def _padded(
+def _padded_attention(
     q, k, v, out, lengths, out_scale, scale, queries, keys, heads, key_batch, key_token, value_batch, value_token,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SCALED_OUT: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.arange(0, D)
-    # the padding is one more key, which counts as often as it stands there
+    # the padding is one more key, weighted by the number of padding tokens
     length = tl.load(lengths + batch)
     seen = tl.minimum(length + 1, keys)
     often = tl.log2(tl.maximum(keys - length, 1).to(tl.float32))
@@ -522,12 +467,12 @@ def _padded(
     tl.store(out + first + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor | None = None) -> Tensor:
-    """See `engine.ops.attention.padded`."""
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """See `engine.ops.attention.padded_attention`."""
     batch, queries, heads, dim = q.shape
     assert q.is_contiguous() and k.stride(3) == v.stride(3) == 1 and k.stride(2) == v.stride(2) == dim
     out = torch.empty_like(q, dtype=q.dtype if out_scale is None else torch.float8_e4m3fn)
-    _padded[(triton.cdiv(queries, PADDED_BLOCK[0]), heads, batch)](
+    _padded_attention[(triton.cdiv(queries, PADDED_BLOCK[0]), heads, batch)](
         q, k, v, out, lengths, out_scale, LOG2E / math.sqrt(dim), queries, k.shape[1], heads,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         BM=PADDED_BLOCK[0], BN=PADDED_BLOCK[1], D=dim,
@@ -542,9 +487,9 @@ def _pack(
     v, bias, out, scale, batch_v, token_v, head_v, batch_o, head_o, dim_o, heads, tokens, start,
     D: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS columns of one head's packed values, turned in registers and written as whole rows."""
+    """TOKENS columns of one head's packed values, transposed in registers and written as whole rows."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    # tiles begin at a multiple of 16 tokens, wherever the chunk does
+    # tiles begin at a multiple of 16 tokens, even if the chunk does not
     base = start // 16 * 16 + tl.program_id(0).to(tl.int64) * TOKENS
     token = base - start + tl.arange(0, TOKENS)
     columns = tl.arange(0, D)
@@ -562,7 +507,7 @@ def _pack(
     if (base >= start) & (base + TOKENS <= start + tokens):
         tl.store(target, x)
     else:
-        # which token stands in a column: the order of packing, backwards
+        # the token of each column: the inverse of the packing order
         mine = base - start + ((at & ~15) | ((at & 2) << 2) | ((at & 12) >> 1) | (at & 1))
         tl.store(target, x, mask=((mine >= 0) & (mine < tokens))[None, :] & (columns < D)[:, None])
 
@@ -582,7 +527,7 @@ def pack_values(
         out = torch.zeros((batch, heads, dim, size), dtype=dtype, device=v.device)
     if bias is not None and (scale is None or not bias.is_contiguous()):
         raise ValueError("a bias is contiguous, and added to values that are to be scaled")
-    # as integers, 8-bit floats are only moved
+    # 8-bit floats are copied as integers
     moved = scale is None and v.element_size() == 1
     size = 64
     _pack[(triton.cdiv(start % 16 + tokens, size), heads, batch)](
@@ -594,7 +539,7 @@ def pack_values(
 
 
 @triton.jit
-def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+def _pool_blocks(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
     block, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, D)
@@ -605,12 +550,12 @@ def _pool(x, out, batch_x, token_x, head_x, tokens, heads, D: tl.constexpr, BLOC
     tl.store(out + ((batch * tl.num_programs(0) + block) * heads + head) * D + columns, total / size)
 
 
-def pool(x: Tensor, block: int = BLOCK) -> Tensor:
-    """See `engine.ops.attention.pool`."""
+def pool_blocks(x: Tensor, block: int = BLOCK) -> Tensor:
+    """See `engine.ops.attention.pool_blocks`."""
     batch, tokens, heads, dim = x.shape
     blocks = triton.cdiv(tokens, block)
     out = torch.empty((batch, blocks, heads, dim), dtype=torch.float32, device=x.device)
-    _pool[(blocks, heads, batch)](
+    _pool_blocks[(blocks, heads, batch)](
         x, out, x.stride(0), x.stride(1), x.stride(2), tokens, heads, D=dim, BLOCK=block, num_warps=4
     )
     return out
@@ -621,8 +566,8 @@ def _choose(
     pooled_q, pooled_k, always, out, heads, nq, nk, chosen,
     D: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """One query block of one head. The last score that is kept is found bit by bit, by counting: one warp's work, so
-    that no count waits at a barrier."""
+    """One query block of one head. The lowest score that is kept is found bit by bit, by counting, in one warp, so that
+    no count waits at a barrier."""
     row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block = tl.arange(0, NK)
     score = tl.zeros([NK], tl.float32)
@@ -632,7 +577,7 @@ def _choose(
         at = ((batch * nk + block) * heads + head)[:, None] * D + d[None, :]
         k = tl.load(pooled_k + at, mask=(block < nk)[:, None], other=0.0)
         score += tl.sum(k * q[None, :], 1)
-    # an int32 of the same order as the float
+    # an int32 that orders as the float does
     bits = score.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     forced = tl.load(always + block, mask=block < nk, other=0) != 0

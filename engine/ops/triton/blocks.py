@@ -1,17 +1,16 @@
-"""Rounding to block formats in one pass over memory, as a Triton kernel: see `engine.ops.blocks`."""
+"""Quantisation to block formats in one pass over memory; the reference is in `engine.ops.quant`."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.blocks import BLOCK, BlockFormat
-from engine.ops.linear import STORED
+from engine.ops.quant import BLOCK_SIZE, FORMAT_DTYPE, BlockFormat, BlockQuantTensor, block_tensor_scale
 
 
 @triton.jit
 def _e2m1(value):
-    """The 4-bit code of a value: how many magnitudes it has passed, ties to even, and the sign."""
+    """The 4-bit code of a value: how many bounds between magnitudes it exceeds, ties to even, and the sign."""
     size = tl.abs(value)
     code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
     code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
@@ -20,7 +19,7 @@ def _e2m1(value):
 
 
 @triton.jit
-def _round(x, data, scales, tensor, width, PACKED: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+def _round(x, data, scales, tensor_scale, width, PACKED: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
     """COUNT blocks of SIZE values of one row."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
@@ -29,7 +28,7 @@ def _round(x, data, scales, tensor, width, PACKED: tl.constexpr, SIZE: tl.conste
     value = tl.load(x + row * width + at, mask=inside[:, None], other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), axis=1)
     if PACKED:
-        whole = tl.load(tensor)
+        whole = tl.load(tensor_scale)
         coarse = tl.minimum(tl.div_rn(largest, tl.full((COUNT,), 6.0 * whole, tl.float32)), 448.0).to(tl.float8e4nv)
         tl.store(scales + row * (width // SIZE) + block, coarse, mask=inside)
         unit = tl.maximum(coarse.to(tl.float32) * whole, 1e-30)
@@ -49,16 +48,23 @@ def _round(x, data, scales, tensor, width, PACKED: tl.constexpr, SIZE: tl.conste
         tl.store(data + row * width + at, scaled.to(tl.float8e4nv), mask=inside[:, None])
 
 
-def round_to_blocks(x: Tensor, to: BlockFormat, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Data and scales of contiguous x [..., K]; `tensor` is NVFP4's scale of all."""
-    width, size = x.shape[-1], BLOCK[to]
+def quantise_blocks(x: Tensor, to: BlockFormat, tensor_scale: Tensor | None = None) -> BlockQuantTensor:
+    """See `engine.ops.quant.quantise_blocks`. Without a known `tensor_scale`, nvfp4 takes a pass more to find it."""
+    tensor_scale = block_tensor_scale(x, to, tensor_scale)
+    x = x.contiguous()
+    width, size = x.shape[-1], BLOCK_SIZE[to]
     rows, packed = x.numel() // width, to == "nvfp4"
     data = torch.empty(
-        *x.shape[:-1], width // 2 if packed else width, dtype=torch.uint8 if packed else STORED["fp8"], device=x.device
+        *x.shape[:-1],
+        width // 2 if packed else width,
+        dtype=torch.uint8 if packed else FORMAT_DTYPE["fp8"],
+        device=x.device,
     )
-    scales = torch.empty(*x.shape[:-1], width // size, dtype=STORED["fp8"] if packed else torch.uint8, device=x.device)
+    scales = torch.empty(
+        *x.shape[:-1], width // size, dtype=FORMAT_DTYPE["fp8"] if packed else torch.uint8, device=x.device
+    )
     count = min(128, triton.next_power_of_2(width // size))
     _round[(rows, triton.cdiv(width // size, count))](
-        x, data, scales, tensor, width, PACKED=packed, SIZE=size, COUNT=count, num_warps=4
+        x, data, scales, tensor_scale, width, PACKED=packed, SIZE=size, COUNT=count, num_warps=4
     )
-    return data, scales if packed else scales.view(torch.float8_e8m0fnu)
+    return BlockQuantTensor(to, data, scales if packed else scales.view(torch.float8_e8m0fnu), tensor_scale)

@@ -152,7 +152,7 @@ def _larger16(a, b):
 
 
 @gluon.jit
-def _powers8(t, m, BN: gl.constexpr, FIRST: gl.constexpr):
+def _exp2_fp8(t, m, BN: gl.constexpr, FIRST: gl.constexpr):
     """Powers of two as float8 e4m3, the largest of all 2^8, four to an int32 [64, BN / 4]; the new maximum, and what
     older sums shrink by.
 
@@ -280,7 +280,7 @@ def _attend_group(
                 t = _eighths(s, m, multiplier)
                 # less than any score, and not so little that 16 bits could not hold it beside the largest
                 t = gl.where(gl.expand_dims(inside, 0), t, WHOLE - 16384.0)
-                held, m, alpha = _powers8(t, m, BN, True)
+                held, m, alpha = _exp2_fp8(t, m, BN, True)
             else:
                 s = gl.where(gl.expand_dims(inside, 0), s, -float("inf"))
                 held, m, alpha = _softmax(s, m, multiplier, SHIFT)
@@ -318,7 +318,7 @@ def _attend_group(
                 s = warpgroup_mma_wait(2 if PACKED else 1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 if PACKED:
-                    held, m, alpha = _powers8(_eighths(s, m, multiplier), m, BN, False)
+                    held, m, alpha = _exp2_fp8(_eighths(s, m, multiplier), m, BN, False)
                 else:
                     held, m, alpha = _softmax(s, m, multiplier, SHIFT)
                     total = total * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)

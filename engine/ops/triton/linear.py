@@ -1,11 +1,11 @@
-"""What stands beside the hardware's 8-bit products, as Triton kernels: see `engine.ops.linear`."""
+"""Kernels beside the hardware's 8-bit products; their references are in `engine.ops.quant`."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.linear import QuantTensor
+from engine.ops.quant import QuantTensor
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def _rescale(x, rows, columns, out, width, row_step, column_step, ROWS: tl.const
 
 
 def rescale(x: Tensor, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `engine.ops.quant.rescale`. x is contiguous."""
     assert x.is_contiguous()
     height, width = x.shape
     out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -36,11 +37,11 @@ def rescale(x: Tensor, rows: Tensor | None, columns: Tensor | None, dtype: torch
 
 
 @triton.jit
-def _weights8(
+def _small_batch_linear(
     x, weight, scale, out, height, width, depth, scale_step,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """All rows of x against COLUMNS rows of the weight, which are read once and rounded back in registers."""
+    """All rows of x times COLUMNS rows of the weight, which are read once and dequantised in registers."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -62,16 +63,16 @@ def _weights8(
     )  # fmt: skip
 
 
-def linear_weights8(x: Tensor, weight: QuantTensor) -> Tensor:
-    """x [R, K], of few rows."""
+def small_batch_linear(x: Tensor, weight: QuantTensor) -> Tensor:
+    """See `engine.ops.quant.small_batch_linear`."""
     height, depth = x.shape
     width = len(weight.data)
     x = x.contiguous()
     out = torch.empty(height, width, dtype=x.dtype, device=x.device)
     rows = min(64, max(16, triton.next_power_of_2(height)))
-    columns = 32 if width >= 8192 else 16  # programs for every multiprocessor
-    _weights8[(triton.cdiv(width, columns), triton.cdiv(height, rows))](
-        x, weight.data, weight.scale, out, height, width, depth, 0 if weight.one_scale else 1,
+    columns = 32 if width >= 8192 else 16  # enough programs for every multiprocessor
+    _small_batch_linear[(triton.cdiv(width, columns), triton.cdiv(height, rows))](
+        x, weight.data, weight.scale, out, height, width, depth, 0 if weight.per_tensor else 1,
         ROWS=rows, COLUMNS=columns, DEPTH=128, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def test_every_form_at_every_shape(toy: Preset, capsys: pytest.CaptureFixture[str]) -> None:
     found = linear.block(toy.dit, 40, CPU, torch.float32, 1e9)
     assert set(found) == set(linear.shapes(toy.dit))
-    names = [name for name, _, _ in linear.FORMS]
+    names = [name for name, _, _ in linear.FORMATS]
     for rows in found.values():
         assert [row.name for row in rows] == names
         errors = {row.name: row.error for row in rows}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.ops import attention as reference
-from engine.ops.linear import quantise
+from engine.ops.attention import AttentionOperands, BlockLists
+from engine.ops.quant import quantise
 
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
@@ -24,6 +25,13 @@ FP8 = torch.float8_e4m3fn
 # makes them as the reference does; the other one takes exponentials, which differ from these by 3 %, and rounds them.
 EIGHT_BITS = 4e-2 if GPU else 0.1
 PORTABLE = 6e-2 if GPU else 0.1
+
+
+def attend(module, q, k, v, index=None, *, visits=None, config=None, **options):
+    """Attention by the kernels or the reference; dense without `index`."""
+    blocks = None if index is None else BlockLists(index, visits)
+    operands = AttentionOperands(q, k, v, blocks=blocks, **options)
+    return module.attend(operands) if config is None else module.attend_configured(operands, config)
 
 
 def relative(out, exact):
@@ -71,7 +79,7 @@ def test_plan_covers_every_step_once():
 def test_dense(dim, persistent):
     q, k, v = inputs(2, 72, 104, 2, dim)
     config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
-    assert relative(kernels.dense(q, k, v, config=config), reference.dense(q, k, v)) < 2e-3
+    assert relative(attend(kernels, q, k, v, config=config), attend(reference, q, k, v)) < 2e-3
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -80,21 +88,21 @@ def test_padding_counts_as_often_as_it_is_there(dim):
     lengths = [0, 1, 70, 104]
     for row, length in enumerate(lengths):
         k[row, length:], v[row, length:] = k[row, -1].clone(), v[row, -1].clone()
-    out = kernels.padded(q, k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    out = kernels.padded_attention(q, k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     for row in range(4):
-        assert relative(out[row], reference.dense(q, k, v)[row]) < 2e-3
+        assert relative(out[row], attend(reference, q, k, v)[row]) < 2e-3
 
 
 def test_powers_in_8_bits():
     x = torch.cat([torch.linspace(-14.9, 0, 4000), torch.tensor([-15.2, -40.0, -math.inf])])
-    found, exact = reference.powers8(x).float(), torch.exp2(x + 8)
+    found, exact = reference.exp2_fp8(x).float(), torch.exp2(x + 8)
     normal = exact > 2**-6
     off = found[normal] / exact[normal]
     # a line from 1 to 2 lies up to 6.2 % above the curve, and half of an eighth of an octave is 4.4 %
     assert off.min() > 0.95 and off.max() < 1.11
     assert (off / off.mean() - 1).std() < 0.034
     assert found[-3:].tolist() == [0, 0, 0] and found.max() == 256
-    shifted = reference.powers8(x[None] + torch.tensor([[0.0], [37.5], [-3.0]])).float()
+    shifted = reference.exp2_fp8(x[None] + torch.tensor([[0.0], [37.5], [-3.0]])).float()
     assert torch.equal(shifted, found.expand(3, -1)), "whole eighths change nothing"
 
 
@@ -106,11 +114,11 @@ def test_the_result_can_come_in_8_bits():
     config = Config(block_m=32, block_n=32, warps=4, stages=2)
     *eight, scales = eight_bits(q, k, v)
     for made, exact in (
-        (kernels.dense(q, k, v, out_scale=scale, config=config), reference.dense(q, k, v)),
-        (kernels.dense(*eight, **scales, out_scale=scale), reference.dense(*eight, **scales)),
-        (kernels.block_sparse(q, k, v, index, out_scale=scale), reference.block_sparse(q, k, v, index)),
-        (kernels.padded(q, k, v, lengths, scale), reference.dense(q, k, v)),
-        (reference.dense(q, k, v, out_scale=scale), reference.dense(q, k, v)),
+        (attend(kernels, q, k, v, out_scale=scale, config=config), attend(reference, q, k, v)),
+        (attend(kernels, *eight, **scales, out_scale=scale), attend(reference, *eight, **scales)),
+        (attend(kernels, q, k, v, index, out_scale=scale), attend(reference, q, k, v, index)),
+        (kernels.padded_attention(q, k, v, lengths, scale), attend(reference, q, k, v)),
+        (attend(reference, q, k, v, out_scale=scale), attend(reference, q, k, v)),
     ):
         assert made.dtype == FP8
         assert relative(made.float() * scale, exact.float().clamp(-448 * 0.004, 448 * 0.004)) < 1.5 * PORTABLE
@@ -148,16 +156,16 @@ def test_dense_in_8_bits(persistent):
     q, k, v = inputs(2, 40, 72, 2, 64, torch.float32)
     q8, k8, v8, scales = eight_bits(q, k, v)
     config = Config(block_m=32, block_n=32, warps=4, stages=2, persistent=persistent)
-    out = kernels.dense(q8, k8, v8, **scales, out_dtype=torch.float32, config=config)
-    exact = reference.dense(q8, k8, v8, **scales, out_dtype=torch.float32)
+    out = attend(kernels, q8, k8, v8, **scales, out_dtype=torch.float32, config=config)
+    exact = attend(reference, q8, k8, v8, **scales, out_dtype=torch.float32)
     assert relative(out, exact) < PORTABLE
-    packed = kernels.dense(
-        q8, k8, kernels.pack_values(v8), packed=True, **scales, out_dtype=torch.float32, config=config
+    packed = attend(
+        kernels, q8, k8, kernels.pack_values(v8), packed=True, **scales, out_dtype=torch.float32, config=config
     )
     assert torch.equal(packed, out)
-    assert relative(out, reference.dense(q, k, v)) < PORTABLE
+    assert relative(out, attend(reference, q, k, v)) < PORTABLE
     with pytest.raises(ValueError, match="queries and keys are int8, values float8"):
-        kernels.dense(q8, k8.to(FP8), v8, **scales, config=config)
+        attend(kernels, q8, k8.to(FP8), v8, **scales, config=config)
 
 
 @pytest.mark.parametrize(("block_n", "persistent"), [(128, False), (64, True)])
@@ -165,9 +173,9 @@ def test_all_blocks_are_dense(block_n, persistent):
     q, k, v = inputs(2, 136, 328, 1, 64)
     index = torch.arange(2, -1, -1, dtype=torch.int32, device=DEVICE).expand(2, 1, 2, 3).contiguous()
     config = Config(block_n=block_n, persistent=persistent)
-    out = kernels.block_sparse(q, k, v, index, config=config)
-    assert relative(out, reference.dense(q, k, v)) < 2e-3
-    assert torch.equal(reference.block_sparse(q, k, v, index), reference.dense(q, k, v))
+    out = attend(kernels, q, k, v, index, config=config)
+    assert relative(out, attend(reference, q, k, v)) < 2e-3
+    assert torch.equal(attend(reference, q, k, v, index), attend(reference, q, k, v))
 
 
 @pytest.mark.parametrize("eight", [False, True])
@@ -181,16 +189,16 @@ def test_block_sparse(eight, visits):
     index = torch.rand(1, 2, 2, 5, generator=generator).argsort(-1)[..., :3].sort(-1, descending=True).values
     index = index.int().contiguous().to(DEVICE)
     for config in (Config(), Config(persistent=True, block_n=64)):
-        out = kernels.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32, config=config)
-        exact = reference.block_sparse(q, k, v, index, visits=visits, **scales, out_dtype=torch.float32)
+        out = attend(kernels, q, k, v, index, visits=visits, **scales, out_dtype=torch.float32, config=config)
+        exact = attend(reference, q, k, v, index, visits=visits, **scales, out_dtype=torch.float32)
         assert relative(out, exact) < (PORTABLE if eight else 2e-3)
     if visits:
         assert torch.equal(
             exact[:, :, 1],
-            reference.block_sparse(q, k, v, index[..., :1].contiguous(), **scales, out_dtype=torch.float32)[:, :, 1],
+            attend(reference, q, k, v, index[..., :1].contiguous(), **scales, out_dtype=torch.float32)[:, :, 1],
         )
         with pytest.raises(ValueError, match="every head visits 1 to 3 blocks"):
-            kernels.block_sparse(q, k, v, index, visits=[3, 0], **scales)
+            attend(kernels, q, k, v, index, visits=[3, 0], **scales)
 
 
 def hopper():
@@ -212,15 +220,15 @@ def test_specialized(eight, dim, persistent, turns):
         if eight:
             q, k, v, scales = eight_bits(q, k, v)
         limit = EIGHT_BITS if eight else 1e-2
-        out = kernels.dense(q, k, v, **scales, config=config)
-        assert relative(out, reference.dense(q, k, v, **scales)) < limit
-        assert torch.equal(out, kernels.dense(q, k, v, **scales, config=config))
+        out = attend(kernels, q, k, v, **scales, config=config)
+        assert relative(out, attend(reference, q, k, v, **scales)) < limit
+        assert torch.equal(out, attend(kernels, q, k, v, **scales, config=config))
         blocks, tiles = (keys + 127) // 128, (queries + 127) // 128
         index = torch.rand(2, heads, tiles, blocks, device=DEVICE).topk(2, -1).indices
         index = index.sort(-1, descending=True).values.int().contiguous()
         for visits in (None, [1, 2, 1][:heads]):
-            out = kernels.block_sparse(q, k, v, index, visits=visits, **scales, config=config)
-            assert relative(out, reference.block_sparse(q, k, v, index, visits=visits, **scales)) < limit
+            out = attend(kernels, q, k, v, index, visits=visits, **scales, config=config)
+            assert relative(out, attend(reference, q, k, v, index, visits=visits, **scales)) < limit
 
 
 @pytest.mark.gpu
@@ -232,13 +240,13 @@ def test_in_a_graph():
     always[36:] = True
 
     def attend():
-        index = kernels.choose_blocks(kernels.pool(q), kernels.pool(k), always, 7, 38)
+        index = kernels.choose_blocks(kernels.pool_blocks(q), kernels.pool_blocks(k), always, 7, 38)
         scale = torch.full((1, 2), 0.01, device=DEVICE)
         packed = kernels.pack_values(v, None, 0, scale)
         q8, k8 = ((20 * x).round().to(torch.int8) for x in (q, k))
         k_scale = torch.full((1, 2), 1 / 400, device=DEVICE)
-        eight = kernels.block_sparse(q8, k8, packed, index, k_scale=k_scale, v_scale=scale, packed=True)
-        return kernels.block_sparse(q, k, v, index), kernels.dense(q, k, v), eight
+        eight = attend(kernels, q8, k8, packed, index, k_scale=k_scale, v_scale=scale, packed=True)
+        return attend(kernels, q, k, v, index), attend(kernels, q, k, v), eight
 
     attend()
     torch.cuda.synchronize()
@@ -254,9 +262,9 @@ def test_in_a_graph():
 def test_pool():
     x, *_ = inputs(2, 300, 16, 2, 64)
     view = x[:, 8:]
-    torch.testing.assert_close(kernels.pool(view), reference.pool(view), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.pool_blocks(view), reference.pool_blocks(view), rtol=1e-5, atol=1e-5)
     whole = (20 * view.float()).round().to(torch.int8)
-    torch.testing.assert_close(kernels.pool(whole), reference.pool(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.pool_blocks(whole), reference.pool_blocks(whole), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 5])

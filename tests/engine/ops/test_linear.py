@@ -8,17 +8,16 @@ from torch import Tensor
 from engine.config import QuantScheme
 from engine.ops import linear
 from engine.ops.cublas import gelu_unsupported_reason
-from engine.ops.linear import (
-    LARGEST,
-    Fixed,
+from engine.ops.dispatch import rescale
+from engine.ops.linear import fp8_unsupported_reason, quantised_linear, weight_only_linear
+from engine.ops.quant import (
+    FORMAT_MAX,
+    FixedScale,
     Format,
     OutputFormat,
     QuantTensor,
-    fp8_unsupported_reason,
-    linear8,
-    linear_weights8,
     quantise,
-    rescale,
+    tensor_scale,
 )
 from engine.transforms.low_bit import Projection, WeightFormat
 
@@ -36,58 +35,58 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def into(form: Format, x: Tensor, kind: str) -> OutputFormat:
+def output_format(to: Format, x: Tensor, kind: str) -> OutputFormat:
     """`rows`; `tensor`, which fits; or `fixed`, which leaves room above."""
     if kind == "rows":
-        return form
-    found = linear.one_scale(x, form)
-    return Fixed(form, found.scale * (1.5 if kind == "fixed" else 1.0))
+        return to
+    found = tensor_scale(x, to)
+    return FixedScale(to, found.scale * (1.5 if kind == "fixed" else 1.0))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("of_x", ["rows", "tensor", "fixed"])
 @pytest.mark.parametrize("of_weight", ["rows", "tensor"])
-def test_product_is_that_of_the_restored_operands(form: Format, of_x: str, of_weight: str) -> None:
+def test_product_is_that_of_the_restored_operands(to: Format, of_x: str, of_weight: str) -> None:
     x, weight, bias = random(2, 32, 64), random(48, 64, seed=1), random(48, seed=2)
-    a, b = quantise(x, into(form, x, of_x)), quantise(weight, into(form, weight, of_weight))
-    assert (a.one_scale, b.one_scale) == (of_x != "rows", of_weight != "rows")
-    found = linear8(a, b, bias, DTYPE)
+    a, b = quantise(x, output_format(to, x, of_x)), quantise(weight, output_format(to, weight, of_weight))
+    assert (a.per_tensor, b.per_tensor) == (of_x != "rows", of_weight != "rows")
+    found = quantised_linear(a, b, bias, DTYPE)
     assert found.shape == (2, 32, 48)
-    assert error(found, a.restore() @ b.restore().t() + bias) < (1e-2 if ON_GPU else 1e-5)
-    assert error(found, x @ weight.t() + bias) < {"fp8": 0.05, "int8": 0.04}[form]
+    assert error(found, a.dequantise() @ b.dequantise().t() + bias) < (1e-2 if ON_GPU else 1e-5)
+    assert error(found, x @ weight.t() + bias) < {"fp8": 0.05, "int8": 0.04}[to]
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_fixed_scale_clips_what_goes_beyond(form: Format) -> None:
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_fixed_scale_clips_what_goes_beyond(to: Format) -> None:
     x = torch.tensor([[0.5, -1.0, 3.0, -100.0]])
-    found = quantise(x, Fixed(form, torch.tensor([1 / LARGEST[form]]))).restore()
+    found = quantise(x, FixedScale(to, torch.tensor([1 / FORMAT_MAX[to]]))).dequantise()
     torch.testing.assert_close(found, torch.tensor([[0.5, -1.0, 1.0, -1.0]]), rtol=0.02, atol=0)
 
 
-def test_one_scale_is_the_largest_magnitude() -> None:
+def test_tensor_scale_is_the_largest_magnitude() -> None:
     x = random(3, 5, 16)
-    assert float(linear.one_scale(x, "int8").scale) == pytest.approx(float(x.abs().max()) / 127)
-    assert float(linear.one_scale(torch.zeros(2, 4), "fp8").scale) > 0
+    assert float(tensor_scale(x, "int8").scale) == pytest.approx(float(x.abs().max()) / 127)
+    assert float(tensor_scale(torch.zeros(2, 4), "fp8").scale) > 0
 
 
 @pytest.mark.parametrize("rows", [3, 16, 40, 100])
-@pytest.mark.parametrize("form", FORMATS)
-def test_weights_alone(form: Format, rows: int) -> None:
-    x, weight = random(rows, 200).to(DTYPE), quantise(random(72, 200, seed=1), form)
-    found = linear_weights8(x[None], weight)
+@pytest.mark.parametrize("to", FORMATS)
+def test_weights_alone(to: Format, rows: int) -> None:
+    x, weight = random(rows, 200).to(DTYPE), quantise(random(72, 200, seed=1), to)
+    found = weight_only_linear(x[None], weight)
     assert found.shape == (1, rows, 72) and found.dtype == DTYPE
-    assert error(found[0], x.float() @ weight.restore().t()) < (1e-2 if ON_GPU else 1e-5)
+    assert error(found[0], x.float() @ weight.dequantise().t()) < (1e-2 if ON_GPU else 1e-5)
 
 
 @pytest.mark.parametrize("height", [3, 40])
-@pytest.mark.parametrize("form", FORMATS if ON_GPU else ["int8"])  # the interpreter reads no float8
-def test_kernel_for_few_rows(form: Format, height: int) -> None:
+@pytest.mark.parametrize("to", FORMATS if ON_GPU else ["int8"])  # the interpreter reads no float8
+def test_kernel_for_few_rows(to: Format, height: int) -> None:
     from engine.ops.triton import linear as kernels
 
-    x, weight = random(height, 200), quantise(random(72, 200, seed=1), form)
-    assert error(kernels.linear_weights8(x, weight), x @ weight.restore().t()) < 1e-4
-    whole = quantise(weight.restore(), into(form, weight.restore(), "tensor"))
-    assert error(kernels.linear_weights8(x, whole), x @ whole.restore().t()) < 1e-4
+    x, weight = random(height, 200), quantise(random(72, 200, seed=1), to)
+    assert error(kernels.small_batch_linear(x, weight), x @ weight.dequantise().t()) < 1e-4
+    whole = quantise(weight.dequantise(), output_format(to, weight.dequantise(), "tensor"))
+    assert error(kernels.small_batch_linear(x, whole), x @ whole.dequantise().t()) < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(5, 70), (3, 5000)])
@@ -112,19 +111,19 @@ def test_a_device_without_rows_applies_their_scales_to_the_result(monkeypatch: p
         assert scale_a.numel() == scale_b.numel() == 1, "it was told that there are no scales a row"
         return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
-    monkeypatch.setattr(linear, "fp8_fault", lambda _, scales: "no" if scales == "rows" else None)
+    monkeypatch.setattr(linear, "fp8_unsupported_reason", lambda _, scales: "no" if scales == "rows" else None)
     monkeypatch.setattr(torch, "_scaled_mm", product)
     x, weight = random(32, 64), random(48, 64, seed=1)
     for of_x in ("rows", "fixed"):
         for of_weight in ("rows", "tensor"):
-            a, b = quantise(x, into("fp8", x, of_x)), quantise(weight, into("fp8", weight, of_weight))
-            assert error(linear8(a, b, None, torch.bfloat16), a.restore() @ b.restore().t()) < 1e-2
+            a, b = quantise(x, output_format("fp8", x, of_x)), quantise(weight, output_format("fp8", weight, of_weight))
+            assert error(quantised_linear(a, b, None, torch.bfloat16), a.dequantise() @ b.dequantise().t()) < 1e-2
 
 
 def test_float32_is_not_given_to_units_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "fp8_fault", lambda *_: None)
+    monkeypatch.setattr(linear, "fp8_unsupported_reason", lambda *_: None)
     x, weight = quantise(random(32, 64), "fp8"), quantise(random(48, 64, seed=1), "fp8")
-    assert error(linear8(x, weight, None, torch.float32), x.restore() @ weight.restore().t()) < 1e-5
+    assert error(quantised_linear(x, weight, None, torch.float32), x.dequantise() @ weight.dequantise().t()) < 1e-5
 
 
 def test_a_cpu_has_no_float8_products() -> None:
@@ -143,26 +142,28 @@ def test_a_gpu_with_float8_has_one_of_both() -> None:
 
 def test_restore_takes_one_scale_or_a_scale_a_row() -> None:
     data = torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-    assert QuantTensor(data, torch.tensor([[2.0], [0.5]])).restore().tolist() == [[2, 4], [1.5, 2]]
-    assert QuantTensor(data, torch.tensor([3.0])).restore().tolist() == [[3, 6], [9, 12]]
+    assert QuantTensor(data, torch.tensor([[2.0], [0.5]])).dequantise().tolist() == [[2, 4], [1.5, 2]]
+    assert QuantTensor(data, torch.tensor([3.0])).dequantise().tolist() == [[3, 6], [9, 12]]
 
 
 @pytest.mark.parametrize("rows", [16, 40])
-@pytest.mark.parametrize("form", ["fp8-tensor", "fp8", "int8"])
-def test_a_product_is_activated_and_rounded_as_apart(form: QuantScheme, rows: int) -> None:
+@pytest.mark.parametrize("to", ["fp8-tensor", "fp8", "int8"])
+def test_a_product_is_activated_and_rounded_as_apart(to: QuantScheme, rows: int) -> None:
     """Where cuBLAS has an epilogue for both, that is what runs."""
     width = 96
-    up = Projection.of(random(width, 64, seed=1).to(DTYPE) / 8, WeightFormat(form), random(width, seed=2).to(DTYPE))
+    weight, bias = random(width, 64, seed=1).to(DTYPE) / 8, random(width, seed=2).to(DTYPE)
+    up = Projection.from_weight(weight, WeightFormat(to), bias)
     x = random(rows, 64).to(DTYPE)
-    up.watch()
+    up.start_calibration()
     up(x)
-    up.settle()
-    assert isinstance(up.into, Fixed) and up.bias is not None
-    into = Fixed(up.into.format, torch.full((1,), 8.0 / LARGEST[up.into.format], device=DEVICE))
-    found = up.gelu(up.rounded(x), into)
+    up.finish_calibration()
+    fixed = up.input_format
+    assert isinstance(fixed, FixedScale) and up.bias is not None
+    output = FixedScale(fixed.format, torch.full((1,), 8.0 / FORMAT_MAX[fixed.format], device=DEVICE))
+    found = up.gelu(up.quantised(x), output)
     assert isinstance(found, QuantTensor) and found.data.shape == (rows, width)
     expected = F.gelu(up(x).float() + up.bias.float(), approximate="tanh")
-    assert error(found.restore(), expected) < 0.04
+    assert error(found.dequantise(), expected) < 0.04
 
 
 def test_a_gpu_with_float8_has_the_epilogue() -> None:

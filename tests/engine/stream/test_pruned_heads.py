@@ -14,7 +14,8 @@ from torch import Tensor
 from engine.config import CacheConfig
 from engine.models.config import DiTConfig
 from engine.ops import attention as references
-from engine.ops.attention import BLOCK, unpack_values
+from engine.ops import dispatch
+from engine.ops.attention import BLOCK, AttentionOperands, BlockLists, unpack_values
 from engine.ops.triton import attention as kernels
 from engine.stream import pruned_heads as heads
 from engine.stream.fused_cache import FusedCache
@@ -37,19 +38,21 @@ class Masked(FusedCache):
         super().__init__(*options, **more)
         self.leave_out = pruned
 
-    def _attention(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
-        filled, dtype = self.filled, given.get("out_dtype") or q.dtype
-        if given:
+    def _attention(self, layer: int, operands: AttentionOperands) -> Tensor:
+        q, keys, values, low_bit = operands.q, operands.k, operands.v, operands.packed
+        filled, dtype = self.filled, operands.out_dtype or q.dtype
+        if low_bit:
             values = unpack_values(values, filled)
         q, keys, values = q.float(), keys.float(), values.float()
         mask = self.mask(layer, q, keys)
-        if given:
-            q = q * given["q_scale"][..., None]
-            values = values * given["v_scale"][:, None, :, None]
+        if low_bit:
+            assert operands.q_scale is not None and operands.v_scale is not None
+            q = q * operands.q_scale[..., None]
+            values = values * operands.v_scale[:, None, :, None]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * self.head_dim**-0.5
         scores = scores.masked_fill(~mask, float("-inf"))
         # 8-bit attention rounds its probabilities
-        weights = references.powers8(scores / math.log(2)).float() if given else scores.softmax(-1)
+        weights = references.exp2_fp8(scores / math.log(2)).float() if low_bit else scores.softmax(-1)
         weights = weights / weights.sum(-1, keepdim=True)
         return torch.einsum("bhqk,bkhd->bqhd", weights, values).to(dtype)
 
@@ -146,14 +149,13 @@ def test_lists_are_as_the_kernels_take_them(pruned: Heads, monkeypatch: pytest.M
     """Contiguous int32, different blocks, the unfinished one first wherever it is looked at, no longer than must be."""
     cache = FusedCache(STRADDLING, DIT, keep=0.5, pruned=pruned, batch=2)
     seen = []
-    block_sparse = cache._kernels.block_sparse
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, visits: list[int] | None = None) -> Tensor:
-        seen.append((index, visits, k.shape[1]))
-        out: Tensor = block_sparse(q, k, v, index, visits=visits)
-        return out
+    def watched(operands: AttentionOperands) -> Tensor:
+        if operands.blocks is not None:
+            seen.append((operands.blocks.index, operands.blocks.visits, operands.k.shape[1]))
+        return references.attend(operands)
 
-    monkeypatch.setattr(cache._kernels, "block_sparse", watched)
+    monkeypatch.setattr(dispatch, "attend", watched)
     roll(cache, 7)
     assert seen
     for index, visits, keys in seen:
@@ -169,35 +171,34 @@ def test_lists_are_as_the_kernels_take_them(pruned: Heads, monkeypatch: pytest.M
         assert keys % BLOCK == 0 or not unfinished[..., 1:].any()
 
 
-class Compiled:
-    """The kernels: on a GPU, or in Triton's interpreter."""
+def on_kernel(name: str) -> Callable[..., Tensor]:
+    """A kernel for tensors in host memory: on a GPU, or in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    pack_values = staticmethod(references.pack_values)
+    def moved(x: Any) -> Any:
+        if isinstance(x, AttentionOperands | BlockLists):
+            return type(x)(**{name: moved(part) for name, part in vars(x).items()})
+        return x.to(device) if isinstance(x, Tensor) else x
 
-    def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        kernel = getattr(kernels, name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def call(*arguments: Any) -> Tensor:
+        out: Tensor = getattr(kernels, name)(*map(moved, arguments))
+        return out.cpu()
 
-        def call(*given: Any, **named: Any) -> Tensor:
-            moved = [x.to(device) if isinstance(x, Tensor) else x for x in given]
-            out: Tensor = kernel(
-                *moved, **{key: x.to(device) if isinstance(x, Tensor) else x for key, x in named.items()}
-            )
-            return out.cpu()
-
-        return call
+    return call
 
 
 @pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_kernels_take_the_lists(low_bit: bool, keep: float) -> None:
+def test_kernels_take_the_lists(low_bit: bool, keep: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a state of the ring in which the unfinished block is of the past."""
     seen = []
-    for module in (references, Compiled()):
+    for with_kernels in (False, True):
         cache = FusedCache(STRADDLING, replace(DIT, dim=192), low_bit=low_bit, keep=keep, pruned=MIXED)
         roll(cache, 5)
-        cache._kernels = module
-        seen.append([x.float() for x in roll(cache, 1, 5)])
+        with monkeypatch.context() as patch:
+            for name in ("attend", "pool_blocks", "choose_blocks") if with_kernels else ():
+                patch.setattr(dispatch, name, on_kernel(name))
+            seen.append([x.float() for x in roll(cache, 1, 5)])
     # the kernels round 8-bit probabilities, the interpreter cuts them off, and a GPU rounds float32 products
     assert max(apart(*seen)) < (0.1 if low_bit else 1e-2)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.config import ROLES, QuantScheme, Role
-from engine.ops.sparse import Sparse24, is_pruned
+from engine.ops.quant import Sparse24
+from engine.ops.sparse import is_pruned
 from engine.stream.fused_cache import FusedCache
 from engine.transforms import sparse_weights
 from engine.transforms.fused import FusedWan
@@ -27,9 +28,9 @@ def test_what_the_policy_holds_sparse_is_pruned_and_nothing_else() -> None:
     assert changed == {f"blocks.0.{name}.weight" for name in names}
 
 
-@pytest.mark.parametrize(("form", "limit"), [(None, 1e-5), ("fp8", 0.06)])
-def test_the_pruned_model_is_the_reference(form: QuantScheme | None, limit: float) -> None:
-    policy, pruned = Policy(form, sparse=frozenset(ROLES)), wan()
+@pytest.mark.parametrize(("scheme", "limit"), [(None, 1e-5), ("fp8", 0.06)])
+def test_the_pruned_model_is_the_reference(scheme: QuantScheme | None, limit: float) -> None:
+    policy, pruned = Policy(scheme, sparse=frozenset(ROLES)), wan()
     prune_weights(pruned, policy)
     expected = roll(pruned, exact_cache())
     model = wan()
@@ -61,27 +62,27 @@ def test_roles_are_kept_where_they_are_faster_by_more_than_scatter(
 
     def measured(projection: Projection, x: torch.Tensor, with_fixed: bool, activated: bool) -> float:
         assert len(x) == 100 and with_fixed == fixed and not activated, "in fp8 GELU is a kernel of its own either way"
-        if not projection.held.sparse:
+        if not projection.weight_format.sparse:
             return 1.0
         assert isinstance(projection.weight, Sparse24)
         width, depth = projection.weight.shape
         return 1.0 / gains.get((depth, width), 0.9)
 
-    monkeypatch.setattr(sparse_weights, "sparse_fault", lambda device, fp8: None)
-    monkeypatch.setattr(sparse_weights, "_time", measured)
+    monkeypatch.setattr(sparse_weights, "sparse_unsupported_reason", lambda device, fp8: None)
+    monkeypatch.setattr(sparse_weights, "_milliseconds", measured)
     found = faster_roles(DIT, 100, "fp8", torch.device("cpu"), torch.bfloat16, fixed=fixed)
     assert found == frozenset({"up"})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", [None, "fp8"])
-def test_on_a_gpu(form: QuantScheme | None) -> None:
+@pytest.mark.parametrize("scheme", [None, "fp8"])
+def test_on_a_gpu(scheme: QuantScheme | None) -> None:
     """A projection is that of the pruned weight, whether or not this device has sparse products; measuring runs."""
     device = torch.device("cuda")
-    assert faster_roles(DIT, 960, form, device, torch.bfloat16) <= frozenset(ROLES)
-    policy, model = Policy(form, sparse=frozenset(ROLES)), wan().to(device, torch.bfloat16)
+    assert faster_roles(DIT, 960, scheme, device, torch.bfloat16) <= frozenset(ROLES)
+    policy, model = Policy(scheme, sparse=frozenset(ROLES)), wan().to(device, torch.bfloat16)
     prune_weights(model, policy)
     x = torch.randn(96, DIT.dim, device=device, dtype=torch.bfloat16)
     expected = model.blocks[0].ffn[0].weight @ x.t()
     found = FusedWan(model, policy).blocks[0].up(x)
-    assert error(found.float(), expected.t().float()) < (0.01 if form is None else 0.06)
+    assert error(found.float(), expected.t().float()) < (0.01 if scheme is None else 0.06)

@@ -9,8 +9,8 @@ from torch import nn
 from engine.config import TextPlacement
 from engine.models.text_encoder import TextEncoder
 from engine.offload.text import place_text_encoder
-from engine.ops.linear import Format
-from engine.transforms.weight_only import Linear8, weights_in_8_bits
+from engine.ops.quant import Format
+from engine.transforms.weight_only import WeightOnlyLinear, quantise_weights
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 30, 1] + [0] * 8, [7, 1] + [0] * 10])
@@ -29,7 +29,7 @@ def test_encodes_nearly_the_same(
     expected = encoder(IDS)
     encoder.to(dtype)
     before = bytes_of(encoder)
-    weights_in_8_bits(encoder, form)
+    quantise_weights(encoder, form)
     assert not any(isinstance(module, nn.Linear) for module in encoder.modules())
     assert bytes_of(encoder) < 0.75 * before
     found = place_text_encoder(copy.deepcopy(encoder), place, CPU)(IDS)
@@ -43,7 +43,7 @@ def test_a_layer(bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 20, bias=bias)
     x = torch.randn(2, 5, 32)
-    found, expected = Linear8(layer, "int8")(x), layer(x)
+    found, expected = WeightOnlyLinear(layer, "int8")(x), layer(x)
     assert found.shape == expected.shape
     assert (found - expected).norm() / expected.norm() < 0.01
 
@@ -54,7 +54,7 @@ def test_a_layer(bias: bool) -> None:
 def test_on_a_gpu(encoder: TextEncoder, place: TextPlacement, form: Format) -> None:
     expected = encoder(IDS)
     encoder.to(torch.bfloat16)
-    weights_in_8_bits(encoder, form)
+    quantise_weights(encoder, form)
     placed = place_text_encoder(encoder, place, torch.device("cuda"))
     found = placed(IDS.cuda()).float().cpu()
     assert (found - expected).norm() / expected.norm() < 0.07
