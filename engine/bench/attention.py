@@ -4,10 +4,10 @@
     python -m engine.bench.attention --tune --seconds 300 each mode's configurations, best first
     TRITON_INTERPRET=1 python -m engine.bench.attention --toy   the logic on a CPU; its times mean nothing
 
-A kernel is first tried in a process of its own, since one that hangs or writes where it must not would take the run
-with it. Times are medians of replays of a CUDA graph over two sets of inputs, after half a second of the same work,
-so that the card is as warm as a server keeps it. TFLOP/s count the blocks that are visited. Errors are
-||out - exact|| / ||exact|| against float32 on the unquantised inputs, over the first head.
+Each kernel first runs in a process of its own, because one that hangs or writes out of bounds would end the benchmark.
+Times are medians of replays of a CUDA graph over two sets of inputs, after half a second of the same work, so that the
+GPU is as warm as in a server. TFLOP/s count the blocks that are visited. Errors are ||out - exact|| / ||exact||
+against float32 on the unquantised inputs, over the first head.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from engine.ops.attention import AttentionOperands, BlockLists
 from engine.ops.quant import FORMAT_MAX, quantise, round_to_format
 from engine.timing import milliseconds
 
+Bind = Callable[["Inputs", int], Callable[[], Tensor]]
+"""Binds a kernel to a set of inputs and its number."""
 MODES = ("bf16 dense", "bf16 sparse", "8-bit dense", "8-bit sparse")
 
 
@@ -50,14 +52,14 @@ class Inputs:
 
 
 def make(batch: int, queries: int, keys: int, heads: int, dim: int, device: str, dtype: torch.dtype) -> Inputs:
-    """Normal data with a few strong channels; k and v are views into a longer ring, as a cache gives them."""
+    """Normal data with a few strong channels; k and v are views into a longer ring, as in a cache."""
     gain = torch.ones(3, heads, dim, device=device)
     for i in range(3):
         gain[i].view(-1)[torch.randperm(heads * dim, device=device)[: heads * dim // 32]] = 3.0
     q = torch.randn(batch, queries, heads, dim, device=device) * gain[0]
     ring = torch.randn(2, batch, keys + 64, heads, dim, device=device) * gain[1:, None, None]
     k, v = ring[0][:, :keys], ring[1][:, :keys]
-    # as `engine.ops.fused` makes them: channels of the keys evened
+    # as `KVScales` does: queries take the gain of the keys' channels
     channels = k.abs().amax(1)
     rows = quantise(q * channels[:, None], "int8")
     even = ring[0] / channels[:, None]
@@ -93,6 +95,7 @@ def exact(x: Inputs, index: Tensor | None, head: int = 0) -> Tensor:
 
 
 def relative(out: Tensor, right: Tensor) -> float:
+    """||out - right|| / ||right||."""
     return float((out.float() - right.float()).norm() / right.float().norm())
 
 
@@ -117,7 +120,7 @@ def random_lists(batch: int, heads: int, queries: int, keys: int, count: int, de
 
 
 def candidates(mode: str) -> Iterator[Any]:
-    """Configurations worth a try, the likely ones first."""
+    """Configurations to try, the most promising first."""
     from engine.ops.triton.attention import Config
 
     eight = mode.startswith("8-bit")
@@ -139,12 +142,13 @@ def candidates(mode: str) -> Iterator[Any]:
 
 
 def line(*cells: object) -> None:
+    """Print a row of the table."""
     widths = (34, 10, 9, 8, 10)
     print(" ".join(f"{c!s:<{w}}" for c, w in zip(cells, widths, strict=False)), flush=True)
 
 
 def check(mode: str, specialized: bool, device: str) -> None:
-    """Small odd shapes against the reference, with memory that would show what was never written."""
+    """Compare small odd shapes with the reference, in memory filled with nan, so that unwritten results show."""
     from engine.ops.triton import attention as kernels
 
     eight = mode.startswith("8-bit")
@@ -163,8 +167,8 @@ def check(mode: str, specialized: bool, device: str) -> None:
                 given = operands(mode, x, index, visits)
                 out, right = kernels.attend_configured(given, config), reference.attend(given)
                 worst = max(worst, relative(out, right))
-    # in 8 bits the reference is exact on the same 8-bit inputs: what is left is the rounding of probabilities, which
-    # the plain kernel does in another way
+    # in 8 bits the reference has the same inputs, so only the rounding of probabilities differs: the plain kernel does
+    # it in another way
     limit = (0.1 if device == "cpu" else 4e-2 if specialized else 6e-2) if eight else 1e-2
     print(f"worst relative error {worst:.1e}, limit {limit}")
     if not worst < limit:
@@ -172,7 +176,7 @@ def check(mode: str, specialized: bool, device: str) -> None:
 
 
 def trials(toy: bool) -> dict[tuple[str, bool], str]:
-    """For each mode and kind of kernel, "" if `check` passes in a process of its own, else why not."""
+    """For each mode and kind of kernel, "" if `check` passes in a process of its own, otherwise the reason."""
     kinds = [(mode, specialized) for mode in MODES for specialized in ((False,) if toy else (True, False))]
     running = {
         kind: subprocess.Popen(
@@ -198,6 +202,7 @@ def trials(toy: bool) -> dict[tuple[str, bool], str]:
 
 
 def dense_sdpa(name: str) -> Callable[[Inputs], Callable[[], Tensor]]:
+    """PyTorch's attention with one backend, `cudnn`, `flash` or `math`, to be bound to inputs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}[name]
@@ -213,107 +218,131 @@ def dense_sdpa(name: str) -> Callable[[Inputs], Callable[[], Tensor]]:
     return bound
 
 
-def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[str, bool], str]) -> None:
-    from engine.ops.triton import attention as kernels
+class Table:
+    """One table: a row for each kernel on the same two sets of inputs, with its speed relative to cuDNN's."""
 
-    dim = 128 if device == "cuda" else 64
-    dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    sets = [make(1, queries, keys, heads, dim, device, dtype) for _ in range(2)]
-    blocks = math.ceil(keys / 128)
-    first = (keys - queries) // 128
-    current = blocks - first
-    keep = max(1, round(0.2 * first))
-    always = torch.arange(blocks, device=device) >= first
-    nothing = torch.zeros_like(always)
-    print(f"\nq {queries}, kv {keys}, {heads} heads of {dim}; {blocks} key blocks, {current} of the chunk itself")
-    line("", "ms", "TFLOP/s", "x cuDNN", "error")
-    full = 4.0 * queries * keys * heads * dim
-    right: dict[int, Tensor] = {}
+    def __init__(self, queries: int, keys: int, heads: int, device: str) -> None:
+        self.device, self.queries, self.keys = device, queries, keys
+        dim = 128 if device == "cuda" else 64
+        dtype = torch.bfloat16 if device == "cuda" else torch.float16
+        self.sets = [make(1, queries, keys, heads, dim, device, dtype) for _ in range(2)]
+        self.blocks = math.ceil(keys / 128)
+        self.flop = 4.0 * queries * keys * heads * dim
+        past = (keys - queries) // 128
+        self.current, self.keep = self.blocks - past, max(1, round(0.2 * past))
+        self.always = torch.arange(self.blocks, device=device) >= past
+        self.cudnn = 0.0
+        """Milliseconds of the first row."""
+        self._expected: dict[int, Tensor] = {}
+        shape = f"q {queries}, kv {keys}, {heads} heads of {dim}"
+        print(f"\n{shape}; {self.blocks} key blocks, {self.current} of the chunk itself")
+        line("", "ms", "TFLOP/s", "x cuDNN", "error")
 
-    def row(
-        name: str, bound: Callable[[Inputs, int], Callable[[], Tensor]], lists: Any = None, flop: float = 0
-    ) -> float:
+    def row(self, name: str, bind: Bind, lists: list[Tensor] | None = None) -> float:
+        """Time and print one kernel; `lists` are the block lists of each set. Milliseconds, nan if it fails."""
         try:
-            out = bound(sets[0], 0)()
+            out = bind(self.sets[0], 0)()
             key = id(lists)
-            if key not in right:
-                right[key] = exact(sets[0], None if lists is None else lists[0])
-            error = relative(out[0, :, 0], right[key])
-            ms = milliseconds([bound(x, i) for i, x in enumerate(sets)], device)
+            if key not in self._expected:
+                self._expected[key] = exact(self.sets[0], None if lists is None else lists[0])
+            error = relative(out[0, :, 0], self._expected[key])
+            ms = milliseconds([bind(x, i) for i, x in enumerate(self.sets)], self.device)
         except Exception as problem:
             line(name, f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1:]}"[:200])
             return math.nan
-        line(name, f"{ms:.3f}", f"{flop / ms / 1e9:.0f}", f"{cudnn / ms:.2f}" if cudnn else "", f"{error:.1e}")
+        flop = self.flop * (1 if lists is None else lists[0].shape[-1] / self.blocks)
+        ratio = f"{self.cudnn / ms:.2f}" if self.cudnn else ""
+        line(name, f"{ms:.3f}", f"{flop / ms / 1e9:.0f}", ratio, f"{error:.1e}")
         return ms
 
-    cudnn = 0.0
-    sdpa = dense_sdpa("cudnn" if device == "cuda" else "math")
-    cudnn = row("SDPA cuDNN bf16", lambda x, i: sdpa(x), flop=full)
-    if device == "cuda":
-        flash = dense_sdpa("flash")
-        row("SDPA flash bf16", lambda x, i: flash(x), flop=full)
+    def baselines(self) -> None:
+        """cuDNN, and on a GPU the two FlashAttention versions."""
+        self.cudnn = self.row("SDPA cuDNN bf16", self.sdpa("cudnn"))
+        if self.device != "cuda":
+            return
+        self.row("SDPA flash bf16", self.sdpa("flash"))
         try:
             from flash_attn.cute import flash_attn_func
         except ImportError as problem:
             line("FlashAttention-4", str(problem)[:80])
-        else:
+            return
 
-            def fa4(x: Inputs) -> Tensor:
-                out = flash_attn_func(x.q, x.k, x.v)
-                return out[0] if isinstance(out, tuple) else out
+        def fa4(x: Inputs) -> Tensor:
+            out = flash_attn_func(x.q, x.k, x.v)
+            return out[0] if isinstance(out, tuple) else out
 
-            row("FlashAttention-4 bf16", lambda x, i: lambda: fa4(x), flop=full)
+        self.row("FlashAttention-4 bf16", lambda x, i: partial(fa4, x))
 
-    def choose(x: Inputs, mask: Tensor, count: int, dense: int) -> Tensor:
-        return kernels.choose_blocks(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k), mask, count, dense)
+    def sdpa(self, backend: str) -> Bind:
+        bound = dense_sdpa(backend if self.device == "cuda" else "math")
+        return lambda x, i: bound(x)
 
-    def bind(mode: str, config: Any, lists: list[Tensor] | None, x: Inputs, i: int) -> Callable[[], Tensor]:
-        return partial(call, mode, x, None if lists is None else lists[i], config)
+    def kernels(self, broken: dict[tuple[str, bool], str]) -> None:
+        """Our kernels in every mode, except those that failed `check`."""
+        from engine.ops.triton import attention as kernels
 
-    past = [choose(x, always, keep, current) for x in sets]
-    everywhere = [choose(x, nothing, round(0.2 * blocks), 0) for x in sets]
-    for mode in MODES:
-        for specialized in (True, False) if device == "cuda" else (False,):
-            kind = "specialised" if specialized else "plain"
-            if broken[mode, specialized]:
-                line(f"{mode}, {kind}", f"left out: {broken[mode, specialized][:100]}")
-                continue
-            config = kernels.CONFIGS[specialized, mode.startswith("8-bit"), mode.endswith("sparse")]
-            if mode.endswith("dense"):
-                row(f"{mode}, {kind}", partial(bind, mode, config, None), flop=full)
-                continue
-            for what, lists in (("80% of the past", past), ("80% of all", everywhere)):
-                row(
-                    f"{mode}, {what}, {kind}",
-                    partial(bind, mode, config, lists),
-                    lists,
-                    full * lists[0].shape[-1] / blocks,
-                )
-    pooled = [(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k)) for x in sets]
-    chunk = [x.k[:, -queries:] for x in sets]
-    costs: dict[str, list[Callable[[], Tensor]]] = {
-        f"choose {keep} + {current} of {blocks}": [
-            partial(kernels.choose_blocks, q, k, always, keep, current) for q, k in pooled
-        ],
-        "the same in torch": [partial(reference.choose_blocks, q, k, always, keep, current) for q, k in pooled],
-        "pool the chunk": [partial(kernels.pool_blocks, x) for x in chunk],
-        "pool all keys": [partial(kernels.pool_blocks, x.k) for x in sets],
-        "pack the chunk's values in 8 bits": [
-            partial(kernels.pack_values, x.v[:, -queries:], x.v8, keys - queries, x.v_scale) for x in sets
-        ],
-    }
-    for name, work in costs.items():
-        try:
-            line(name, f"{milliseconds(work, device):.4f}")
-        except Exception as problem:
-            line(name, f"{type(problem).__name__}: {str(problem)[:200]}")
-    ours, theirs = (
-        f(pooled[0][0], pooled[0][1], always, keep, current) for f in (kernels.choose_blocks, reference.choose_blocks)
-    )
-    same = float((ours == theirs).all(-1).float().mean())
-    print(f"{100 * same:.1f}% of the lists equal the reference's")
-    again = row("SDPA cuDNN bf16, again", lambda x, i: sdpa(x), flop=full)
-    print(f"cuDNN moved by {100 * (again / cudnn - 1):+.1f}% between first and last row")
+        def choose(always: Tensor, keep: int, dense: int) -> list[Tensor]:
+            pooled = [(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k)) for x in self.sets]
+            return [kernels.choose_blocks(q, k, always, keep, dense) for q, k in pooled]
+
+        def bind(mode: str, config: Any, lists: list[Tensor] | None, x: Inputs, i: int) -> Callable[[], Tensor]:
+            return partial(call, mode, x, None if lists is None else lists[i], config)
+
+        sparse = {
+            "80% of the past": choose(self.always, self.keep, self.current),
+            "80% of all": choose(torch.zeros_like(self.always), round(0.2 * self.blocks), 0),
+        }
+        for mode in MODES:
+            for specialized in (True, False) if self.device == "cuda" else (False,):
+                kind = "specialised" if specialized else "plain"
+                if broken[mode, specialized]:
+                    line(f"{mode}, {kind}", f"left out: {broken[mode, specialized][:100]}")
+                    continue
+                config = kernels.CONFIGS[specialized, mode.startswith("8-bit"), mode.endswith("sparse")]
+                if mode.endswith("dense"):
+                    self.row(f"{mode}, {kind}", partial(bind, mode, config, None))
+                    continue
+                for what, lists in sparse.items():
+                    self.row(f"{mode}, {what}, {kind}", partial(bind, mode, config, lists), lists)
+
+    def costs(self) -> None:
+        """The operators around sparse and 8-bit attention, and how often the kernel chooses the reference's blocks."""
+        from engine.ops.triton import attention as kernels
+
+        keep, current, start = self.keep, self.current, self.keys - self.queries
+        pooled = [(kernels.pool_blocks(x.q), kernels.pool_blocks(x.k)) for x in self.sets]
+        work: dict[str, list[Callable[[], Tensor]]] = {
+            f"choose {keep} + {current} of {self.blocks}": [
+                partial(kernels.choose_blocks, q, k, self.always, keep, current) for q, k in pooled
+            ],
+            "the same in torch": [
+                partial(reference.choose_blocks, q, k, self.always, keep, current) for q, k in pooled
+            ],
+            "pool the chunk": [partial(kernels.pool_blocks, x.k[:, -self.queries :]) for x in self.sets],
+            "pool all keys": [partial(kernels.pool_blocks, x.k) for x in self.sets],
+            "pack the chunk's values in 8 bits": [
+                partial(kernels.pack_values, x.v[:, -self.queries :], x.v8, start, x.v_scale) for x in self.sets
+            ],
+        }
+        for name, calls in work.items():
+            try:
+                line(name, f"{milliseconds(calls, self.device):.4f}")
+            except Exception as problem:
+                line(name, f"{type(problem).__name__}: {str(problem)[:200]}")
+        q, k = pooled[0]
+        ours = kernels.choose_blocks(q, k, self.always, keep, current)
+        same = float((ours == reference.choose_blocks(q, k, self.always, keep, current)).all(-1).float().mean())
+        print(f"{100 * same:.1f}% of the lists equal the reference's")
+
+
+def table(queries: int, keys: int, heads: int, device: str, broken: dict[tuple[str, bool], str]) -> None:
+    """Print every row; `broken` says why a mode and kind of kernel failed `check`."""
+    rows = Table(queries, keys, heads, device)
+    rows.baselines()
+    rows.kernels(broken)
+    rows.costs()
+    again = rows.row("SDPA cuDNN bf16, again", rows.sdpa("cudnn"))
+    print(f"cuDNN moved by {100 * (again / rows.cudnn - 1):+.1f}% between first and last row")
 
 
 def tune(
