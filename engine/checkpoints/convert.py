@@ -1,4 +1,4 @@
-"""Foreign checkpoints -> the native store, one tensor in memory at a time."""
+"""Converts foreign checkpoints to the native store, with one tensor in memory at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,11 +27,11 @@ LOW_BIT = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8}
 Found = Mapping[str, StoredTensor]
 """A checkpoint's tensors under its own names."""
 Adapt = Callable[[str, Tensor], Tensor]
-"""(our name, float32 weight) -> the weight to store: where a LoRA is merged in."""
+"""(our name, float32 weight) -> the weight to store; merges LoRAs."""
 
 
 def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
-    """The tensors behind headers. Raises StoreError for faulty files."""
+    """The tensors of files whose headers were read. Raises StoreError for faulty files."""
     handles: dict[Path, Any] = {}
 
     def read(file: Path, name: str) -> Tensor:
@@ -69,11 +69,11 @@ def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> 
 
 
 def renamed(found: Found, names: Mapping[str, str], *, halve: bool) -> Found:
-    """Tensors under our names, for networks that need no more.
+    """Tensors under our names, for networks that need nothing else.
 
     Args:
-        names: the checkpoint's name -> ours; where two mean one tensor, the first counts.
-        halve: store matrices as bfloat16; otherwise everything stays as it is.
+        names: the checkpoint's name -> ours; if two mean the same tensor, the first is used.
+        halve: store matrices as bfloat16 and vectors as float32; otherwise keep every dtype.
     """
     chosen: dict[str, StoredTensor] = {}
     for name, ours in names.items():
@@ -114,10 +114,10 @@ def _served(ours: str, stored: StoredTensor, scale: StoredTensor | None, adapt: 
 
 
 def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
-    """The transformer's tensors from safetensors in any known layout, ready for `CausalWan.load_state_dict`.
+    """The transformer's tensors from safetensors in any known layout, for `CausalWan.load_state_dict`.
 
     Raises:
-        StoreError: there are none, they do not fit, or there is only a pickle, which is never read to serve.
+        StoreError: there are none, they do not fit the model, or there is only a pickle, which serving never reads.
     """
     found = sources.find_all(paths)
     if found.faults:
@@ -130,7 +130,7 @@ def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
 
 
 def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tuple[str, Found]:
-    """(what was recognised, our tensors) of one network. Raises StoreError if they are not the preset's."""
+    """(recognised layout, our tensors) of one network. Raises StoreError if they do not fit the preset."""
     if part == "dit":
         return dit_tensors(preset.dit, found, adapt)
     try:
@@ -151,7 +151,7 @@ def _last_rows(tensor: StoredTensor, shape: wan.Shape) -> StoredTensor:
 
 
 def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -> Iterator[tuple[str, str, Found]]:
-    """(network, where from, its tensors) of everything that was found, pickles included, each network once."""
+    """(network, origin, tensors) of every network that was found, in pickles too; each network once."""
     seen = set(found.parts)
     for part, weights in found.parts.items():
         yield part, str(weights.files[0]), open_tensors(weights)
@@ -179,12 +179,12 @@ def convert(
     """Write the native store of a preset.
 
     Args:
-        paths: files or folders that hold its networks, in any known layout; the first that has a network gives it.
+        paths: files or folders with its networks, in any known layout; each network comes from the first that has it.
         to: a folder that does not exist or is empty.
         adapt: changes the transformer's weights before they are stored.
 
     Raises:
-        StoreError: a source is faulty or does not fit, there is no transformer in them, or `to` is in use.
+        StoreError: a source is faulty or does not fit, no source has a transformer, or `to` is in use.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StoreError(f"{to} is in use: give a folder that does not exist or is empty")

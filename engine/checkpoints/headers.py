@@ -1,8 +1,8 @@
-"""What safetensors files hold, read from their headers alone and without trusting them.
+"""Reads the headers of safetensors files, without trusting them.
 
 A safetensors file is the length of its header (8 bytes, little endian), the header (a JSON object from tensor name to
 dtype, shape and byte range), and the bytes of the tensors without gap or overlap
-(https://huggingface.co/docs/safetensors). No torch here: checking weights must answer at once.
+(https://huggingface.co/docs/safetensors). This module does not load torch, so that checking weights is fast.
 """
 
 import json
@@ -19,16 +19,16 @@ DTYPES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes of an element."""
+"""Bytes per element."""
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class StoreError(Exception):
-    """Weights cannot be used; the message names the file, what is wrong with it, and what helps."""
+    """Weights cannot be used; the message names the file, the fault and a remedy."""
 
 
 class TruncatedError(StoreError):
-    """The header is sound, but the file ends before its last tensor or goes on after it."""
+    """The header is valid, but the file ends before its last tensor or continues after it."""
 
     def __init__(self, message: str, entries: "dict[str, Entry]") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class TruncatedError(StoreError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, and its name in there."""
+    """One tensor of a file, and its name in the file."""
 
     file: Path
     name: str
@@ -51,30 +51,30 @@ class Entry:
 
 @dataclass
 class Weights:
-    """One network's tensors by the names that its files give them, and everything wrong with those files."""
+    """One network's tensors, by their names in its files, and all faults of those files."""
 
     files: list[Path] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     native: bool = False
-    """They lie in a store of this project, under our names."""
+    """They are in a native store, under our names."""
 
     @property
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.entries.values())
 
     def sound(self) -> "Weights":
-        """These weights. Raises StoreError, naming every fault, if there is one."""
+        """These weights. Raises StoreError, naming every fault, if there are any."""
         if self.faults:
             raise StoreError("; ".join(self.faults))
         return self
 
 
 def open_regular(path: Path, folder: Path) -> BinaryIO:
-    """A regular file of `folder`, open for reading.
+    """Open a regular file in `folder` for reading.
 
     Raises:
-        StoreError: it is missing, is a pipe, device or folder, or is a link that leads out of the folder.
+        StoreError: it is missing; a pipe, device or folder; or a link that leads out of the folder.
     """
     try:
         target = path.resolve()
@@ -86,7 +86,7 @@ def open_regular(path: Path, folder: Path) -> BinaryIO:
             f"download again with --local-dir)"
         )
     try:
-        # a pipe would block without O_NONBLOCK, and is refused before anything is read from it
+        # without O_NONBLOCK opening a pipe would block; it is refused before anything is read from it
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
@@ -116,7 +116,7 @@ def _json_object(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def printable(name: str, path: Path) -> None:
-    """Raises StoreError for a name that could not be shown as it is: it would reach a terminal and a log."""
+    """Raises StoreError for a name with unprintable characters, since names reach terminals and logs."""
     if not name.isprintable():
         raise StoreError(f"{path} has a tensor of the name {name!r}, which cannot be printed")
 
@@ -129,8 +129,8 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
     """Every tensor of a safetensors file, in the order of its bytes.
 
     Raises:
-        TruncatedError: the file's length is not what the header says; the error carries the entries.
-        StoreError: the file is missing, or no sound safetensors file that lies in `folder` (default: its own).
+        TruncatedError: the file's length differs from what the header says; the error has the entries.
+        StoreError: the file is missing, is not a valid safetensors file, or is not in `folder` (default: its own).
     """
     with open_regular(path, folder or path.parent) as file:
         size = os.fstat(file.fileno()).st_size
@@ -180,7 +180,7 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
 
 
 def read_weights(files: Iterable[Path], folder: Path) -> Weights:
-    """The headers of several files as one; a faulty file is listed, and the others are read all the same."""
+    """The headers of several files as one. Faulty files are listed; the others are read nevertheless."""
     weights = Weights()
     for path in files:
         weights.files.append(path)

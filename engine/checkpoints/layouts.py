@@ -1,4 +1,4 @@
-"""What a store must hold for a preset: every tensor by network, name and shape, known without building anything."""
+"""The tensors that a preset's store must contain: names and shapes by network, without building any module."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -10,7 +10,7 @@ from engine.config import Preset
 from engine.models.config import TextConfig
 
 TENSORS = Path(__file__).with_name("vae_tensors.json")
-"""Tensors of both VAEs by family; `python -m engine.checkpoints.layouts` writes it anew from the modules."""
+"""Tensors of both VAEs by family. `python -m engine.checkpoints.layouts` regenerates it from the modules."""
 
 
 def _vae(names: Collection[str]) -> dict[str, str]:
@@ -18,7 +18,7 @@ def _vae(names: Collection[str]) -> dict[str, str]:
 
 
 def _light_vae(names: Collection[str]) -> dict[str, str]:
-    """A file's encoder has no place."""
+    """The decoder's names; a file's encoder is not used."""
     return {name: name for name in names if name.startswith("decoder.")}
 
 
@@ -27,8 +27,8 @@ RENAME: dict[str, Callable[[Collection[str]], dict[str, str]]] = {
     "vae": _vae,
     "light_vae": _light_vae,
 }
-"""By network, the transformer apart: all of a checkpoint's names -> ours. They raise ValueError or StoreError for a
-name that has no place, and none of their modules loads torch."""
+"""By network except the transformer: all names of a checkpoint -> ours. The functions raise ValueError or StoreError
+for an unknown name, and none of their modules loads torch."""
 
 
 def text_encoder(sizes: TextConfig) -> dict[str, Shape]:
@@ -47,7 +47,7 @@ def text_encoder(sizes: TextConfig) -> dict[str, Shape]:
 
 
 def expected(preset: Preset) -> dict[str, dict[str, Shape]]:
-    """By network."""
+    """Name and shape of every tensor of a preset, by network."""
     vaes = json.loads(TENSORS.read_text())[preset.family]
     return {
         "dit": wan.tensors(preset.dit),
@@ -57,8 +57,8 @@ def expected(preset: Preset) -> dict[str, dict[str, Shape]]:
 
 
 def trim(part: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes as they will be: the first TGrow of a light decoder may have the rows of several frames in its file, of
-    which the last are meant (`engine.models.light_vae`)."""
+    """The shapes after loading: a file's first TGrow layer of a light decoder may have the rows of several frames, of
+    which only the last are used (`engine.models.light_vae`)."""
     trimmed = dict(found)
     for name, shape in wanted.items() if part == "light_vae" else ():
         there = found.get(name, ())
@@ -68,7 +68,7 @@ def trim(part: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
 
 
 def vae_tensors() -> dict[str, dict[str, dict[str, Shape]]]:
-    """What `TENSORS` should hold, from the modules themselves."""
+    """What `TENSORS` should contain, from the modules themselves."""
     import torch
 
     from engine.config import PRESETS

@@ -1,6 +1,6 @@
-"""LoRA files: every common spelling of their tensor names -> one `Lora` under our module names.
+"""Reads LoRA files with any common spelling of tensor names into a `Lora` under our module names.
 
-Known are PEFT (`base_model.model.NAME.lora_A.weight`, an adapter's name after `lora_A` or not; LongLive's
+Supported are PEFT (`base_model.model.NAME.lora_A.weight`, an adapter's name after `lora_A` or not; LongLive's
 `generator_lora` is such a dict), diffusers (`transformer.NAME.lora_A.weight`, with diffusers' module names), the
 original names (`diffusion_model.NAME.lora_down.weight`, `.alpha`, and the plain differences `.diff`, `.diff_b`,
 `.diff_m` that distillation LoRAs of Wan add for norms, biases and modulations), and kohya's
@@ -29,14 +29,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """What a LoRA adds to one weight [out, in] at strength 1: scale * up @ down."""
+    """The change of one weight [out, in] at strength 1: scale * up @ down."""
 
     down: Tensor
     """[r, in]"""
     up: Tensor
     """[out, r]"""
     scale: float
-    """alpha / r; 1 where the file tells no alpha."""
+    """alpha / r; 1 if the file has no alpha."""
 
     def delta(self, device: torch.device | None = None) -> Tensor:
         """float32 [out, in]."""
@@ -46,21 +46,21 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One LoRA, on the host, in the number format of its file."""
+    """One LoRA, in host memory, in the dtype of its file."""
 
     name: str
     layers: dict[str, LoraLayer]
-    """By module name: the module's `weight` changes."""
+    """By module name; each changes the module's `weight`."""
     differences: dict[str, Tensor]
-    """By parameter name: added to the parameter as they are."""
+    """By parameter name; each is added to the parameter."""
 
     def touched(self) -> set[str]:
-        """Names of the parameters that change."""
+        """Names of the parameters that this LoRA changes."""
         return {f"{layer}.weight" for layer in self.layers} | self.differences.keys()
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """What `parse` and `read` need to know of a model."""
+    """The shape of every parameter of a model, for `parse` and `read`."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -78,11 +78,11 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """The file of a LoRA, if there is one in the folder and the name is a plain one."""
+    """The file of a LoRA in the folder; None if there is none or the name is not a valid one."""
     if not re.fullmatch(LORA_NAME, name):
         return None
     for path in (folder / f"{name}.safetensors", folder / name / PEFT_FILE):
-        # a name may not lead out of the folder, through a link either
+        # a name must not lead out of the folder, not even through a link
         if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             return path
     return None
@@ -97,7 +97,7 @@ def read(folder: Path, name: str, shapes: Shapes) -> Lora:
 
     Raises:
         LoraNotFoundError: there is no such LoRA.
-        StoreError: the file is damaged, of another kind, or for another model; the message names the tensor.
+        StoreError: the file is damaged, of an unsupported kind, or for another model; the message names the tensor.
     """
     path = _find(folder, name)
     if path is None:
@@ -116,7 +116,7 @@ def read(folder: Path, name: str, shapes: Shapes) -> Lora:
         if not isinstance(settings, dict):
             raise ValueError(f"{PEFT_CONFIG} is no JSON object")
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        # clients read this: without the path, which the system's own messages have
+        # clients see this message, so it must not contain the path, as the system's messages do
         raise StoreError(f"LoRA {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse(name, tensors, shapes, settings)
 
@@ -149,12 +149,12 @@ _UNSUPPORTED = {
 
 
 def _spellings(shapes: Shapes) -> dict[str, str]:
-    """Every spelling of every module that has parameters -> our name for it."""
+    """Every spelling of every module with parameters -> our name of it."""
     modules = {parameter.rpartition(".")[0] for parameter in shapes} - {""}
     found: dict[str, str] = {}
     for module in sorted(modules):
         found[wan.to_diffusers(module)] = module
-    found |= {module: module for module in modules}  # where the two disagree, our own name counts
+    found |= {module: module for module in modules}  # our own name takes precedence
     return {spelling.replace(".", "_"): module for spelling, module in found.items()} | found
 
 
@@ -165,20 +165,20 @@ class _Parts:
     alpha: float | None = None
     bias: Tensor | None = None
     key: str = ""
-    """One of the tensors, to be named in an error."""
+    """The name of one of the tensors, for error messages."""
 
 
 def parse(name: str, tensors: Mapping[str, Any], shapes: Shapes, settings: Mapping[str, Any] | None = None) -> Lora:
     """A `Lora` from the tensors of a file.
 
     Args:
-        name: what the LoRA is called.
-        tensors: by the names in the file. A dict of them under `generator_lora` is opened.
-        shapes: the parameters of the model that it is for.
-        settings: PEFT's, if there are any: `lora_alpha`, `use_rslora` and `use_dora` count.
+        name: of the LoRA.
+        tensors: by their names in the file, or a dict of them under `generator_lora`.
+        shapes: the parameters of the model.
+        settings: PEFT's, if any; `lora_alpha`, `use_rslora`, `use_dora` and `alpha_pattern` are read.
 
     Raises:
-        StoreError: names the tensor at fault.
+        StoreError: a tensor is not supported or does not fit the model; the message names it.
     """
     if isinstance(inner := tensors.get("generator_lora"), Mapping):
         tensors = inner

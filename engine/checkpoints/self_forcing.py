@@ -1,4 +1,4 @@
-"""Pickled checkpoints, as Self-Forcing and its descendants publish them. Read by `convert` alone, never to serve."""
+"""Pickled checkpoints of Self-Forcing and its descendants. Only `convert` reads them, never serving."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,24 +10,24 @@ from engine.checkpoints import headers
 from engine.checkpoints.headers import StoreError
 
 GENERATORS = ("generator_ema", "generator")
-"""What such a file calls the network that makes pictures: its moving average, and its last state."""
+"""Keys of the generator in such a file: its moving average, and its last state."""
 
 
 def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str, Tensor], str]:
-    """The tensors of a pickled checkpoint, left on disk until they are used, and the key they stood under ("" if none).
+    """The tensors of a pickled checkpoint, memory-mapped, and the key that they were under ("" if none).
 
-    Torch's restricted unpickler runs no code: it builds tensors and plain containers, and refuses all else.
+    Torch's restricted unpickler runs no code: it builds tensors and plain containers, and refuses everything else.
 
     Args:
-        generator: the key to prefer, of `GENERATORS`; the other is taken where it is missing.
+        generator: the preferred key of `GENERATORS`; if it is missing, the other is used.
 
     Raises:
-        StoreError: the file holds more than tensors, is damaged, or has no generator.
+        StoreError: the file contains more than tensors, is damaged, or has no generator.
     """
     headers.open_regular(path, path.parent).close()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a foreign file brings about
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
             f"{path} is refused: it is damaged or holds more than tensors, and a pickle may run any code when it is "

@@ -1,7 +1,7 @@
-"""Which networks a file or folder holds: told from the tensors' names, never from a file's name alone.
+"""Finds the networks in a file or folder, by the names of the tensors, never by a file's name alone.
 
-Known are the native store, a diffusers folder (with `transformer/`, `text_encoder/`, `vae/`), an original Wan folder,
-and single files. Headers only.
+Supported are the native store, a diffusers folder (with `transformer/`, `text_encoder/`, `vae/`), an original Wan
+folder, and single files. Only headers are read.
 """
 
 import json
@@ -21,18 +21,18 @@ MARKS = {
     "vae": ("decoder.conv1.weight", "decoder.conv_in.weight", "conv2.weight", "post_quant_conv.weight"),
     "light_vae": ("decoder.1.weight",),
 }
-"""Tensors of which one suffices to know a network."""
+"""Tensors that identify a network; one of them suffices."""
 
 
 @dataclass
 class Sources:
-    """What was found."""
+    """The networks that were found."""
 
     parts: dict[str, Weights] = field(default_factory=dict)
-    """By network: `dit`, `text_encoder`, `vae`, `light_vae`, or any other that a native store has."""
+    """By network: `dit`, `text_encoder`, `vae`, `light_vae`, and any other in a native store."""
     pickles: list[Path] = field(default_factory=list)
     unused: list[Path] = field(default_factory=list)
-    """Files that hold no network known here, such as a LoRA."""
+    """Files without a known network, such as a LoRA."""
     tokenizer: Path | None = None
     faults: list[str] = field(default_factory=list)
 
@@ -45,7 +45,7 @@ class Sources:
 
 
 def kind(names: Iterable[str]) -> str | None:
-    """The network that tensors of these names belong to; None if they are of no known one."""
+    """The network that tensors with these names belong to; None if it is unknown."""
     bare = {wan.unwrapped(name) for name in names}
     if any(name.startswith("blocks.") and (".cross_attn." in name or ".attn2." in name) for name in bare):
         return "dit"
@@ -53,10 +53,10 @@ def kind(names: Iterable[str]) -> str | None:
 
 
 def find(path: Path) -> Sources:
-    """What a file or folder holds.
+    """The networks in a file or folder.
 
     Raises:
-        StoreError: nothing is there, or a manifest cannot be read.
+        StoreError: nothing was found, or a manifest cannot be read.
     """
     sources = Sources()
     if path.is_dir():
@@ -83,7 +83,7 @@ def find(path: Path) -> Sources:
 
 
 def find_all(paths: Sequence[Path]) -> Sources:
-    """What several places hold together; a network that more than one has is taken from the first of them."""
+    """The networks of several places; a network in more than one comes from the first of them."""
     merged, *others = [find(path) for path in paths]
     for other in others:
         merged.parts = other.parts | merged.parts
@@ -118,7 +118,7 @@ def _take(weights: Weights, path: Path, sources: Sources) -> None:
 
 
 def _native(folder: Path) -> Sources:
-    """A native store: files and lengths against its manifest; hashes are checked when it is loaded."""
+    """A native store: checks names and lengths of files against its manifest; loading checks hashes."""
     path = folder / MANIFEST
     try:
         with headers.open_regular(path, folder) as file:

@@ -1,7 +1,7 @@
-"""The native store: a folder of safetensors files behind a manifest that names and hashes every one of them.
+"""The native store: a folder of safetensors files and a manifest with the name and hash of each file.
 
-Weights are verified before any of them is loaded. Matrices may be stored as int8 with one scale per output row
-(`NAME` and `NAME_scale`), which is how the embedded model fits into the repository.
+All files are verified before any of them is loaded. Matrices may be stored as int8 with one scale per output row
+(`NAME` and `NAME_scale`), so that the embedded model fits into the repository.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from engine.ops.quant import QuantTensor, quantise
 __all__ = ["MANIFEST", "StoreError", "StoredTensor", "Writer", "load", "save", "verify"]
 
 SHARD_BYTES = 15 << 20
-"""What the repository takes for a file."""
+"""The largest file that the repository accepts."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,7 +46,7 @@ def _digest(path: Path) -> str:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a store whose files are all there and unaltered.
+    """The manifest of a store, after checking that all its files are present and unaltered.
 
     Raises:
         StoreError: names every file that is missing, truncated or altered.
@@ -76,7 +76,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a verified store, int8 matrices restored to float32."""
+    """Verify a store and load every tensor; int8 matrices are dequantised to float32."""
     manifest = verify(folder)
     stored: dict[str, Tensor] = {}
     for name in manifest["files"]:
@@ -100,7 +100,7 @@ def _int8(weight: Tensor) -> QuantTensor:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is to be written; `read` makes it when its turn comes."""
+    """A tensor to be written; `read` is called when it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -118,7 +118,7 @@ class StoredTensor:
 class Writer:
     """Writes a store one tensor at a time, so that a model larger than memory can be converted.
 
-    The manifest comes last: until `close`, the folder is no store.
+    The manifest is written last: until `close`, the folder is not a valid store.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,7 +131,7 @@ class Writer:
         """Write one component; a tensor's stored name is `component.name`, and no tensor is split.
 
         Raises:
-            StoreError: the disk has not the room.
+            StoreError: the disk does not have enough space.
         """
         total = sum(tensor.bytes for tensor in tensors.values())
         if total > (free := shutil.disk_usage(self.folder).free):
@@ -148,7 +148,7 @@ class Writer:
             self._shard(f"{component}{f'-{index}' if len(shards) > 1 else ''}.safetensors", shard)
 
     def _shard(self, file_name: str, tensors: dict[str, StoredTensor]) -> None:
-        # large elements first: then each tensor starts at a multiple of its element's size
+        # large elements first, so that each tensor starts at a multiple of its element's size
         ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
         header, position = {}, 0
         for name, tensor in ordered:
@@ -182,7 +182,7 @@ class Writer:
         self._files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
     def close(self, **facts: str) -> None:
-        """Write the manifest, with facts about the store for its reader: the preset, the source."""
+        """Write the manifest, with facts about the store: the preset, the source."""
         content = {"format": 1, **facts, "files": dict(sorted(self._files.items()))}
         (self.folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -190,11 +190,11 @@ class Writer:
 def save(
     folder: Path, components: Mapping[str, Mapping[str, Tensor]], *, low_bit: set[str], extra: Mapping[str, str]
 ) -> None:
-    """Write a store, replacing what is there.
+    """Write a store, replacing the weights in the folder.
 
     Args:
         components: tensors by component; a tensor's stored name is `component.name`.
-        low_bit: components whose weights of two dimensions or more are stored as int8; the rest is bfloat16, and
+        low_bit: components whose weights with two or more dimensions are stored as int8; the rest is bfloat16, and
             vectors are float32.
         extra: further text files by name, such as the tokenizer.
     """

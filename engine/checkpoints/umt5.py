@@ -1,7 +1,7 @@
 """Names of the UMT5 encoder in public checkpoints -> names in `engine.models.text_encoder.TextEncoder`.
 
-Two layouts are known. Hugging Face's (the `text_encoder/` folder of a diffusers model) is the encoder that
-`TextEncoder` wraps, under another prefix. The original one (`models_t5_umt5-xxl-enc-bf16.pth`) has names of its own,
+Two layouts are supported. Hugging Face's (the `text_encoder/` folder of a diffusers model) is the encoder that
+`TextEncoder` wraps, with another prefix. The original one (`models_t5_umt5-xxl-enc-bf16.pth`) has names of its own,
 which Wan-Video/Wan2.1 `wan/modules/t5.py` defines.
 """
 
@@ -32,10 +32,10 @@ HUGGING_FACE = {"shared.weight": EMBEDDING, "encoder.embed_tokens.weight": EMBED
 def to_native(names: Iterable[str]) -> dict[str, str]:
     """Our name for every tensor name of a UMT5 encoder in either layout.
 
-    A Hugging Face folder may hold the embedding under two names; both map to the one that we have.
+    A Hugging Face folder may contain the embedding under two names; both map to our one.
 
     Raises:
-        StoreError: a name belongs to neither layout; the message says which.
+        StoreError: a name belongs to neither layout; the message names it.
     """
     return {name: _native(name) for name in names}
 

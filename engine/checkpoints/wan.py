@@ -1,7 +1,7 @@
 """Tensor names of Wan transformers in public checkpoints -> those of `engine.models.dit.CausalWan`.
 
-Ours are the original Wan's. Known besides are diffusers' names, the prefixes that training wrappers leave behind, and
-the scales that go with float8 weights (`../shared/specs/causal-wan.md` 2.8).
+Ours are the original Wan's. Also supported are diffusers' names, the prefixes of training wrappers, and the scales of
+float8 weights.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,12 +42,12 @@ FROM_DIFFUSERS_BLOCK = {
 }  # fmt: skip
 
 IMAGE_PARTS = ("img_emb.", "image_embedder.", "k_img", "v_img", "norm_added_k", "add_k_proj", "add_v_proj")
-"""Only checkpoints that continue an image have these."""
+"""Only image-to-video checkpoints have these."""
 
 SCALES = ("weight_scale", "scale_weight")
-"""Beside a float8 weight: weight = stored * scale, in the words of Hugging Face and vLLM, and of ComfyUI."""
+"""Names of a float8 weight's scale, weight = stored * scale: of Hugging Face and vLLM, and of ComfyUI."""
 UNUSED = ("input_scale", "scale_input", "scaled_fp8")
-"""Scales for activations, and ComfyUI's marker: nothing that weights in bfloat16 need."""
+"""Scales of activations, and ComfyUI's marker: not needed for weights in bfloat16."""
 
 
 def tensors(config: DiTConfig) -> dict[str, Shape]:
@@ -84,17 +84,17 @@ def tensors(config: DiTConfig) -> dict[str, Shape]:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the prefixes of wrappers, wherever they stand: `model.blocks.0._orig_mod.x` is `blocks.0.x`."""
+    """A name without the prefixes of wrappers, at any position: `model.blocks.0._orig_mod.x` becomes `blocks.0.x`."""
     kept: list[str] = []
     for part in name.split("."):
-        # one `net` is a layer's own name: diffusers' ffn.net.0
+        # `net` in diffusers' ffn.net.0 is not a wrapper
         if part not in WRAPPERS or (part == "net" and kept[-1:] == ["ffn"]):
             kept.append(part)
     return ".".join(kept)
 
 
 def layout_of(names: Iterable[str]) -> Layout:
-    """Whose names these are, wrappers stripped."""
+    """The layout that these names, without wrappers, belong to."""
     marks = ("condition_embedder.", "proj_out.", "scale_shift_table")
     of_blocks = (".attn1.", ".attn2.", ".ffn.net.", ".scale_shift_table")
     foreign = any(name.startswith(marks) or any(mark in name for mark in of_blocks) for name in names)
@@ -115,7 +115,7 @@ def _from_diffusers(name: str) -> str:
 
 
 def to_diffusers(module: str) -> str:
-    """Diffusers' name of one of our modules; modules that are called alike stay as they are."""
+    """Diffusers' name of one of our modules; where both names agree, the same name."""
     start, table, rest = "", FROM_DIFFUSERS, module
     if module.startswith("blocks."):
         _, index, rest = module.split(".", 2) if module.count(".") >= 2 else ("", "", module)
@@ -126,20 +126,20 @@ def to_diffusers(module: str) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """A checkpoint's names, sorted out."""
+    """A checkpoint's names, matched to ours."""
 
     layout: Layout
     native: dict[str, str]
-    """Our name -> the checkpoint's. A name that we cannot place stands for itself."""
+    """Our name -> the checkpoint's. An unknown name maps to itself."""
     scales: dict[str, str]
     """Our name of a float8 weight -> the checkpoint's name of its scale."""
 
 
 def to_native(names: Iterable[str]) -> Names:
-    """Find a place for every name.
+    """Match every name of a checkpoint to ours.
 
     Raises:
-        StoreError: the checkpoint is an image-to-video model's, or two of its names mean one tensor.
+        StoreError: the checkpoint is of an image-to-video model, or two of its names mean the same tensor.
     """
     stripped = {name: unwrapped(name) for name in names}
     if image := [name for name in stripped if any(part in name for part in IMAGE_PARTS)]:
@@ -161,13 +161,13 @@ def to_native(names: Iterable[str]) -> Names:
         place[ours] = name
     for ours in scales.keys() - native.keys():
         lone = scales.pop(ours)
-        native[lone] = lone  # a scale of nothing is an unexpected tensor
+        native[lone] = lone  # a scale without its weight is an unexpected tensor
     return Names(layout, native, scales)
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What is wrong with a set of tensors, in sentences that name them."""
+    """How a set of tensors differs from the expected one, by name."""
 
     missing: list[str]
     unexpected: list[str]
@@ -178,6 +178,7 @@ class Differences:
 
 
 def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> Differences:
+    """The differences between the tensors of a model and those that were found."""
     return Differences(
         [name for name in expected if name not in found],
         [name for name in found if name not in expected],
@@ -190,7 +191,7 @@ def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> Differ
 
 
 def sentences(differences: Differences, limit: int = 20) -> list[str]:
-    """Every difference by name, up to a limit for each kind."""
+    """One sentence per difference, up to a limit for each kind."""
     found = []
     for what, names in (
         ("missing", differences.missing),

@@ -34,10 +34,10 @@ _BLOCK = {
 def from_diffusers(names: Collection[str]) -> dict[str, str]:
     """The original name, which is `CausalVAE`'s, of every tensor of an `AutoencoderKLWan`, for Wan 2.1 and 2.2.
 
-    The layout is read off the names: all of a checkpoint's are needed at once.
+    The layout follows from the names, so all names of a checkpoint are needed at once.
 
     Raises:
-        ValueError: a name is none of an `AutoencoderKLWan`.
+        ValueError: a name does not belong to an `AutoencoderKLWan`.
     """
     steps = [match for match in map(_STEP.match, names) if match]
     blocks = Counter((m["half"], int(m["level"])) for m in {m[0]: m for m in steps if m["block"]}.values())

@@ -1,11 +1,11 @@
-"""LoRAs merged into a model's weights, changed while it serves.
+"""Merges LoRAs into a model's weights while it serves.
 
-Merged, a LoRA costs nothing per chunk, however many there are. The weights of touched layers are kept as they were
-on the host, so a change starts from these, never from a sum that was rounded before, and removal is exact, bit for
-bit. The price is host memory of the size of the touched layers, and one product of thin matrices per touched layer
-and change. Weights change in place: whoever captured their addresses (CUDA graphs) sees the new values.
+Merged LoRAs cost nothing per chunk, however many there are. The original weights of changed layers are kept in host
+memory. Each change starts from them, not from a rounded sum, so removing a LoRA restores the weights bit for bit. The
+cost is host memory of the size of the changed layers, and one product of thin matrices per layer and change. Weights
+change in place, so CUDA graphs, which captured their addresses, use the new values.
 
-A model serves every stream of an engine process, so LoRAs are the model's: a change concerns all streams at once.
+One model serves all streams of an engine process, so a change applies to all of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from engine.ops.dispatch import on_gpu
 
 
 def merge(parameter: str, clean: Tensor, active: Iterable[tuple[Lora, float]]) -> Tensor:
-    """The clean value of a parameter plus what the LoRAs add, summed in float32, in the format of `clean`."""
+    """The original value of a parameter plus what the LoRAs add, summed in float32, in the dtype of `clean`."""
     total = clean.float()
     for lora, strength in active:
         if layer := lora.layers.get(parameter.removesuffix(".weight")):
@@ -38,7 +38,7 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, tuple[Lora, float]]:
-        """What is applied now, with its strength, by name. Strength 0 keeps a LoRA at hand without effect."""
+        """The LoRAs that are set and their strengths, by name. Strength 0 keeps a LoRA loaded without effect."""
         return dict(self._active)
 
     @property
@@ -47,12 +47,12 @@ class Adapters:
 
     @torch.no_grad()
     def set(self, wanted: Sequence[tuple[Lora, float]]) -> bool:
-        """Apply these LoRAs and no others; true if a weight changed.
+        """Apply these LoRAs and no others. Returns whether a weight changed.
 
-        Each must have been made for this model (`engine.checkpoints.lora.read`). When it fails for want of memory,
-        no LoRA is left applied.
+        Each must have been read for this model (`engine.checkpoints.lora.read`). If memory runs out, no LoRA stays
+        applied.
         """
-        # in one order, whatever the caller's: sums round, and the same set is to give the same bits
+        # in a fixed order, so that the same set gives the same bits: sums round
         active = {lora.name: (lora, strength) for lora, strength in sorted(wanted, key=lambda pair: pair[0].name)}
         stale: set[str] = set()
         for name in self._active.keys() | active.keys():
