@@ -118,7 +118,7 @@ def test_a_share_is_pruned_for_measuring(capsys: pytest.CaptureFixture[str]) -> 
     """By itself it is enough for the fused model, as every other option for speed is."""
     preset, speed = chosen("--prune-share", "0.5")
     assert speed == Speed(fused=True, pruned_heads=frozenset((layer, head) for layer in range(8) for head in range(3)))
-    assert "pruned_heads=24 of 48" in rollout.told(preset, speed)
+    assert "pruned_heads=24 of 48" in rollout.describe_speed(preset, speed)
     assert chosen("--prune-share", "0")[1] == Speed()
     with pytest.raises(SystemExit):
         chosen("--prune-share", "1.5")
