@@ -12,10 +12,10 @@ from server.aio import first_of
 from server.api.responses import abort_connection
 from server.api.routing import streams_of, wants_alpha, ws_url
 from server.errors import ApiError
-from server.media.viewer import Viewer, Watching
+from server.media.viewer import Viewer, ViewerFormat
 from server.streams.registry import Registry
 
-FORMATS: dict[str, Watching] = {"mjpeg": "mjpeg", "rgb24": "rgb24", "fmp4": "fmp4", "events": "events"}
+FORMATS: dict[str, ViewerFormat] = {"mjpeg": "mjpeg", "rgb24": "rgb24", "fmp4": "fmp4", "events": "events"}
 """Values of `?format=`. `events` sends no frames, for clients that get them another way."""
 
 POLICY, TRY_LATER, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND = 1008, 1013, 4401, 4403, 4404

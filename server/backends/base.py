@@ -12,7 +12,7 @@ from engine import wire
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class EngineLost:
     """The engine process is gone, and its streams' state with it.
 
     With `retrying`, a replacement is starting and can resume the streams. Without it, the streams are over; if an
@@ -33,7 +33,8 @@ class Health:
     """Number of the current engine process: 0 before the first one, then counting from 1."""
 
 
-EngineEvent = wire.ToGateway | Lost
+Lost = EngineLost
+EngineEvent = wire.ToGateway | EngineLost
 Deliver = Callable[[EngineEvent, bytes], None]
 """Called on the event loop for every event, in order. The second argument holds the pixels of a `wire.Frames`."""
 
@@ -45,7 +46,7 @@ class Backend(Protocol):
         """Start the engine without waiting for it: it delivers `wire.Ready` once it can serve."""
 
     def send(self, message: wire.ToEngine) -> None:
-        """Send a message to the engine. Without an engine it is dropped: `Lost` has been or will be delivered."""
+        """Send a message to the engine. Without an engine it is dropped: `EngineLost` has been or will be delivered."""
 
     def health(self) -> Health:
         """The engine's current health."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 from engine import wire
-from server.backends.base import Deliver, Health, Lost
+from server.backends.base import Deliver, EngineLost, Health
 
 STAMP_FIELDS = (16, 32, 8, 8)
 """Bits of a stamp's fields: frame number, milliseconds since 1970, prompt, checksum. Values are taken modulo 2^bits."""
@@ -145,7 +145,7 @@ class FakeBackend:
         retrying = self.restarts_left > 0
         self.restarts_left -= 1
         self._gave_up = not retrying
-        self._emit(Lost(reason, retrying))
+        self._emit(EngineLost(reason, retrying))
         if retrying:
             self._task = asyncio.create_task(self._run(self.restart_after), name="fake engine")
 
@@ -262,7 +262,7 @@ class FakeBackend:
             description="A moving test picture; no model behind it.",
         )
 
-    def _emit(self, event: wire.ToGateway | Lost, pixels: bytes = b"") -> None:
+    def _emit(self, event: wire.ToGateway | EngineLost, pixels: bytes = b"") -> None:
         if self._deliver is not None:
             self._deliver(event, pixels)
 

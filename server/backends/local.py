@@ -22,7 +22,7 @@ from msgspec import structs
 
 from engine import wire
 from server.aio import first_of
-from server.backends.base import Deliver, Health, Lost
+from server.backends.base import Deliver, EngineLost, Health
 from server.backends.process import EngineProcess
 
 logger = logging.getLogger("livereel.engine")
@@ -172,7 +172,7 @@ class LocalBackend:
         if self._permanent_failure or recent >= BREAKER_DEATHS:
             self._failure = self._permanent_failure or f"{reason}; given up after {recent} failures"
             logger.critical("%s", self._failure)
-            self._emit(Lost(self._failure, retrying=False))
+            self._emit(EngineLost(self._failure, retrying=False))
             if self._permanent_failure:
                 return False
             await self._end_standby()
@@ -181,12 +181,12 @@ class LocalBackend:
             deaths.clear()
         elif self._standby_ready():
             logger.error("%s; the standby takes over", reason)
-            self._emit(Lost(reason, retrying=True))
+            self._emit(EngineLost(reason, retrying=True))
         else:
             first, longest = self._backoff_seconds
             pause = min(longest, first * 2 ** (recent - 1))
             logger.error("%s; restarting in %.1f s", reason, pause)
-            self._emit(Lost(reason, retrying=True))
+            self._emit(EngineLost(reason, retrying=True))
             await self._end_standby()  # a new engine at normal priority is ready sooner than a half-loaded standby
             await asyncio.sleep(pause)
         return True
@@ -373,6 +373,6 @@ class LocalBackend:
     def _has_work(self) -> bool:
         return any(done < limit for limit, done in self._progress.values())
 
-    def _emit(self, event: wire.ToGateway | Lost, pixels: bytes = b"") -> None:
+    def _emit(self, event: wire.ToGateway | EngineLost, pixels: bytes = b"") -> None:
         if self._deliver is not None:
             self._deliver(event, pixels)

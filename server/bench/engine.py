@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from engine import wire
-from server.backends.base import EngineEvent, Lost
+from server.backends.base import EngineEvent, EngineLost
 from server.backends.fake import FakeBackend
 
 COMMAND = (sys.executable, "-m", "server.bench.engine")
@@ -34,7 +34,7 @@ class Bridge:
 
     def emit(self, event: EngineEvent, pixels: bytes) -> None:
         """Send an engine's event to the gateway."""
-        assert not isinstance(event, Lost)
+        assert not isinstance(event, EngineLost)
         if isinstance(event, wire.Frames):
             self._waiting.append((event, pixels))
             self._send_waiting()

@@ -89,7 +89,7 @@ class Mp4Writer:
             view = view[self._file.write(view) :]
 
 
-class ClipFile(Mp4Writer):
+class ClipWriter(Mp4Writer):
     """Encodes the frames of a clip as H.264 and writes them."""
 
     def __init__(self, path: Path, width: int, height: int, fps: int) -> None:
@@ -114,7 +114,7 @@ def webp(rgb: memoryview, width: int, height: int) -> bytes:
     return out.getvalue()
 
 
-class Growth:
+class GrowingFile:
     """A file that is being written, for readers who follow it. Used on the event loop only."""
 
     def __init__(self, path: Path) -> None:
@@ -146,3 +146,7 @@ class Growth:
     def _wake_readers(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+Growth = GrowingFile
+ClipFile = ClipWriter

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from engine.wire import CLOCK_RATE
-from server.library.mp4 import Growth, Mp4Writer
+from server.library.mp4 import GrowingFile, Mp4Writer
 from server.media.encoder import TIME_BASE, EncodedFrame, add_alpha, yuv420_frame
 from server.media.frames import Frame
 from server.media.matte import Matte
@@ -80,11 +80,11 @@ class WebmWriter:
         self._container.close()
 
 
-class Tape:
+class RecordingWriter:
     """Writes one recording: `add` queues every frame as it is shown, `run` writes the queue until the end."""
 
     def __init__(
-        self, format: FilmFormat, fps: int, growth: Growth, full: Callable[[], bool], *, alpha: bool = False
+        self, format: FilmFormat, fps: int, growth: GrowingFile, full: Callable[[], bool], *, alpha: bool = False
     ) -> None:
         """`growth` names an existing, empty file. `full` says whether the store is full. `alpha` is for WebM only."""
         self.format, self._alpha = format, alpha
@@ -129,8 +129,6 @@ class Tape:
         if self._queued_bytes > MAX_QUEUE_BYTES:
             self.finish("too_slow")
         self._wake.set()
-
-    take = add
 
     def finish(self, reason: Reason) -> None:
         """Accept no more frames; `run` writes what is queued and closes the file. Safe to call again."""
@@ -190,3 +188,6 @@ def _write(
         else:
             assert isinstance(writer, WebmWriter)
             writer.add(frame, pts, matte)
+
+
+Tape = RecordingWriter

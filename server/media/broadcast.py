@@ -13,7 +13,7 @@ from functools import partial
 
 from engine.wire import CLOCK_RATE
 from server.aio import wait_until
-from server.library.recording_writer import Tape
+from server.library.recording_writer import RecordingWriter
 from server.media import fmp4
 from server.media.encoder import Codec, EncodedFrame, VideoEncoder
 from server.media.frames import AnyFrame, Frame, fmp4_message
@@ -43,7 +43,7 @@ class Broadcast:
         self._fps = fps
         self._metrics = metrics
         self._viewers: set[Viewer] = set()
-        self._tapes: set[Tape] = set()
+        self._recordings: set[RecordingWriter] = set()
         self._last, self._clock, self._media = last, clock - 1, -1
         self._shown_at = time.monotonic()
         self._pending: deque[tuple[AnyFrame, int]] = deque()
@@ -58,7 +58,7 @@ class Broadcast:
         self._task = asyncio.create_task(self._run(), name=f"broadcast {codec}")
 
     def __len__(self) -> int:
-        return len(self._viewers) + len(self._tapes)
+        return len(self._viewers) + len(self._recordings)
 
     def join(self, viewer: Viewer) -> None:
         """Add a viewer, who starts with a keyframe."""
@@ -69,14 +69,14 @@ class Broadcast:
         """Remove a viewer. Safe to call again."""
         self._viewers.discard(viewer)
 
-    def record(self, tape: Tape) -> None:
+    def record(self, writer: RecordingWriter) -> None:
         """Add a recording, which gets every frame from the next keyframe on."""
-        self._tapes.add(tape)
+        self._recordings.add(writer)
         self.request_key()
 
-    def stop_recording(self, tape: Tape) -> None:
+    def stop_recording(self, writer: RecordingWriter) -> None:
         """Remove a recording. Safe to call again."""
-        self._tapes.discard(tape)
+        self._recordings.discard(writer)
 
     def request_key(self) -> None:
         """Encode a keyframe soon: a receiver cannot decode anything before it."""
@@ -85,7 +85,7 @@ class Broadcast:
 
     def show(self, frame: AnyFrame, clock: int) -> None:
         """Queue the frame that is due at `clock`, on the playback clock in 1/90000 s. Returns at once."""
-        if len(self._pending) >= (MAX_PENDING_RECORDED if self._tapes else MAX_PENDING):
+        if len(self._pending) >= (MAX_PENDING_RECORDED if self._recordings else MAX_PENDING):
             self._pending.popleft()
             self._metrics.frames_dropped.labels("slow_encoder").inc()
         self._pending.append((frame, clock))
@@ -111,7 +111,7 @@ class Broadcast:
                 was_repeated, repeated = repeated, frame is self._last and self._media >= 0
                 key = self._key_wanted and time.monotonic() - self._key_at >= KEY_SECONDS
                 # Recordings omit repeated frames, so no later frame may depend on one.
-                key = key or bool(self._tapes and was_repeated and not repeated)
+                key = key or bool(self._recordings and was_repeated and not repeated)
                 if key:
                     self._key_wanted = False
                 # A frame that is sent again needs a later time than before.
@@ -124,15 +124,15 @@ class Broadcast:
                 self._metrics.encode_seconds.labels(self._codec).observe(end - self._shown_at)
                 if encoded is not None:
                     self._deliver(frame, encoded, repeated=repeated)
-            for tape in list(self._tapes):
-                tape.finish("stream_ended")
+            for writer in list(self._recordings):
+                writer.finish("stream_ended")
             self._executor.shutdown(wait=False)
         except Exception:
             logger.exception("the %s encoder failed", self._codec)
             for viewer in self._viewers:
                 viewer.finish(1011)
-            for tape in list(self._tapes):
-                tape.finish("failed")
+            for writer in list(self._recordings):
+                writer.finish("failed")
 
     def _encode(self, frame: AnyFrame, clock: int, key: bool) -> EncodedFrame | None:
         """Runs in the encoder's thread, because a stacked frame computes its pixels here."""
@@ -157,10 +157,10 @@ class Broadcast:
     def _deliver(self, frame: AnyFrame, encoded: EncodedFrame, *, repeated: bool) -> None:
         if encoded.key:
             self._key_at = time.monotonic()
-        for tape in list(self._tapes):
+        for writer in list(self._recordings):
             if not repeated and isinstance(frame, Frame):
-                tape.add(frame, encoded)
-            if tape.wants_key:
+                writer.add(frame, encoded)
+            if writer.wants_key:
                 self.request_key()
         fragment = b""
         for viewer in self._viewers:

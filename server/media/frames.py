@@ -20,8 +20,8 @@ from PIL import Image
 from server.media.matte import Matte, stack
 from server.metrics import Metrics
 
-Format = Literal["mjpeg", "rgb24"]
-FORMAT_NUMBERS: dict[Format, int] = {"mjpeg": 1, "rgb24": 2}
+PictureFormat = Literal["mjpeg", "rgb24"]
+FORMAT_NUMBERS: dict[PictureFormat, int] = {"mjpeg": 1, "rgb24": 2}
 """The formats' numbers in the header."""
 
 FMP4 = 3
@@ -54,7 +54,7 @@ class Frame:
     """RGB24, height x width x 3 bytes: a slice of the chunk that it arrived in."""
     encode_period: tuple[float, float] | None = None
     """Start and end of its first encoding, on the monotonic clock; None before that."""
-    encoded: dict[Format, asyncio.Future[bytes]] = field(default_factory=dict)
+    encoded: dict[PictureFormat, asyncio.Future[bytes]] = field(default_factory=dict)
     stacked: "StackedFrame | None" = None
 
     def stacked_on(self, matte: Matte | None) -> "StackedFrame":
@@ -62,8 +62,6 @@ class Frame:
         if self.stacked is None or self.stacked.matte is not matte:
             self.stacked = StackedFrame(self, matte)
         return self.stacked
-
-    above = stacked_on
 
 
 class StackedFrame:
@@ -74,7 +72,7 @@ class StackedFrame:
         self.height = 2 * frame.height
         self.matte = matte
         self.encode_period: tuple[float, float] | None = None
-        self.encoded: dict[Format, asyncio.Future[bytes]] = {}
+        self.encoded: dict[PictureFormat, asyncio.Future[bytes]] = {}
         self._frame_rgb = frame.rgb
         self._lock = threading.Lock()
         self._rgb: memoryview | None = None
@@ -102,7 +100,7 @@ class PictureEncoder:
         self._executor = executor
         self._metrics = metrics
 
-    def encode(self, frame: AnyFrame, format: Format) -> asyncio.Future[bytes]:
+    def encode(self, frame: AnyFrame, format: PictureFormat) -> asyncio.Future[bytes]:
         """The frame as a picture with its header; encoded on the first call and shared by later ones."""
         if (picture := frame.encoded.get(format)) is None:
             loop = asyncio.get_running_loop()
@@ -110,9 +108,7 @@ class PictureEncoder:
         # A caller that is cancelled must not cancel the work of the others.
         return asyncio.shield(picture)
 
-    packet = encode
-
-    def _encode(self, frame: AnyFrame, format: Format) -> bytes:
+    def _encode(self, frame: AnyFrame, format: PictureFormat) -> bytes:
         start = time.monotonic()
         picture = encode_picture(frame, format)
         end = time.monotonic()
@@ -124,7 +120,7 @@ class PictureEncoder:
 Encoder = PictureEncoder
 
 
-def encode_picture(frame: AnyFrame, format: Format) -> bytes:
+def encode_picture(frame: AnyFrame, format: PictureFormat) -> bytes:
     """Header and payload of a frame as a picture. Thread-safe."""
     header = HEADER.pack(VERSION, FORMAT_NUMBERS[format], frame.width, frame.height, frame.flags, frame.pts)
     if format == "rgb24":

@@ -10,16 +10,16 @@ from enum import Enum
 from typing import Literal
 
 from server.media.encoder import Codec, EncodedFrame
-from server.media.frames import Format
+from server.media.frames import PictureFormat
 
 MAX_FRAMES = 8
 MAX_EVENTS = 256
 
-Watching = Format | Codec | Literal["fmp4", "events"]
+ViewerFormat = PictureFormat | Codec | Literal["fmp4", "events"]
 """What a viewer receives: pictures, a codec's frames over WebRTC, fragments of MP4, or events only."""
-PICTURE_FORMATS: dict[Watching, Format] = {"mjpeg": "mjpeg", "rgb24": "rgb24"}
+PICTURE_FORMATS: dict[ViewerFormat, PictureFormat] = {"mjpeg": "mjpeg", "rgb24": "rgb24"}
 """Formats in which each frame stands alone."""
-CODEC_OF: dict[Watching, Codec] = {"h264": "h264", "vp8": "vp8", "fmp4": "h264"}
+CODEC_OF: dict[ViewerFormat, Codec] = {"h264": "h264", "vp8": "vp8", "fmp4": "h264"}
 """Formats in which frames depend on earlier ones, and the codec that makes them."""
 
 Item = str | bytes | EncodedFrame
@@ -37,11 +37,11 @@ class _Kind(Enum):
 class Viewer:
     """One consumer of a stream, with the queue of what it is still to be sent, in order."""
 
-    def __init__(self, format: Watching, *, events: bool = True, alpha: bool = False) -> None:
+    def __init__(self, format: ViewerFormat, *, events: bool = True, alpha: bool = False) -> None:
         self.format = format
         self.alpha = alpha
         """It gets every frame stacked on its matte (see `server.media.matte`)."""
-        self.picture = PICTURE_FORMATS.get(format)
+        self.picture_format = PICTURE_FORMATS.get(format)
         self.codec = CODEC_OF.get(format)
         self.dropped = 0
         """Frames dropped because the viewer was too slow."""

@@ -12,10 +12,10 @@ from functools import partial
 import msgspec
 
 from server.errors import too_many_viewers
-from server.library.recording_writer import Tape
+from server.library.recording_writer import RecordingWriter
 from server.media.broadcast import Broadcast
 from server.media.encoder import Codec
-from server.media.frames import Encoder, Format, Frame, Picture
+from server.media.frames import AnyFrame, Frame, PictureEncoder, PictureFormat
 from server.media.matte import Matte
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -29,7 +29,7 @@ class Audience:
     """The viewers, broadcasts and recordings of one stream, and the frame on screen."""
 
     def __init__(
-        self, encoder: Encoder, bitrate_kbps: int, metrics: Metrics, *, on_demand: Callable[[], None], now: float
+        self, encoder: PictureEncoder, bitrate_kbps: int, metrics: Metrics, *, on_demand: Callable[[], None], now: float
     ) -> None:
         """`on_demand` is called when somebody has come who takes frames, perhaps the first."""
         self._encoder = encoder
@@ -41,7 +41,7 @@ class Audience:
         self.viewers: set[Viewer] = set()
         self.broadcasts: dict[tuple[Codec, bool], Broadcast] = {}
         """One encoder for each codec that viewers or recordings take, without and with mattes."""
-        self.recordings: set[Tape] = set()
+        self.recordings: set[RecordingWriter] = set()
         """The recordings that are running."""
         self.matte: Matte | None = None
         """What is transparent for viewers who take mattes; None if everything is opaque."""
@@ -90,9 +90,9 @@ class Audience:
         """
         if len(self.viewers) >= MAX_VIEWERS:
             raise too_many_viewers()
-        if self.on_screen is None or viewer.picture is None:
+        if self.on_screen is None or viewer.picture_format is None:
             return None
-        return await self._encoder.packet(self._picture(self.on_screen, viewer.alpha), viewer.picture)
+        return await self._encoder.encode(self._picture(self.on_screen, viewer.alpha), viewer.picture_format)
 
     def add(self, viewer: Viewer) -> None:
         """Send the viewer every frame and event from now on."""
@@ -131,19 +131,19 @@ class Audience:
 
     # recordings
 
-    def record(self, writer: Tape) -> None:
+    def record(self, writer: RecordingWriter) -> None:
         """Give the recording every frame from now on, or from the first."""
         self.recordings.add(writer)
         writer.on_end = partial(self._stop_recording, writer)
         self._feed_recording(writer)
         self._on_demand()
 
-    def _feed_recording(self, writer: Tape) -> None:
+    def _feed_recording(self, writer: RecordingWriter) -> None:
         """Give an MP4 recording what is encoded for viewers; before the first frame, `show` comes back to this."""
         if writer.format == "mp4" and (broadcast := self._broadcast("h264", alpha=False)) is not None:
             broadcast.record(writer)
 
-    def _stop_recording(self, writer: Tape) -> None:
+    def _stop_recording(self, writer: RecordingWriter) -> None:
         self.recordings.discard(writer)
         self.touch()
         if (broadcast := self.broadcasts.get(("h264", False))) is not None:
@@ -152,10 +152,10 @@ class Audience:
 
     # frames
 
-    def encode(self, frame: Frame, default: Format | None = None) -> list[asyncio.Future[bytes]]:
+    def encode(self, frame: Frame, default: PictureFormat | None = None) -> list[asyncio.Future[bytes]]:
         """Begin to encode a frame in every picture format that somebody watches, in `default` if nobody does."""
         packets = list(self._packets(frame).values())
-        return packets if packets or default is None else [self._encoder.packet(frame, default)]
+        return packets if packets or default is None else [self._encoder.encode(frame, default)]
 
     async def show(self, frame: Frame, clock: int) -> list[tuple[Viewer, bytes]]:
         """Put a frame on screen, at `clock` on the playback clock in 1/90000 s: give it to encoders and recordings.
@@ -173,9 +173,9 @@ class Audience:
             broadcast.show(self._picture(frame, alpha), clock)
         for writer in list(self.recordings):
             if writer.format == "webm":
-                writer.take(frame, matte=self.matte)
+                writer.add(frame, matte=self.matte)
         # A viewer who joins while this is encoded gets the frame from `packet_on_screen`.
-        watching = [(viewer, format) for viewer in self.viewers if (format := viewer.picture)]
+        watching = [(viewer, format) for viewer in self.viewers if (format := viewer.picture_format)]
         packets = {which: await packet for which, packet in self._packets(frame).items()}
         return [(viewer, packets[format, viewer.alpha]) for viewer, format in watching]
 
@@ -206,14 +206,14 @@ class Audience:
             # New viewers see where the stream ended, for minutes. A copy lets the rest of its chunk be freed.
             self.on_screen = replace(frame, rgb=memoryview(bytes(frame.rgb)))
 
-    def _packets(self, frame: Frame) -> dict[tuple[Format, bool], asyncio.Future[bytes]]:
+    def _packets(self, frame: Frame) -> dict[tuple[PictureFormat, bool], asyncio.Future[bytes]]:
         """The frame in every picture format that somebody watches, without and with its matte."""
-        wanted = {(format, viewer.alpha) for viewer in self.viewers if (format := viewer.picture)}
-        return {(format, alpha): self._encoder.packet(self._picture(frame, alpha), format) for format, alpha in wanted}
+        wanted = {(format, viewer.alpha) for viewer in self.viewers if (format := viewer.picture_format)}
+        return {(format, alpha): self._encoder.encode(self._picture(frame, alpha), format) for format, alpha in wanted}
 
-    def _picture(self, frame: Frame, alpha: bool) -> Picture:
+    def _picture(self, frame: Frame, alpha: bool) -> AnyFrame:
         """The frame as it is, or above its matte."""
-        return frame.above(self.matte) if alpha else frame
+        return frame.stacked_on(self.matte) if alpha else frame
 
     # broadcasts
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine import wire
-from server.backends.base import Backend, EngineEvent, Health, Lost
+from server.backends.base import Backend, EngineEvent, EngineLost, Health
 from server.errors import ApiError, engine_unavailable
 from server.metrics import Metrics
 
@@ -21,8 +21,8 @@ LORA_SECONDS = 60.0
 """How long the engine may take to read LoRAs and to apply them."""
 
 Receive = Callable[[EngineEvent, bytes], None]
-"""Called with every message about one stream, in order, and with `Lost` if the engine process that held the stream is
-being replaced. The second argument holds the pixels of `wire.Frames`."""
+"""Called with every message about one stream, in order, and with `EngineLost` if the engine process that held the
+stream is being replaced. The second argument holds the pixels of `wire.Frames`."""
 
 
 class EngineListener(Protocol):
@@ -31,7 +31,7 @@ class EngineListener(Protocol):
     def on_ready(self, ready: wire.Ready) -> None:
         """An engine process is up. It holds no streams yet."""
 
-    def on_lost(self, lost: Lost) -> None:
+    def on_lost(self, lost: EngineLost) -> None:
         """The engine process is gone, and with it every stream that it held."""
 
 
@@ -155,7 +155,7 @@ class EngineLink:
         match event:
             case wire.Ready():
                 self._on_ready(event)
-            case Lost():
+            case EngineLost():
                 self._on_lost(event)
             case wire.Heartbeat():
                 self._metrics.engine_resident_bytes.set(event.resident_bytes)
@@ -185,7 +185,7 @@ class EngineLink:
             listener.on_ready(ready)
         self._settled.set()
 
-    def _on_lost(self, lost: Lost) -> None:
+    def _on_lost(self, lost: EngineLost) -> None:
         self.abandon_loras()
         receivers, self._receivers = list(self._receivers.values()), {}
         if lost.retrying:

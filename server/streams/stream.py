@@ -14,12 +14,12 @@ import msgspec
 
 from engine import wire
 from server.auth.keys import Key
-from server.backends.base import EngineEvent, Lost
+from server.backends.base import EngineEvent, EngineLost
 from server.config import Config
 from server.errors import ApiError, engine_unavailable, stream_ended
 from server.library.recorder import Recorder, Recording
 from server.library.recording_writer import FilmFormat
-from server.media.frames import Encoder
+from server.media.frames import PictureEncoder
 from server.media.matte import Matte
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -44,7 +44,7 @@ class Services:
 
     config: Config
     engine: EngineLink
-    encoder: Encoder
+    encoder: PictureEncoder
     metrics: Metrics
     tracing: Tracing
 
@@ -379,7 +379,7 @@ class Stream:
             case wire.Fault(event=int(number)):
                 if steer := self._steers.pop(number, None):
                     steer.reject(ApiError(409, message.code, f"The engine refused the change: {message.message}"))
-            case Lost():
+            case EngineLost():
                 self._interrupted = True
                 text = "The engine failed and is being restarted; the stream goes on when it is back."
                 self.publish("error", code="engine_restarted", message=text, retryable=True)

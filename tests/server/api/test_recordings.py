@@ -13,12 +13,9 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from server.backends.fake import FakeBackend
-from server.library import recording_writer as tape
-from server.library.mp4 import Growth
-from server.library.recording_writer import FilmFormat, Tape
+from server.library.recording_writer import FilmFormat
 from server.media import broadcast
 from server.media.encoder import VideoEncoder
-from server.media.frames import Frame
 from server.media.matte import Matte
 from server.streams.stream import Stream
 
@@ -351,17 +348,6 @@ async def test_recordings_of_others_do_not_exist(run_gateway: Any, holders: Any,
         assert (await call("GET", mine, headers=made["guest"])).status_code == 200
         assert (await call("DELETE", mine, headers=made["guest"])).status_code == 403
         assert (await call("DELETE", mine, headers=made["studio"])).status_code == 204
-
-
-async def test_a_tape_that_cannot_keep_up_ends_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "MAX_QUEUE_BYTES", 5 * 64 * 48 * 3)
-    path = tmp_path / "film.webm"
-    path.touch()
-    taken = Tape("webm", 16, Growth(path), lambda: False)
-    for index in range(9):  # before it gets to write anything
-        taken.add(Frame(index, 5625 * index, 64, 48, 0, memoryview(bytes(64 * 48 * 3))))
-    assert await taken.run() == "too_slow"
-    assert len(frames(path.read_bytes())) == taken.frames == 6
 
 
 async def test_a_stream_that_is_recorded_does_not_rest(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:

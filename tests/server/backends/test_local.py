@@ -11,7 +11,7 @@ import pytest
 
 from engine import wire
 from server.backends import local, process
-from server.backends.base import Lost
+from server.backends.base import EngineLost
 from server.backends.local import LocalBackend
 from server.bench.gateway import children
 from tests.server.backends.harness import COMMAND, ROOT, Delivered, gone, running, shared_memory, standby_of
@@ -45,9 +45,9 @@ async def test_a_killed_engine_is_replaced() -> None:
         pid = backend.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         lost = delivered.events[1]
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, EngineLost)
         assert lost.retrying
         assert "killed by signal 9" in lost.reason
         assert backend.pid != pid
@@ -60,9 +60,9 @@ async def test_a_stopped_engine_falls_silent_and_is_replaced() -> None:
         pid = backend.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         lost = delivered.events[1]
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, EngineLost)
         assert "silent" in lost.reason
         assert gone(pid)
 
@@ -72,9 +72,9 @@ async def test_an_engine_that_hangs_with_work_to_do_is_replaced() -> None:
         await delivered.until(wire.Ready)
         backend.send(wire.Open("a", "mini", "a ball", 1))
         backend.send(wire.Credit("a", 1, 0.5))
-        await delivered.until(wire.Ready, wire.Started, Lost, wire.Ready)
+        await delivered.until(wire.Ready, wire.Started, EngineLost, wire.Ready)
         lost = delivered.events[2]
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, EngineLost)
         assert "not moved" in lost.reason
 
 
@@ -89,9 +89,9 @@ async def test_a_still_engine_without_work_is_left_alone() -> None:
 
 async def test_an_engine_that_never_gets_ready_is_replaced() -> None:
     async with running("loads", start_seconds=0.5) as (_, delivered):
-        await delivered.until(Lost)
+        await delivered.until(EngineLost)
         lost = delivered.events[0]
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, EngineLost)
         assert lost.retrying
         assert "not ready" in lost.reason
 
@@ -105,15 +105,15 @@ async def test_loading_may_take_longer_than_a_chunk() -> None:
 
 async def test_a_model_without_frames_is_refused() -> None:
     async with running("empty") as (_, delivered):
-        await delivered.until(Lost, Lost, Lost)
-        assert isinstance(delivered.events[0], Lost)
+        await delivered.until(EngineLost, EngineLost, EngineLost)
+        assert isinstance(delivered.events[0], EngineLost)
         assert "no room" in delivered.events[0].reason
 
 
 async def test_a_crash_loop_is_given_up() -> None:
     async with running("dies") as (backend, delivered):
-        await delivered.until(Lost, Lost, Lost)
-        assert [event.retrying for event in delivered.events if isinstance(event, Lost)] == [True, True, False]
+        await delivered.until(EngineLost, EngineLost, EngineLost)
+        assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
         assert not backend.health().ready
         assert "status 7" in backend.health().reason
         backend.send(wire.Open("a", "mini", "a ball", 1))  # goes nowhere, and does no harm
@@ -123,19 +123,19 @@ async def test_a_crash_loop_is_given_up() -> None:
 async def test_a_crash_loop_is_tried_again_after_a_quiet_time() -> None:
     backend = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.01), breaker_seconds=0.5)
     await backend.start(delivered := Delivered())
-    await delivered.until(Lost, Lost, Lost)
+    await delivered.until(EngineLost, EngineLost, EngineLost)
     assert "given up" in backend.health().reason
-    await delivered.until(*[Lost] * 6)
-    assert [event.retrying for event in delivered.events if isinstance(event, Lost)] == [True, True, False] * 2
+    await delivered.until(*[EngineLost] * 6)
+    assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False] * 2
     await backend.stop()
 
 
 async def test_a_crash_on_every_stream_is_a_crash_loop_too() -> None:
     async with running("crashes") as (backend, delivered):
         for times in range(1, 4):
-            await delivered.until(*(wire.Ready, wire.Started, Lost) * (times - 1), wire.Ready)
+            await delivered.until(*(wire.Ready, wire.Started, EngineLost) * (times - 1), wire.Ready)
             backend.send(wire.Open("a", "mini", "a ball", 1))
-            await delivered.until(*(wire.Ready, wire.Started, Lost) * times)
+            await delivered.until(*(wire.Ready, wire.Started, EngineLost) * times)
         assert not backend.health().ready
 
 
@@ -145,25 +145,25 @@ async def test_a_crash_on_every_stream_is_a_crash_loop_too() -> None:
 async def test_what_cannot_get_better_is_not_tried_again(behaviour: str, reason: str) -> None:
     async with running(behaviour) as (backend, delivered):
         async with asyncio.timeout(15):
-            while not any(isinstance(event, Lost) for event in delivered.events):
+            while not any(isinstance(event, EngineLost) for event in delivered.events):
                 await asyncio.sleep(0.02)
         lost = delivered.events[-1]
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, EngineLost)
         assert not lost.retrying
         assert reason in backend.health().reason
 
 
 async def test_another_protocol_is_refused() -> None:
     async with running("old") as (_, delivered):
-        await delivered.until(Lost, Lost, Lost)
-        assert isinstance(delivered.events[0], Lost)
+        await delivered.until(EngineLost, EngineLost, EngineLost)
+        assert isinstance(delivered.events[0], EngineLost)
         assert "protocol" in delivered.events[0].reason
 
 
 async def test_a_program_that_does_not_exist() -> None:
     backend, delivered = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.01)), Delivered()
     await backend.start(delivered)
-    await delivered.until(Lost, Lost, Lost)
+    await delivered.until(EngineLost, EngineLost, EngineLost)
     await backend.stop()
 
 
@@ -185,17 +185,17 @@ async def test_a_standby_takes_over_at_once() -> None:
         standby = await standby_of(backend)
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         assert backend.pid == standby
         assert backend.health().ready
         assert backend.health().generation == 2
         lost, ready = delivered.events[1:]
-        assert isinstance(lost, Lost) and lost.retrying
+        assert isinstance(lost, EngineLost) and lost.retrying
         # What it measured itself, at low priority and beside another engine, would be five seconds.
         assert isinstance(ready, wire.Ready) and ready.models[0].chunk_seconds == 0.1
         backend.send(wire.Open("a", "mini", "a ball", 1))
         backend.send(wire.Credit("a", 1, 0.5))
-        await delivered.until(wire.Ready, Lost, wire.Ready, wire.Started, wire.Frames)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready, wire.Started, wire.Frames)
         assert len(delivered.pixels) == 9 * 96
         assert gone(first)
         following = await standby_of(backend)
@@ -209,7 +209,7 @@ async def test_a_stopped_engine_is_given_up_sooner_where_a_standby_waits(monkeyp
         standby = await standby_of(backend)
         assert backend.pid is not None
         os.kill(backend.pid, signal.SIGSTOP)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         assert backend.pid == standby
 
 
@@ -225,7 +225,7 @@ async def test_what_must_load_first_is_no_reason_for_haste(monkeypatch: pytest.M
         await asyncio.sleep(0.3)
         await delivered.until(wire.Ready)
         os.kill(pid, signal.SIGKILL)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         assert backend.pid == standby
 
 
@@ -254,7 +254,7 @@ async def test_a_standby_that_dies_with_the_engine_costs_no_second_death() -> No
         for pid in pids:
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         assert backend.pid not in pids
         assert backend.health().generation == 2
         assert await standby_of(backend) not in pids
@@ -281,7 +281,7 @@ async def test_a_standby_that_cannot_take_over_is_not_relied_on(why: str, monkey
                     await asyncio.sleep(0.02)
             [_, standby] = children(os.getpid())
         os.kill(pid, signal.SIGKILL)
-        await delivered.until(wire.Ready, Lost, wire.Ready)
+        await delivered.until(wire.Ready, EngineLost, wire.Ready)
         assert backend.pid not in (pid, standby)
         assert gone(standby)
 
@@ -289,11 +289,11 @@ async def test_a_standby_that_cannot_take_over_is_not_relied_on(why: str, monkey
 async def test_a_crash_loop_with_standbys_is_given_up_too() -> None:
     async with running("crashes", **WITH_STANDBY) as (backend, delivered):
         for times in range(1, 4):
-            await delivered.until(*(wire.Ready, wire.Started, Lost) * (times - 1), wire.Ready)
+            await delivered.until(*(wire.Ready, wire.Started, EngineLost) * (times - 1), wire.Ready)
             await standby_of(backend)
             backend.send(wire.Open("a", "mini", "a ball", 1))
-            await delivered.until(*(wire.Ready, wire.Started, Lost) * times)
-        assert [event.retrying for event in delivered.events if isinstance(event, Lost)] == [True, True, False]
+            await delivered.until(*(wire.Ready, wire.Started, EngineLost) * times)
+        assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
         assert not backend.health().ready
         async with asyncio.timeout(15):
             while children(os.getpid()):  # what is given up leaves none

@@ -11,7 +11,7 @@ import pytest
 
 from engine import wire
 from server.backends import process
-from server.backends.base import Lost
+from server.backends.base import EngineLost
 from tests.server.backends.harness import gone, running, shared_memory
 
 pytestmark = pytest.mark.anyio
@@ -68,12 +68,11 @@ async def test_slots_are_given_back() -> None:
 async def test_no_memory_is_left_behind_by_engines_that_are_killed() -> None:
     async with running("good", breaker_seconds=0.001) as (backend, delivered):
         for times in range(1, 6):
-            await delivered.until(*(wire.Ready, wire.Started, wire.Frames, Lost) * (times - 1), wire.Ready)
+            before = (wire.Ready, wire.Started, wire.Frames, EngineLost) * (times - 1)
+            await delivered.until(*before, wire.Ready)
             backend.send(wire.Open("a", "mini", "a ball", 1))
             backend.send(wire.Credit("a", 1, 0.5))
-            await delivered.until(
-                *(wire.Ready, wire.Started, wire.Frames, Lost) * (times - 1), wire.Ready, wire.Started, wire.Frames
-            )
+            await delivered.until(*before, wire.Ready, wire.Started, wire.Frames)
             assert len(shared_memory()) == 3  # this process's descriptor, the mapping's own, and the mapping
             assert backend.pid is not None
             os.kill(backend.pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from server.library.mp4 import ClipFile, Growth, webp
+from server.library.mp4 import ClipWriter, GrowingFile, webp
 
 pytestmark = pytest.mark.anyio
 
@@ -20,7 +20,7 @@ def grey(level: int) -> memoryview:
 def test_what_can_be_read_is_playable_before_the_file_is_finished(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.touch()
-    writer = ClipFile(path, 64, 48, 16)
+    writer = ClipWriter(path, 64, 48, 16)
     writer.add_rgb(grey(5 * index) for index in range(40))
     part = path.read_bytes()[: writer.size]
     with av.open(io.BytesIO(part)) as container:
@@ -35,7 +35,7 @@ def test_what_can_be_read_is_playable_before_the_file_is_finished(tmp_path: Path
 
 
 async def test_readers_wait_for_a_growing_file(tmp_path: Path) -> None:
-    file = Growth(tmp_path / "a")
+    file = GrowingFile(tmp_path / "a")
     reading = asyncio.create_task(file.wait_beyond(10))
     file.grow(10)
     await asyncio.sleep(0)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from server.media import frames
-from server.media.frames import Format, PictureEncoder, encode_picture
+from server.media.frames import PictureEncoder, PictureFormat, encode_picture
 from server.metrics import Metrics
 from tests.server.media.samples import frame
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize(("format", "number"), [("mjpeg", 1), ("rgb24", 2)])
-def test_the_header(format: Format, number: int) -> None:
+def test_the_header(format: PictureFormat, number: int) -> None:
     picture = encode_picture(frame(2**33), format)
     assert struct.unpack("!BBHHHQ", picture[:16]) == (1, number, 32, 16, 1, 90000 * 2**33)
 
