@@ -243,7 +243,7 @@ class Peer(SendingConnection):
         receive, retransmit = ice.data_received, self._sender._retransmit
 
         def receive_nonempty(data: bytes, component: int) -> None:
-            """Ignore empty datagrams, which anybody can send: aiortc reads the first byte and would fail."""
+            """Ignore empty datagrams, which anyone can send: aiortc reads the first byte and would fail."""
             if data:
                 receive(data, component)
 

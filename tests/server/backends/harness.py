@@ -18,7 +18,7 @@ COMMAND = (sys.executable, str(Path(__file__).parents[1] / "stub_engine.py"))
 
 
 class Delivered:
-    """What the backend delivered."""
+    """Collects what the backend delivers."""
 
     def __init__(self) -> None:
         self.events: list[EngineEvent] = []
@@ -74,6 +74,6 @@ def shared_memory() -> list[str]:
     names = [path.name for path in Path("/dev/shm").iterdir() if "livereel" in path.name]
     seen = Path("/proc/self/maps").read_text().splitlines()
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this listing
             seen.append(os.readlink(path))
     return names + [line for line in seen if "livereel-frames" in line]

@@ -82,7 +82,7 @@ async def test_a_still_engine_without_work_is_left_alone() -> None:
     async with running("hangs") as (backend, delivered):
         await delivered.until(wire.Ready)
         backend.send(wire.Open("a", "mini", "a ball", 1))
-        backend.send(wire.Credit("a", 0, 0.5))  # the clock of the stub stands still, but nothing is allowed
+        backend.send(wire.Credit("a", 0, 0.5))  # the stub reports no step, but no chunk is allowed
         await asyncio.sleep(1.0)
         await delivered.until(wire.Ready, wire.Started)
 
@@ -97,7 +97,7 @@ async def test_an_engine_that_never_gets_ready_is_replaced() -> None:
 
 
 async def test_loading_may_take_longer_than_a_chunk() -> None:
-    async with running("loads", start_seconds=60.0) as (backend, delivered):  # it says that it has not moved for long
+    async with running("loads", start_seconds=60.0) as (backend, delivered):  # it reports no step for a long time
         await asyncio.sleep(1.5)
         assert delivered.events == []
         assert backend.pid is not None
@@ -116,7 +116,7 @@ async def test_a_crash_loop_is_given_up() -> None:
         assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
         assert not backend.health().ready
         assert "status 7" in backend.health().reason
-        backend.send(wire.Open("a", "mini", "a ball", 1))  # goes nowhere, and does no harm
+        backend.send(wire.Open("a", "mini", "a ball", 1))  # dropped
         assert backend.pid is None
 
 
@@ -191,7 +191,7 @@ async def test_a_standby_takes_over_at_once() -> None:
         assert backend.health().generation == 2
         lost, ready = delivered.events[1:]
         assert isinstance(lost, EngineLost) and lost.retrying
-        # What it measured itself, at low priority and beside another engine, would be five seconds.
+        # What the standby measured itself, at low priority beside another engine, would be five seconds.
         assert isinstance(ready, wire.Ready) and ready.models[0].chunk_seconds == 0.1
         backend.send(wire.Open("a", "mini", "a ball", 1))
         backend.send(wire.Credit("a", 1, 0.5))
@@ -244,7 +244,7 @@ async def test_a_standby_that_dies_is_replaced_quietly(behaviour: str, caplog: p
         assert pauses[:4] == [0.02, 0.04, 0.08, 0.16]
         assert (backend.pid, backend.health().generation) == (pid, 1)
         assert backend.health().ready
-        await delivered.until(wire.Ready)  # nobody else has delivered of it
+        await delivered.until(wire.Ready)  # nothing was delivered about it
 
 
 async def test_a_standby_that_dies_with_the_engine_costs_no_second_death() -> None:
@@ -296,7 +296,7 @@ async def test_a_crash_loop_with_standbys_is_given_up_too() -> None:
         assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
         assert not backend.health().ready
         async with asyncio.timeout(15):
-            while children(os.getpid()):  # what is given up leaves none
+            while children(os.getpid()):  # none may be left after giving up
                 await asyncio.sleep(0.02)
 
 
@@ -314,7 +314,7 @@ async def test_stopping_leaves_nothing_of_a_standby(
                 await asyncio.sleep(0.01)
         if behaviour == "good":
             await standby_of(backend)
-            assert len(list(tmp_path.iterdir())) == 0  # nobody else is to connect to it
+            assert len(list(tmp_path.iterdir())) == 0  # no other process may connect
     assert list(tmp_path.iterdir()) == []
     assert shared_memory() == []
     assert len(os.listdir("/proc/self/fd")) <= before
@@ -324,8 +324,8 @@ async def test_stopping_leaves_nothing_of_a_standby(
 async def test_a_standby_prepares_while_the_engine_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "STANDBY_TURN_SECONDS", (0.1, 0.6))
 
-    async def still(standby: int, seconds: float) -> list[bool]:
-        """Whether it stood still, a hundred times a second."""
+    async def stopped(standby: int, seconds: float) -> list[bool]:
+        """Whether the process was stopped, sampled a hundred times a second."""
         seen = []
         for _ in range(round(100 * seconds)):
             seen.append(Path(f"/proc/{standby}/stat").read_text().rpartition(")")[2].split()[0] == "T")
@@ -338,20 +338,20 @@ async def test_a_standby_prepares_while_the_engine_has_nothing_to_do(monkeypatch
             while len(children(os.getpid())) < 2:
                 await asyncio.sleep(0.01)
         [_, standby] = children(os.getpid())
-        assert not any(await still(standby, 0.5))
+        assert not any(await stopped(standby, 0.5))
         backend.send(wire.Open("a", "mini", "a ball", 1))
         backend.send(wire.Credit("a", 1, 0.5))
         await asyncio.sleep(0.2)
-        seen = await still(standby, 3)
+        seen = await stopped(standby, 3)
         assert sum(seen) > 0.7 * len(seen)
-        assert seen.count(False) >= 3  # it gets on all the same
+        assert seen.count(False) >= 3  # it still makes progress
         backend.send(wire.Close("a"))
         await asyncio.sleep(0.1)
-        assert not any(await still(standby, 0.5))
+        assert not any(await stopped(standby, 0.5))
         backend.send(wire.Open("b", "mini", "a ball", 1))
         backend.send(wire.Credit("b", 1, 0.5))
         await asyncio.sleep(0.2)
-    assert gone(standby)  # even when it stands still at the end
+    assert gone(standby)  # even if it is stopped at the end
 
 
 async def test_there_is_no_standby_unless_asked_for() -> None:
@@ -379,7 +379,7 @@ async def test_engine_and_standby_go_when_the_gateway_is_killed(stopped: bool) -
         assert parent.stdout is not None
         pids = [int(pid) for pid in (await asyncio.to_thread(parent.stdout.readline)).split()]
         assert len(pids) == 2 and not any(map(gone, pids))
-        if stopped:  # they cannot see to it themselves
+        if stopped:  # then they cannot notice it themselves
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
     finally:

@@ -29,7 +29,7 @@ async def test_the_socket_is_private_and_tidied_up(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
     async with running("good") as (_, delivered):
         await delivered.until(wire.Ready)
-        assert list(tmp_path.iterdir()) == []  # nobody else is to connect
+        assert list(tmp_path.iterdir()) == []  # no other process may connect
 
 
 async def test_garbage_is_dropped_and_the_rest_still_counts(caplog: pytest.LogCaptureFixture) -> None:

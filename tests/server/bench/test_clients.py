@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 def packet(number: int, body: bytes, *, last: bool = False) -> bytes:
-    """An RTP packet with one word of header extensions, which are the viewer's own."""
+    """An RTP packet with one word of header extensions, which differ between viewers."""
     header = bytes([0x90, 96 | 128 * last]) + number.to_bytes(2, "big") + bytes(8)
     return header + b"\xbe\xde\0\1" + number.to_bytes(4, "big") + body
 
@@ -33,7 +33,7 @@ def test_frames_are_told_apart_by_what_is_in_them() -> None:
 def test_a_frame_counts_only_if_nothing_of_it_is_lost() -> None:
     start = packet(1, b"x", last=True)
     assert frames(start, packet(2, b"a"), packet(4, b"c", last=True), packet(5, b"d", last=True)) == ([hash(b"d")], 1)
-    # The end of one frame and the start of the next: neither is whole.
+    # The end of one frame and the start of the next were lost: neither counts.
     assert frames(start, packet(2, b"a"), packet(5, b"d", last=True), packet(6, b"e", last=True)) == ([hash(b"e")], 2)
 
 

@@ -19,7 +19,7 @@ def test_stamps_are_read_as_they_were_written(damage: bool) -> None:
     stamp(ImageDraw.Draw(image), 256, 65536 + 77, 2**32 + 123_456, 200)
     if damage:
         ImageDraw.Draw(image).rectangle((0, 0, 256, 8), (0, 0, 0))
-    image.save(out := io.BytesIO(), "JPEG", quality=40)  # as codecs leave them
+    image.save(out := io.BytesIO(), "JPEG", quality=40)  # lossy, as a codec is
     rgb = Image.open(out).convert("RGB").tobytes()
     assert latency.read_stamp(rgb, 256) == (None if damage else (77, 123_456, 200))
 

@@ -15,9 +15,9 @@ from server.bench.gateway import Gateway
     [
         (signal.SIGKILL, 99.0, False),
         (signal.SIGKILL, 100.5, True),
-        (signal.SIGKILL, 106.0, True),  # it resumed at 104, and has the grace of three seconds
+        (signal.SIGKILL, 106.0, True),  # it resumed at 104, plus three seconds of grace
         (signal.SIGKILL, 108.0, False),
-        (signal.SIGSTOP, 107.5, True),  # perhaps nobody has noticed before 105
+        (signal.SIGSTOP, 107.5, True),  # the gateway may notice only at 105
         (signal.SIGSTOP, 109.0, False),
     ],
 )
@@ -27,7 +27,7 @@ def test_what_a_kill_excuses(fate: signal.Signals, at: float, expected: bool) ->
     assert soak.during_recovery(run, at) is expected
 
 
-def test_how_soon_each_lasting_stream_went_on() -> None:
+def test_how_soon_each_long_stream_resumed() -> None:
     failures = [
         soak.InjectedFailure(100.0, signal.SIGKILL),
         soak.InjectedFailure(200.0, signal.SIGKILL),

@@ -33,7 +33,7 @@ import av, contextlib, json, sys
 with av.open(sys.argv[1], options={"listen": "1"}) as source:
     video = source.streams.video[0]
     frames, keys = [], 0
-    with contextlib.suppress(OSError):  # how libav's listener takes every end
+    with contextlib.suppress(OSError):  # libav's listener raises it at every end
         for packet in source.demux(video):
             keys += packet.is_keyframe
             for frame in packet.decode():

@@ -37,7 +37,7 @@ ALLOWED = ("live.example", "10.0.0.5:1936", "[2001:db8::1]")
         ("rtmp://[2001:db8::1]/a/k", ("rtmp", "[2001:db8::1]", 1935, "/a/k")),
     ],
 )
-def test_what_is_listed_may_be_opened(url: str, expected: tuple[str, str, int, str]) -> None:
+def test_listed_destinations_are_allowed(url: str, expected: tuple[str, str, int, str]) -> None:
     target = parse_destination(url, ALLOWED)
     assert (target.scheme, target.host, target.port, target.path) == expected
     assert "key" not in (repr(target) + target.masked).lower()
@@ -76,7 +76,7 @@ def test_what_is_listed_may_be_opened(url: str, expected: tuple[str, str, int, s
         ("rtmp://localhost/a/k", "output_not_allowed"),
     ],
 )
-def test_nothing_else_may(url: str, code: str) -> None:
+def test_other_urls_are_refused(url: str, code: str) -> None:
     with pytest.raises(ApiError) as refused:
         parse_destination(url, ALLOWED)
     assert refused.value.code == code
@@ -102,11 +102,11 @@ def test_nothing_else_may(url: str, code: str) -> None:
         ("2002:a00:1::", False),
     ],
 )
-def test_addresses_of_the_internet(address: str, expected: bool) -> None:
+def test_public_addresses(address: str, expected: bool) -> None:
     assert is_public(ipaddress.ip_address(address)) is expected
 
 
-async def test_a_name_must_lead_outside_with_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_address_of_a_name_must_be_public(monkeypatch: pytest.MonkeyPatch) -> None:
     target = parse_destination("rtmp://live.example/app/key", ALLOWED)
     found = ["93.184.216.34"]
 
@@ -116,11 +116,11 @@ async def test_a_name_must_lead_outside_with_every_address(monkeypatch: pytest.M
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup, raising=False)
     assert await resolve(target) == "93.184.216.34"
-    # Rebinding: the name leads inside now, if only in part.
+    # DNS rebinding: one of the addresses is private now.
     found.append("169.254.169.254")
     with pytest.raises(UnreachableError, match="not public"):
         await resolve(target)
-    # The operator's own address needs no lookup, and may be inside.
+    # An address that the operator listed needs no lookup, and may be private.
     assert await resolve(parse_destination("rtmp://10.0.0.5:1936/a/k", ALLOWED)) == "10.0.0.5"
 
 
@@ -133,7 +133,7 @@ async def test_rtmps_checks_the_certificate(certificate: tuple[Path, Path], monk
         with pytest.raises(UnreachableError, match="certificate"):
             await connect(Destination("rtmps", "127.0.0.1", port, "/a/k"), "127.0.0.1")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-        with pytest.raises(UnreachableError, match="certificate"):  # it is valid, but another host's
+        with pytest.raises(UnreachableError, match="certificate"):  # valid, but for another host
             await connect(Destination("rtmps", "live.example", port, "/a/k"), "127.0.0.1")
         _, writer = await connect(Destination("rtmps", "127.0.0.1", port, "/a/k"), "127.0.0.1")
         writer.close()

@@ -21,7 +21,7 @@ def test_when_to_try_again() -> None:
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, LAST_RETRY_SECONDS, LAST_RETRY_SECONDS, None]
     policy = RetryPolicy()
     policy.next_delay(0.0, 0.5)
-    assert policy.next_delay(3.0, 0.5) == 2.0  # not live for long enough to count anew
+    assert policy.next_delay(3.0, 0.5) == 2.0  # not live for long enough to reset the count
     assert policy.next_delay(31.0, 0.5) == 1.0
     assert (policy.next_delay(0.0, 0.0), RetryPolicy().next_delay(0.0, 1.0)) == (1.5, 1.25)
 
@@ -123,7 +123,7 @@ async def test_an_output_ends_with_its_stream(run_gateway: Any) -> None:
         await gateway.http.delete(f"/v1/streams/{stream['id']}")
         ended = await reached(gateway, output, "ended")
         assert ended["error"] is None
-        # Whatever was shown has arrived.
+        # Everything shown has arrived.
         printed = (await asyncio.wait_for(listener.communicate(), 30))[0]
         assert len(json.loads(printed.splitlines()[-1])["frames"]) > 0
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_rtmp(run_gateway: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """A listener gets the stream; it goes away and comes back, and gets it again. No viewer is needed meanwhile."""
+    """A listener gets the stream, disconnects, comes back and gets it again, without any viewer in between."""
     monkeypatch.setattr("server.egress.outputs.FIRST_RETRY_SECONDS", 0.3)
     monkeypatch.setattr("server.streams.registry.HOUSEKEEPING_SECONDS", 0.02)
     port = free_port()
@@ -38,18 +38,18 @@ async def test_rtmp(run_gateway: Any, monkeypatch: pytest.MonkeyPatch, capfd: py
         times = [frame[0] for frame in got["frames"]]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         assert sum(abs(gap - 1 / 16) < 0.003 for gap in gaps) > 0.8 * len(gaps)
-        # It is the picture that the engine drew.
+        # The picture is the one that the engine drew.
         picture = gateway.backend._picture(gateway.backend._streams[stream["id"]], 10)
         wanted = Image.frombytes("RGB", (64, 48), picture).resize((1, 1)).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(got["frames"][10][1:], wanted, strict=True)) < 12
-        # It is gone: the stream goes on without a viewer, and comes to the next one.
+        # The listener is gone: the stream continues without a viewer, and reaches the next listener.
         await reached(gateway, output, "waiting")
         listener = await listen(port, 10)
         again = await reached(gateway, output, "live")
         assert again["attempts"] >= 2
         await asyncio.wait_for(listener.communicate(), 30)
         assert (await gateway.get(stream))["state"] == "live"
-        # Without the output it is a stream that nobody watches.
+        # Without the output, nobody watches the stream.
         assert (await gateway.http.delete(f"/v1/streams/{stream['id']}/outputs/{output['id']}")).status_code == 204
         await gateway.until(lambda: gateway.streams.get(stream["id"]).session.state == "ended")
     assert SECRET not in "".join(capfd.readouterr())
@@ -72,12 +72,12 @@ async def test_the_process_that_pushes_is_told_no_secrets(run_gateway: Any, monk
     assert b"rtmp_worker.py" in command and SECRET.encode() not in command
     assert {line.split(b"=")[0] for line in environment.split(b"\0") if line} <= {b"LD_LIBRARY_PATH"}
     assert folder == "/"
-    # Beside the first three: the connection to the relay.
+    # Besides the standard three: the connection to the relay.
     assert [name.split(":")[0] for each, name in opened.items() if each > 2] == ["socket"], opened
 
 
 async def test_rtmps(run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listener behind something that ends TLS, as services have it."""
+    """A listener behind a proxy that terminates TLS, as RTMP services have it."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setattr("server.egress.outputs.FIRST_RETRY_SECONDS", 0.3)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

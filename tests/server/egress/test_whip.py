@@ -63,7 +63,7 @@ class Receiver:
 
 
 def without(sdp: str, codec: str) -> str:
-    """The SDP as if one codec were unknown."""
+    """The SDP without one codec."""
     payloads = {line.split(":")[1].split()[0] for line in sdp.splitlines() if f" {codec}/90000" in line}
     kept = []
     for line in sdp.splitlines():

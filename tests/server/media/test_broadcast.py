@@ -43,7 +43,7 @@ async def test_keyframes_asked_for_at_once_are_one(monkeypatch: pytest.MonkeyPat
             sender.join(viewer)
         sender.show(frame(1, 128, 96), 5625)
         firsts = [(await taken(viewer, 1))[0] for viewer in viewers]
-        assert len(set(map(id, firsts))) == 1  # not copies: one packet for all
+        assert len(set(map(id, firsts))) == 1  # the same object for all
         assert firsts[0].key
         keys = []
         for index in range(2, 12):
@@ -72,7 +72,7 @@ async def test_an_encoder_that_cannot_keep_up_skips_frames(monkeypatch: pytest.M
     async with broadcasting("h264", frame(0, 128, 96)) as (sender, metrics):
         viewer = Viewer("h264", events=False)
         sender.join(viewer)
-        for index in range(1, 11):  # at once: it gets no turn in between
+        for index in range(1, 11):  # without a turn of the event loop in between
             sender.show(frame(index, 128, 96), 5625 * index)
         times = [encoded.packet.pts for encoded in await taken(viewer, MAX_PENDING)]
         assert times == [9 * 5625, 10 * 5625]
@@ -94,7 +94,7 @@ async def test_closing_just_as_a_frame_comes(caplog: pytest.LogCaptureFixture) -
         sender.join(viewer)
         sender.show(frame(1, 128, 96), 5625)
         await taken(viewer, 1)
-        await asyncio.sleep(0)  # it waits for the next frame again
+        await asyncio.sleep(0)  # the broadcast waits for the next frame again
         sender.show(frame(2, 128, 96), 11250)
         await asyncio.sleep(0)
     await asyncio.wait([sender._task])
@@ -115,7 +115,7 @@ async def test_what_was_closed_is_freed_at_once() -> None:
             task = sender._task
         await asyncio.wait([task])
         del sender, task
-        async with asyncio.timeout(5):  # the encoder's thread may have it in its hands yet
+        async with asyncio.timeout(5):  # the encoder's thread may still refer to it
             while held() is not None:
                 await asyncio.sleep(0.01)
     finally:

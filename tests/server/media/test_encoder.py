@@ -11,13 +11,13 @@ from tests.server.media.samples import frame
 
 
 def noise(index: int = 0, width: int = 128, height: int = 96) -> Frame:
-    grain = bytes(96 + level // 4 for level in range(256))  # all of it would be too much for any quantizer
+    grain = bytes(96 + level // 4 for level in range(256))  # full-range noise is too much for any quantizer
     pixels = random.Random(index).randbytes(width * height * 3).translate(grain)
     return Frame(index, 5625 * index, width, height, 0, memoryview(pixels))
 
 
 def is_key(codec: Codec, data: bytes) -> bool:
-    """What the bitstream itself says: the first bit of a VP8 frame, an IDR slice in H.264."""
+    """Whether the bitstream is a keyframe: by the first bit of a VP8 frame, or an IDR slice in H.264."""
     return not data[0] & 1 if codec == "vp8" else any(unit[0] & 31 == 5 for unit in data.split(b"\0\0\1")[1:])
 
 
@@ -31,16 +31,16 @@ def test_frames_in_packets_out_one_for_one(codec: Codec) -> None:
         assert encoded is not None
         assert (encoded.packet.pts, encoded.packet.time_base.denominator) == (5625 * index, 90000)
         assert encoded.key == is_key(codec, bytes(encoded.packet)) == (index in (0, 17))
-        if codec == "h264":  # nothing but this packet is needed to start with it
+        if codec == "h264":  # a keyframe includes its parameter sets
             types = [unit[0] & 31 for unit in bytes(encoded.packet).split(b"\0\0\1")[1:]]
             assert ({7, 8} <= set(types)) == encoded.key
         shown += len(decoder.decode(av.Packet(bytes(encoded.packet))))
-    assert shown >= 39  # H.264's decoder may hold one back
+    assert shown >= 39  # the H.264 decoder may hold one back
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp8"])
 def test_the_bitrate_is_a_ceiling(codec: Codec) -> None:
-    """Noise costs whatever it is given."""
+    """Noise takes all the bits that it is given."""
     sizes = []
     encoder = VideoEncoder(codec, 320, 192, 16, 500)
     for index in range(64):

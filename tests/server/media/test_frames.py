@@ -40,7 +40,7 @@ async def test_a_frame_is_encoded_once_per_format(monkeypatch: pytest.MonkeyPatc
         metrics = Metrics()
         encoder, one = PictureEncoder(executor, metrics), frame()
         results = await asyncio.gather(*(encoder.encode(one, format) for format in ("mjpeg", "rgb24", "mjpeg")))
-        # One viewer that gives up does not take the picture from the others.
+        # A viewer that is cancelled does not cancel the encoding for the others.
         waiting = asyncio.ensure_future(encoder.encode(one, "mjpeg"))
         waiting.cancel()
         assert await encoder.encode(one, "mjpeg") == b"picture"

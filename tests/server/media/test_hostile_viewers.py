@@ -23,12 +23,12 @@ SDP = {"content-type": "application/sdp"}
 
 
 def port_of(viewer: Any) -> int:
-    """Where the server listens for this viewer."""
+    """The address at which the server listens for this viewer."""
     return int(re.findall(r"a=candidate:\S+ 1 udp \d+ 127\.0\.0\.1 (\d+)", viewer.answer)[0])
 
 
 def stun_datagrams(username: str) -> list[bytes]:
-    """Requests that are signed wrongly, cut short, or swollen, and answers that nobody asked for."""
+    """STUN requests with a wrong signature, truncated or too long, and unsolicited responses."""
     made = []
     for kind in stun.Class:
         message = stun.Message(message_method=stun.Method.BINDING, message_class=kind)
@@ -44,7 +44,7 @@ def stun_datagrams(username: str) -> list[bytes]:
 
 
 def datagrams(username: str) -> list[bytes]:
-    """What is no STUN, DTLS, SRTP or SRTCP, and what begins like one of them."""
+    """Datagrams that are not STUN, DTLS, SRTP or SRTCP, and ones that begin like one of them."""
     dice = random.Random(7)
     noise = [dice.randbytes(dice.choice([1, 2, 3, 12, 13, 28, 100, 1400])) for _ in range(300)]
     first = [bytes([byte]) + dice.randbytes(60) for byte in range(256)]
@@ -60,7 +60,7 @@ def datagrams(username: str) -> list[bytes]:
 
 @pytest.mark.parametrize("audio", [False, True])
 async def test_datagrams_of_strangers_hurt_nobody(run_gateway: Any, rtc_viewer: Any, audio: bool) -> None:
-    """They know the port, and even the names of the ICE session, but none of its secrets."""
+    """The attackers know the port and even the ICE user fragments, but none of the passwords."""
     async with run_gateway() as gateway:
         stream = await gateway.live()
         async with rtc_viewer(gateway, stream, "VP8", audio=audio) as viewer:
@@ -96,7 +96,7 @@ async def test_datagrams_before_the_handshake(run_gateway: Any, rtc_viewer: Any)
 
 
 async def test_a_viewer_that_talks_nonsense_hurts_only_itself(run_gateway: Any, rtc_viewer: Any) -> None:
-    """RTP and RTCP that are encrypted as they should be, and make no sense inside."""
+    """RTP and RTCP that are encrypted correctly and are nonsense inside."""
     dice = random.Random(8)
     async with run_gateway() as gateway:
         stream = await gateway.live()
@@ -104,7 +104,7 @@ async def test_a_viewer_that_talks_nonsense_hurts_only_itself(run_gateway: Any, 
             await asyncio.gather(good.frames(2), bad.frames(2))
             sent = 0
             for kind in [*range(192, 224)] * 8 + [*range(128)] * 2:
-                # The least that encryption asks for is a header of its kind; what follows may be anything.
+                # Encryption requires a valid header; the rest may be anything.
                 count, length = dice.randrange(32), dice.choice([0, 1, 2, 6, 50, 65535])
                 head = struct.pack("!BBH", 0x80 | dice.choice([0, 0x20]) | count, kind, length)
                 with contextlib.suppress(pylibsrtp.Error):
@@ -119,7 +119,7 @@ async def test_a_viewer_that_talks_nonsense_hurts_only_itself(run_gateway: Any, 
 async def test_a_storm_of_lost_packets_and_pictures(
     run_gateway: Any, rtc_viewer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of these packets asks for 3400 of the last ones once more, and the next for a keyframe."""
+    """Each of these packets requests 3400 retransmissions, and the next one a keyframe."""
     monkeypatch.setattr(webrtc, "RETRANSMISSIONS_PER_MINUTE", 60)
     async with run_gateway(FakeBackend(width=256, height=256, chunk_seconds=0.02)) as gateway:
         stream = await gateway.live()
@@ -152,7 +152,7 @@ async def test_a_storm_of_lost_packets_and_pictures(
 
 
 def gateway_peers(gateway: Any) -> list[Any]:
-    """The connections that the gateway has."""
+    """The gateway's WebRTC connections."""
     return list(gateway.app.state.whep_sessions._peers.values())
 
 
@@ -223,7 +223,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 async def test_offers_that_swell(run_gateway: Any, rtc_viewer: Any, name: str) -> None:
-    """Refused or answered, soon, and the gateway goes on."""
+    """Each is refused or answered soon, and the gateway keeps running."""
     async with run_gateway() as gateway:
         stream = await gateway.live()
         viewer = rtc_viewer(gateway, stream, "VP8")

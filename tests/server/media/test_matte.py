@@ -43,7 +43,7 @@ def test_the_edge_is_as_soft_as_asked() -> None:
     greys = [(value, value, value) for value in (0, 51, 102, 153, 255)]
     assert [opacity(soft, grey) for grey in greys] == [0, 0, pytest.approx(128, abs=1), 255, 255]
     assert [opacity(hard, grey) for grey in greys] == [0, 0, 255, 255, 255]
-    # Everything is near anything.
+    # With a tolerance of 1, everything is transparent.
     assert opacity(Matte("chroma", GREEN, 1.0, 0.0), (220, 40, 30)) == 0
 
 
@@ -62,7 +62,7 @@ def test_the_matte_lies_below() -> None:
 
 
 class Ball(FakeBackend):
-    """A red square before green."""
+    """A fake engine that draws a red square on green."""
 
     def _picture(self, stream: Any, frame: int) -> bytes:
         image = Image.new("RGB", (self.width, self.height), (0, 177, 64))
@@ -75,7 +75,7 @@ def ball() -> FakeBackend:
 
 
 def check(picture: Image.Image, *, transparent: bool = True) -> None:
-    """Colour above, matte below; as near as codecs come."""
+    """Check the colour above and the matte below, as closely as codecs allow."""
     assert picture.size == (96, 128)
     for point, wanted in (
         ((48, 32), (220, 40, 30)),
@@ -110,7 +110,7 @@ async def test_pictures_and_fragments(run_gateway: Any) -> None:
         pieces = await gateway.watch(stream, "?format=fmp4&alpha=stacked", until=lambda seen: len(seen.frames) > 6)
         with av.open(io.BytesIO(b"".join(packet[16:] for _, packet in pieces.frames))) as file:
             check(next(file.decode(video=0)).to_image())
-        # Who does not ask for it gets the picture as it is.
+        # A viewer that does not ask for it gets the plain picture.
         assert Image.open(io.BytesIO((await plain).frames[-1][1][16:])).size == (96, 64)
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_names_taken_from_inside_aiortc() -> None:
-    """Nobody promises these: an update that changes them must be noticed here."""
+    """These are internals of aiortc and aioice: a version that changes them must fail here."""
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     assert [type(each) for each in peer._RTCPeerConnection__certificates] == [RTCCertificate]
     transceiver = peer.addTransceiver("video", "sendonly")
@@ -48,7 +48,7 @@ async def test_names_taken_from_inside_aiortc() -> None:
     assert "await self._retransmit(" in inspect.getsource(RTCRtpSender._handle_rtcp_packet)
     assert list(inspect.signature(Connection.data_received).parameters) == ["self", "data", "component"]
     assert "self.receiver.data_received(" in inspect.getsource(StunProtocol.datagram_received)
-    # Of the fan-out benchmark, whose viewers take packets from there.
+    # Used by the benchmarks' viewers.
     assert list(inspect.signature(sender.transport._handle_rtp_data).parameters) == ["data", "arrival_time_ms"]
     assert "self._handle_rtp_data(" in inspect.getsource(type(sender.transport)._recv_next)
     await peer.close()
@@ -56,7 +56,7 @@ async def test_names_taken_from_inside_aiortc() -> None:
 
 @pytest.mark.parametrize("role", ["actpass", "passive"])
 async def test_a_peer_with_an_rsa_certificate(rtc_viewer: Any, run_gateway: Any, role: str) -> None:
-    """As GStreamer's is; whichever side begins the handshake."""
+    """GStreamer has one. It must work whichever side starts the DTLS handshake."""
     key = rsa.generate_private_key(65537, 2048)
     async with run_gateway() as gateway:
         stream = await gateway.open()

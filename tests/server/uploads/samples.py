@@ -50,7 +50,7 @@ def clip_with_sound() -> bytes:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """Of a PNG."""
+    """A chunk of a PNG."""
     return struct.pack("!I", len(body)) + kind + body + struct.pack("!I", zlib.crc32(kind + body))
 
 
@@ -60,7 +60,7 @@ def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
 
 
 def gif_of_nothing(frames: int, width: int = 1, height: int = 1) -> bytes:
-    """A GIF of so many frames of one pixel, 15 bytes each."""
+    """A GIF with so many frames, 15 bytes each."""
     head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x4c\x01\x00"
     return head + frame * frames + b"\x3b"
@@ -78,7 +78,7 @@ def webp_bomb(frames: int) -> bytes:
 
 
 def mp4_that_lies(field: bytes, offset: int, value: bytes) -> bytes:
-    """A clip with something absurd in one of its boxes."""
+    """A clip with an absurd value in one of its boxes."""
     data = bytearray(clip(4, 8))
     at = data.index(field) + offset
     data[at : at + len(value)] = value
@@ -97,7 +97,7 @@ def jpeg_2000_in_mp4() -> bytes:
 
 
 def photograph(format: str) -> bytes:
-    """With more pictures inside, and turned."""
+    """A picture rotated by its EXIF tag, with more pictures inside."""
     exif = Image.Exif()
     exif[0x0112] = 6
     first, *rest = [Image.new("RGB", (32, 48), colour) for colour in ((200, 0, 0), (0, 0, 200))]

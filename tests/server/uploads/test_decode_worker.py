@@ -88,7 +88,7 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_who_takes_it_over_finds_nothing(name: str) -> None:
+def test_a_confined_process_can_open_nothing(name: str) -> None:
     script = PRELUDE.format(folder=str(Path(decode_worker.__file__).parent), act=HOSTILE[name])
     assert subprocess.run([sys.executable, "-I", "-c", script], check=False, timeout=30).returncode == 99
 

@@ -78,8 +78,8 @@ APNG_PIXELS = chunk(b"acTL", struct.pack("!II", 200, 0))
         (bytes(images.MAX_BYTES + 1), "image_too_large", str(images.MAX_BYTES)),
     ],
 )
-async def test_what_is_no_picture_is_refused_by_name(data: bytes, code: str | None, says: str) -> None:
-    """What merely lies about itself may also give frames (`code` None); either way it is soon over."""
+async def test_bad_uploads_are_refused_with_a_reason(data: bytes, code: str | None, says: str) -> None:
+    """A file with false metadata may still decode (`code` None); either way the result comes soon."""
     async with asyncio.timeout(20):
         if code is None:
             with contextlib.suppress(ApiError):
@@ -104,7 +104,7 @@ async def test_what_is_no_picture_is_refused_by_name(data: bytes, code: str | No
     ids=["png", "jpeg", "webp", "gif", "turned apng", "turned mpo", "turned webp", "mp4", "webm", "mp4 with sound"],
 )
 async def test_every_kind_is_decoded_within_the_limits(data: bytes) -> None:
-    """Nothing is loaded late, when there are no files any more."""
+    """No module is imported once the process can open no files."""
     assert await images.frames(data, 16, 16, 16) == decode_worker.decode(data, 16, 16, 16)
 
 
@@ -126,9 +126,7 @@ async def test_the_largest_picture_fits_into_its_memory() -> None:
     ],
     ids=["hangs", "aborts", "is killed", "talks", "floods", "is cut short", "says nothing"],
 )
-async def test_whatever_becomes_of_it_the_answer_is_the_same(
-    act: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_a_worker_that_fails_gives_one_error(act: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = tmp_path / "decode_worker.py"
     fake.write_text(f"import os, sys, time\n{act}\n")
     monkeypatch.setattr(decode_worker, "__file__", str(fake))
@@ -149,7 +147,7 @@ async def test_it_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         await images.frames(b"", 16, 16, 16)
     environment, descriptors = ast.literal_eval(seen.read_text())
     assert environment.keys() <= {"LD_LIBRARY_PATH", "LC_CTYPE"}
-    assert len(descriptors) <= 5  # the three, the folder and the file
+    assert len(descriptors) <= 5  # the standard three, the folder and the file
 
 
 async def test_no_process_is_left_behind_when_nobody_waits() -> None:
@@ -180,10 +178,10 @@ async def test_a_data_url_and_a_form_give_the_engine_the_same_picture(run_gatewa
         assert opened[one["id"]] == opened[form.json()["id"]]
         assert len(opened[one["id"]]) == 64 * 48 * 3
         assert sorted(map(len, opened.values()))[0] == 0
-        # when the first chunk is there, the picture is not kept
+        # once the first chunk has arrived, the picture is freed
         await gateway.watch(one, until=lambda seen: len(seen.frames) > 1)
         assert gateway.streams.get(one["id"])._picture == b""
-        waiting = await gateway.open(image=data_url(data))  # for a place: what it would start from goes with it
+        waiting = await gateway.open(image=data_url(data))  # in the queue: its picture is freed when it is closed
         await gateway.http.delete(f"/v1/streams/{waiting['id']}")
         assert gateway.streams.get(waiting["id"])._picture == b""
 
