@@ -185,8 +185,7 @@ MINI = Preset(
     soft_chunks=2,
 )
 
-# The public checkpoints. Sources: `../shared/specs/causal-wan.md` 2.6 and 2.8, and the configurations that the
-# authors published with the weights.
+# The public checkpoints. Sources: the authors' code and the configurations that they published with the weights.
 
 DIT_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096)
 DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096)

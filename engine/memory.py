@@ -15,8 +15,7 @@ VAE_CACHES = {
     "wan2.1": {8: 16 + 11 * 384, 4: 192 + 6 * 384, 2: 6 * 192, 1: 7 * 96},
     "wan2.2": {16: 48 + 11 * 1024, 8: 7 * 1024, 4: 1024 + 5 * 512, 2: 512 + 6 * 256},
 }
-"""Channels of the frames that the decoder's causal convolutions remember, two each, by the pixels that a cell spans
-(`../shared/specs/causal-wan.md` 2.7)."""
+"""Channels of the frames that the decoder's causal convolutions remember, two each, by the pixels that a cell spans."""
 LIGHT_CACHES = {
     "mini": {8: 2 * 96, 4: 64, 2: 16},
     "wan2.1": {8: 3 * 256, 4: 3 * 128, 2: 3 * 64},
@@ -26,7 +25,7 @@ LIGHT_CACHES = {
 WIDEST = {"mini": (16, 2), "wan2.1": (192, 1), "wan2.2": (512, 2)}
 LIGHT_WIDEST = {"mini": (16, 2), "wan2.1": (138, 1), "wan2.2": (138, 2)}
 """Channels of a decoder's largest activation, and the pixels that its cell spans. TAEHV's is from a measurement: 21
-latent frames of 832x480 at once took 17.2 GiB (`../shared/reference/h200-baseline.md` B)."""
+latent frames of 832x480 at once took 17.2 GiB on an H200."""
 
 
 @dataclass(frozen=True)

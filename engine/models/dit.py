@@ -187,7 +187,7 @@ class Head(nn.Module):
 class CausalWan(nn.Module):
     """Predicts the flow v = noise - x0 of latent frames, each at its own noise level.
 
-    The architecture is Wan 2.1's (`../shared/specs/causal-wan.md` 2.6); causality comes from `self_attend`.
+    The architecture is Wan 2.1's; causality comes from `self_attend`.
     """
 
     def __init__(self, config: DiTConfig) -> None:

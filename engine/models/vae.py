@@ -1,7 +1,7 @@
 """The causal video autoencoder of Wan 2.1 and Wan 2.2, at any width, with the parameter names of their checkpoints.
 
 Both halves see the past only. The first frame of a clip is coded alone: 1 + 4k frames have 1 + k latent frames, and
-the temporal resamplers pass the first one through (`../shared/specs/causal-wan.md` 2.7). `encode` and `decode` take
+the temporal resamplers pass the first one through. `encode` and `decode` take
 whole clips. `encode_chunk` and `decode_chunk` take a clip in parts, with the same result: what each layer has to
 remember between two calls is a tensor in the list that the caller carries.
 

@@ -5,7 +5,7 @@ step at a time: the teacher takes the step, the student's own average says where
 stands in the same context as in the teacher's training, and half of the contexts are the student's own guesses.
 Sampling then adds fresh noise between steps, as Self-Forcing does.
 
-Song et al. 2023 (arXiv 2303.01469); the causal form: Causal Forcing++, `../shared/specs/training.md` section 4.
+Song et al. 2023 (arXiv 2303.01469); the causal form: Causal Forcing++.
 Cost on one H100: about 4 minutes.
 """
 

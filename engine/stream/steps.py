@@ -14,7 +14,7 @@ def step_sigmas(steps: Sequence[int], shift: float) -> tuple[float, ...]:
     """Noise levels of configured step indices, as Self-Forcing reads them.
 
     Index 1000 is the noisiest entry of the table, 0 is clean: [1000, 750, 500, 250] at shift 5 gives timesteps 1000,
-    937.5, 833.33 and 625 (`../shared/specs/causal-wan.md` 2.1).
+    937.5, 833.33 and 625.
 
     Raises:
         ValueError: the steps do not fall from 1000 at most to above 0.
