@@ -14,6 +14,7 @@ from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
+from engine.models.tokenizer import Tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import place_text_encoder
 from engine.pipeline import Pipeline
@@ -151,7 +152,9 @@ for 0.94 of the time, with 5 streams or with 8 of 2 steps, none was late in 2 mi
 
 
 def describe(pipeline: Pipeline, warmup: WarmupResult) -> ModelInfo:
+    """What the gateway is told about a loaded and warm model."""
     preset = pipeline.preset
+    words = pipeline.tokenizer if isinstance(pipeline.tokenizer, Tokenizer) else None
     modules = (pipeline.text_encoder, pipeline.served.wan, pipeline.decoder.network)
     return ModelInfo(
         name=preset.name,
@@ -164,5 +167,7 @@ def describe(pipeline: Pipeline, warmup: WarmupResult) -> ModelInfo:
         chunk_seconds=warmup.chunk_seconds,
         parameters=sum(p.numel() for module in modules for p in module.parameters()),
         description=preset.description,
+        vocabulary=words.forms() if words else None,
+        prompt_words=preset.text.length - 1 if words else None,
         promised=PROMISED.get(pipeline.device.type, 0.9),
     )

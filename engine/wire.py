@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 6
+PROTOCOL = 7
 CLOCK_RATE = 90_000
 
 LORA_NAME = r"\w[\w .+()-]{0,127}"
@@ -44,6 +44,11 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time from one chunk to the next, measured while warming up; admission divides playback time by it."""
     parameters: int
     description: str
+    vocabulary: frozenset[str] | None = None
+    """Every word that the model knows, in every form that it takes for the same word, in lower case; None if it takes
+    any text."""
+    prompt_words: int | None = None
+    """How many words of a prompt the model reads, where it has a vocabulary. It ignores the rest."""
     promised: float = 0.9
     """Part of the engine's time that admission may promise; the rest absorbs what takes longer than usual."""
 

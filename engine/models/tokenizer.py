@@ -61,6 +61,15 @@ class Tokenizer:
         """The words of `text`, as split and lower-cased, that the vocabulary lacks; each once, in order."""
         return list(dict.fromkeys(word for word in _split(text) if self._known(word) not in self._ids))
 
+    def forms(self) -> frozenset[str]:
+        """Every word that `encode` does not turn into `<unk>`: the vocabulary, and what is folded into it."""
+        words = self.words[3:]  # without the special tokens
+        stems = {
+            word.removesuffix(tail) + ending for word in words for ending, tail in _CANDIDATES if word.endswith(tail)
+        }
+        doubled = {word + word[-1] + ending for word in words for ending in ("ing", "ed")}
+        return frozenset({*words, *(form for form in stems | doubled if self._known(form) in self._ids)})
+
     def _known(self, word: str) -> str:
         if word in self._ids:
             return word

@@ -36,6 +36,12 @@ class StreamQuality(BaseModel):
     steps: int = Field(description="Denoising steps of the newest chunk.")
 
 
+IGNORED_WORDS = Field(
+    description="Words that the model ignores, because it does not know them or reads only the words before them, in "
+    "lower case; null if the model takes any text, or the engine has not started yet."
+)
+
+
 class StreamObject(BaseModel):
     """One stream. Width, height and fps are null until the engine has started for the first time."""
 
@@ -44,6 +50,7 @@ class StreamObject(BaseModel):
     state: StateName
     model: str
     prompt: str
+    ignored_words: list[str] | None = IGNORED_WORDS
     seed: int
     width: int | None
     height: int | None
@@ -52,6 +59,9 @@ class StreamObject(BaseModel):
     pause_reason: Literal["asked", "unwatched"] | None = Field(
         description="Why the stream is paused: `asked` by a client, or `unwatched` for a while; then the next viewer "
         "resumes it."
+    )
+    interrupted: bool = Field(
+        description="Whether the engine process that generated the stream has died and the next one is not up yet."
     )
     matte: MatteObject | None = Field(description="What is transparent with `alpha=stacked`; null if nothing is.")
     ws_url: str = Field(
@@ -167,6 +177,7 @@ class VideoExtra(BaseModel):
     frames_recorded: int
     queue_position: int | None = Field(description="1 is next; null when not queued.")
     prompts: list[PromptChange] = Field(description="The prompts, and when each begins.")
+    ignored_words: list[str] | None = IGNORED_WORDS
     retryable: bool | None = Field(
         description="After a failure: whether the same request may succeed if it is sent again."
     )

@@ -192,7 +192,8 @@ def rename_field(error: ApiError, old: str, new: str) -> ApiError:
 
 def video_object(request: Request, clip: Clip) -> dict[str, Any]:
     """The API's video object of a clip."""
-    return clips.shown(clip, clips_of(request).position(clip))
+    model = streams_of(request).engine.models.get(clip.model)
+    return clips.shown(clip, clips_of(request).position(clip), model)
 
 
 ROUTES = [

@@ -77,6 +77,8 @@ class FakeBackend:
     stamped: bool = False
     """Stamp every picture with the time it was made, for `server.bench.latency`; see `stamp`."""
     refuse_steers: bool = False
+    vocabulary: frozenset[str] | None = None
+    """Words that it says it knows; it draws any text."""
     loras: tuple[str, ...] = ()
     """LoRAs that it reports; they change nothing in the picture."""
     sent: list[wire.ToEngine] = field(default_factory=list)
@@ -260,6 +262,7 @@ class FakeBackend:
             chunk_seconds=self.chunk_seconds,
             parameters=0,
             description="A moving test picture; no model behind it.",
+            vocabulary=self.vocabulary,
         )
 
     def _emit(self, event: wire.ToGateway | EngineLost, pixels: bytes = b"") -> None:

@@ -25,6 +25,7 @@ from server.library.store import Store, no_room
 from server.metrics import Metrics
 from server.streams import admission
 from server.streams.engine_link import EngineLink
+from server.streams.vocabulary import ignored_words
 
 logger = logging.getLogger("livereel.clips")
 T = TypeVar("T")
@@ -343,8 +344,8 @@ def new_seed() -> int:
     return secrets.randbits(32)
 
 
-def shown(clip: Clip, position: int | None) -> dict[str, Any]:
-    """The video object of the API: OpenAI's, and all else in `extra`."""
+def shown(clip: Clip, position: int | None, model: wire.ModelInfo | None) -> dict[str, Any]:
+    """The video object of the API: OpenAI's, and all else in `extra`. `model` is None before the engine has started."""
     failure = clip.failure
     return {
         "id": clip.id,
@@ -367,6 +368,7 @@ def shown(clip: Clip, position: int | None) -> dict[str, Any]:
             "frames_recorded": clip.recorded,
             "queue_position": position,
             "prompts": [msgspec.structs.asdict(each) for each in clip.prompts],
+            "ignored_words": ignored_words(model, *(each.prompt for each in clip.prompts)),
             "retryable": failure.retryable if failure else None,
         },
     }

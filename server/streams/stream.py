@@ -30,6 +30,7 @@ from server.streams.playback import Arrival, Playback
 from server.streams.player import Player, PromptChange
 from server.streams.quality import Quality
 from server.streams.session import Event, PauseReason, Session, State
+from server.streams.vocabulary import ignored_words
 from server.tracing import Chunks, Tracing
 
 logger = logging.getLogger("livereel.streams")
@@ -142,12 +143,14 @@ class Stream:
             "state": session.state.value,
             "model": session.model,
             "prompt": session.prompt,
+            "ignored_words": ignored_words(self._services.engine.models.get(session.model), session.prompt),
             "seed": session.seed,
             "width": session.width,
             "height": session.height,
             "fps": session.fps,
             "duration_s": session.duration_s,
             "pause_reason": session.pause_reason,
+            "interrupted": self._interrupted and not session.state.over,
             "matte": asdict(audience.matte) if audience.matte else None,
             "created_at": session.created_at,
             "queue_position": session.queue.position if session.queue else None,

@@ -144,6 +144,16 @@ def test_unknown_words() -> None:
     assert TOKENIZER.encode("zebra")[0] == 2
 
 
+def test_forms_are_the_words_that_encode_knows() -> None:
+    forms = TOKENIZER.forms()
+    assert {"ball", "balls", "boxes", "sliding"} <= forms
+    assert not any(TOKENIZER.unknown_words(form) for form in forms)
+    endings = ("", "s", "es", "ies", "ing", "ed", "ly", "ning", "ped", "er")
+    tried = {word + ending for word in TOKENIZER.words[3:] for ending in endings}
+    tried |= {word[:-1] + ending for word in TOKENIZER.words[3:] for ending in endings if len(word) > 3}
+    assert {word for word in tried if not TOKENIZER.unknown_words(word)} <= forms
+
+
 @pytest.mark.parametrize("text", ["\ud800", "red \udfff ball", "🎈", "\x00\x00", "красный шар", "e\u0301" * 1000, "ﬁ"])
 def test_any_text_encodes(text: str) -> None:
     assert len(TOKENIZER.encode(text)) == 48

@@ -26,7 +26,10 @@ async def test_a_crash_is_seen_and_the_stream_goes_on(run_gateway: Any) -> None:
         await gateway.until(lambda: live.playback is not None and live.playback.shown > 10)
         backend.crash()
         assert (await gateway.http.get("/readyz")).status_code == 503
+        assert (await gateway.get(stream))["interrupted"] is True
         before = live.playback.received
+        await gateway.until(lambda: backend.health().ready)
+        assert (await gateway.get(stream))["interrupted"] is False
         seen = await watching
         assert seen.close_code == 1000
         error = seen.of("error")[0]
