@@ -58,7 +58,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     stream_outputs = Outputs(config, registry, metrics)
     access = Access(Keys(config.keys) if config.keys else None, config.origins)
     idempotency = Idempotency()
-    access.holders += [registry.keep_keys, whep_sessions.keep_keys, stream_outputs.keep_keys, idempotency.keep_keys]
+    access.holders += [registry, whep_sessions, stream_outputs, idempotency]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

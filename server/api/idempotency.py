@@ -9,9 +9,10 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -105,10 +106,10 @@ class Idempotency:
             if claim.made is None and self._claims.get(client) is mine and mine.get(key) is claim:
                 self._drop(client, key)
 
-    def keep_keys(self, serials: Container[int]) -> None:
-        """Drop the claims of API keys that are not in `serials`, because they were revoked."""
-        for client in [client for client in self._claims if client is not None and client not in serials]:
-            self._count -= len(self._claims.pop(client))
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
+        """The claims of each client; see `KeyHolder`."""
+        for client in self._claims:
+            yield client, partial(self._drop_client, client)
 
     def _expire(self, now: float) -> None:
         for client, claims in list(self._claims.items()):
@@ -117,6 +118,9 @@ class Idempotency:
         while self._count >= MAX_CLAIMS:
             client, claims = max(self._claims.items(), key=lambda item: len(item[1]))
             self._drop(client, next(iter(claims)))
+
+    def _drop_client(self, client: int | None) -> None:
+        self._count -= len(self._claims.pop(client))
 
     def _drop(self, client: int | None, key: str) -> None:
         del self._claims[client][key]

@@ -14,7 +14,7 @@ from server.api.response_schemas import VideoDeleted, VideoList, VideoObject
 from server.api.responses import film_response
 from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
-from server.library import clip_maker as clips
+from server.library import clip_maker
 from server.library.clip import Change, Clip, Status, remix
 from server.library.clip_maker import Clips
 
@@ -61,11 +61,11 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
             raise rename_field(error, "image", "input_reference") from None
     seed = body.extra.seed
     clip = Clip(
-        id=clips.new_id(),
+        id=clip_maker.new_id(),
         model=info.name,
         prompt=body.prompt,
         prompts=prompts,
-        seed=clips.new_seed() if seed is None else seed,
+        seed=clip_maker.new_seed() if seed is None else seed,
         seconds=body.seconds,
         frames=frames,
         width=info.width,
@@ -141,7 +141,7 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
     check_times(prompts, float(source.seconds))
     picture = await asyncio.to_thread(streams.clips.picture, source)
     clip = Clip(
-        id=clips.new_id(),
+        id=clip_maker.new_id(),
         model=source.model,
         prompt=body.prompt,
         prompts=prompts,
@@ -171,8 +171,8 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
         message = f"The video is {clip.status.value} and has no frame yet: try again soon."
         raise ApiError(409, "video_not_ready", message, headers={"Retry-After": "2"})
     if variant == "thumbnail":
-        return FileResponse(owned.file(clip, clips.STILL), media_type="image/webp")
-    return film_response("video", owned.file(clip, clips.FILM), growth, "video/mp4", f"{id}.mp4")
+        return FileResponse(owned.file(clip, clip_maker.STILL), media_type="image/webp")
+    return film_response("video", owned.file(clip, clip_maker.FILM), growth, "video/mp4", f"{id}.mp4")
 
 
 def check_times(prompts: list[Change], seconds: float) -> None:
@@ -193,7 +193,7 @@ def rename_field(error: ApiError, old: str, new: str) -> ApiError:
 def video_object(request: Request, clip: Clip) -> dict[str, Any]:
     """The API's video object of a clip."""
     model = streams_of(request).engine.models.get(clip.model)
-    return clips.shown(clip, clips_of(request).position(clip), model)
+    return clip_maker.shown(clip, clips_of(request).position(clip), model)
 
 
 ROUTES = [

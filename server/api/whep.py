@@ -7,7 +7,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Container
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,16 +36,24 @@ MAX_CONNECTING_PER_KEY = 32
 """The same limit for one API key and its tokens, so that one key cannot lock out the others."""
 
 
+@dataclass(slots=True, eq=False)
+class WhepSession:
+    """One viewer's WebRTC connection to one stream."""
+
+    stream: Stream
+    peer: Peer
+    key: int | None
+    """Serial of the API key that it was opened with; None where no keys are configured."""
+    task: asyncio.Task[None] | None = None
+
+
 class WhepSessions:
-    """The WHEP sessions of one gateway, each one viewer's WebRTC connection to one stream."""
+    """The WHEP sessions of one gateway, by their unguessable ids."""
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
-        self._peers: dict[tuple[str, str], Peer] = {}
-        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._keys: dict[tuple[str, str], int] = {}
-        """Serial of the API key that a session was opened with."""
+        self._sessions: dict[str, WhepSession] = {}
 
     async def open(
         self, stream: Stream, offer: str, *, local: bool, alpha: bool = False, key: int | None = None
@@ -54,58 +63,56 @@ class WhepSessions:
         `local` says that the viewer is on this machine, `alpha` that it wants frames stacked on their mattes; `key` is
         the serial of the API key that it was authorized with. Raises `ApiError` if the session cannot be opened.
         """
-        id = stream.session.id
-        connecting = [session for session, peer in self._peers.items() if not peer.connected.is_set()]
-        if len(stream.audience.viewers) + sum(session[0] == id for session in connecting) >= MAX_VIEWERS:
+        connecting = [session for session in self._sessions.values() if not session.peer.connected.is_set()]
+        if len(stream.audience.viewers) + sum(session.stream is stream for session in connecting) >= MAX_VIEWERS:
             raise too_many_viewers()
-        of_key = sum(self._keys.get(session) == key for session in connecting) if key is not None else 0
+        of_key = sum(session.key == key for session in connecting) if key is not None else 0
         if len(connecting) >= MAX_CONNECTING or of_key >= MAX_CONNECTING_PER_KEY:
             message = "Too many viewers are connecting at once: try again soon."
             raise ApiError(503, "too_many_connecting", message, headers={"Retry-After": "2"})
-        session = secrets.token_urlsafe(24)
         config = self._config
         servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
-        peer = self._peers[id, session] = Peer(servers, config.public_address, local=local)
-        if key is not None:
-            self._keys[id, session] = key
+        peer = Peer(servers, config.public_address, local=local)
+        id = secrets.token_urlsafe(24)
+        session = self._sessions[id] = WhepSession(stream, peer, key)
         try:
             await peer.negotiate(offer)
         except BaseException:
-            del self._peers[id, session]
-            self._keys.pop((id, session), None)
+            del self._sessions[id]
             await peer.close()
             raise
         peer.viewer.alpha = alpha
-        self._tasks[id, session] = asyncio.create_task(self._serve(stream, session, peer), name=f"whep {id}")
-        return session, peer.answer
+        session.task = asyncio.create_task(self._serve(id, session), name=f"whep {stream.session.id}")
+        return id, peer.answer
 
-    def get(self, stream: str, session: str) -> Peer:
-        """The session's connection. Raises `ApiError` 404."""
-        peer = self._peers.get((stream, session))
-        if peer is None:
+    def get(self, stream: str, id: str) -> WhepSession:
+        """The session `id` of the stream with the id `stream`. Raises `ApiError` 404."""
+        session = self._sessions.get(id)
+        if session is None or session.stream.session.id != stream:
             message = "No session has this id: it never existed, or it is over. Open one with a POST."
             raise ApiError(404, "session_not_found", message)
-        return peer
+        return session
 
-    async def end(self, stream: str, session: str) -> None:
-        """Close a session, and wait until its resources are released. Raises `ApiError` 404."""
-        self.get(stream, session).closed.set()
-        await asyncio.wait([self._tasks[stream, session]])
+    async def end(self, session: WhepSession) -> None:
+        """Close a session, and wait until its resources are released."""
+        session.peer.closed.set()
+        assert session.task is not None
+        await asyncio.wait([session.task])
 
-    def keep_keys(self, serials: Container[int]) -> None:
-        """Close the sessions of API keys that are not in `serials`, because they were revoked."""
-        for session, key in self._keys.items():
-            if key not in serials:
-                self._peers[session].closed.set()
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
+        """The sessions; see `KeyHolder`."""
+        for session in self._sessions.values():
+            yield session.key, session.peer.closed.set
 
     async def stop(self) -> None:
         """Close every session."""
-        for peer in self._peers.values():
-            peer.closed.set()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        sessions = list(self._sessions.values())
+        for session in sessions:
+            session.peer.closed.set()
+        await asyncio.gather(*(session.task for session in sessions if session.task), return_exceptions=True)
 
-    async def _serve(self, stream: Stream, session: str, peer: Peer) -> None:
-        key = stream.session.id, session
+    async def _serve(self, id: str, session: WhepSession) -> None:
+        stream, peer = session.stream, session.peer
         opened_at = time.monotonic()
         peer.on_keyframe_request(lambda: stream.audience.request_key(peer.viewer))
         try:
@@ -120,8 +127,7 @@ class WhepSessions:
         finally:
             stream.audience.remove(peer.viewer)
             peer.viewer.clear()
-            del self._peers[key], self._tasks[key]
-            self._keys.pop(key, None)
+            del self._sessions[id]
             try:
                 await peer.close()
             except Exception:
@@ -211,7 +217,7 @@ def add_links(request: Request, response: Response, user: str) -> None:
 
 async def trickle(request: Request, id: str, session: str) -> Response:
     """Add ICE candidates of the viewer (trickle ICE). ICE restart is not supported: 422."""
-    peer = whep_sessions_of(request).get(id, session)
+    peer = whep_sessions_of(request).get(id, session).peer
     match = request.headers.get("if-match")
     if match == "*":
         message = "The server does not restart ICE: open a new session instead."
@@ -224,7 +230,8 @@ async def trickle(request: Request, id: str, session: str) -> Response:
 
 async def end_session(request: Request, id: str, session: str) -> Response:
     """Close a session."""
-    await whep_sessions_of(request).end(id, session)
+    sessions = whep_sessions_of(request)
+    await sessions.end(sessions.get(id, session))
     return Response(status_code=200)
 
 

@@ -10,13 +10,15 @@ import contextlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
 
 from server.auth.keys import IMPLIED, Key, Keys, Scope
+from server.auth.revocation import KeyHolder, end_revoked
 from server.auth.tokens import TOKEN_PREFIX, Grant, Tokens, TokenScope
 from server.config import is_loopback
 from server.errors import ApiError, not_found, stream_not_found
@@ -87,8 +89,8 @@ class Access:
         self._tokens = Tokens()
         self._rates: OrderedDict[str, tuple[int, TokenBucket]] = OrderedDict()
         self._leases: dict[asyncio.Timeout, Principal] = {}
-        self.holders: list[Callable[[Container[int]], None]] = []
-        """Called with the serials of all current keys whenever the keys change, to end what revoked keys started."""
+        self.holders: list[KeyHolder] = [self]
+        """Where to look for what revoked keys have started, whenever the keys change."""
 
     def check_host(self, headers: Headers) -> None:
         """Without keys: raise `ApiError` if the request was sent to a host name other than this machine's."""
@@ -195,13 +197,15 @@ class Access:
         """Reload the keys as `Keys.reload` does, and end what revoked keys started; returns whether they were read."""
         if self.keys is None or not self.keys.reload(force=force):
             return False
-        serials = self.keys.serials
-        for lease, principal in self._leases.items():
-            if principal.key and principal.key.serial not in serials and lease.when() is None:
-                lease.reschedule(asyncio.get_running_loop().time())
-        for keep in self.holders:
-            keep(serials)
+        for holder in self.holders:
+            end_revoked(holder, self.keys.serials)
         return True
+
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
+        """The requests and connections that run under a lease; see `KeyHolder`."""
+        for lease, principal in self._leases.items():
+            if principal.key and lease.when() is None:
+                yield principal.key.serial, partial(lease.reschedule, asyncio.get_running_loop().time())
 
     def origin_allowed(self, headers: Headers) -> bool:
         """Whether the request comes from the gateway's own page, an allowed origin, or no browser at all.

@@ -9,7 +9,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Container
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -172,11 +172,11 @@ class Outputs:
         await self._stop(output)
         self._forget(output)
 
-    def keep_keys(self, serials: Container[int]) -> None:
-        """Stop the outputs of keys that are not in `serials`: those keys were removed."""
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], object]]]:
+        """The outputs; see `KeyHolder`."""
         for output in self._outputs.values():
-            if output.key is not None and output.key not in serials and output.task is not None:
-                output.task.cancel()
+            if output.task is not None:
+                yield output.key, output.task.cancel
 
     async def stop(self) -> None:
         """End every output."""

@@ -7,9 +7,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,11 +184,10 @@ class Clips:
             await asyncio.wait([work.task])  # it may be writing
         self._store.remove(clip.id)
 
-    def keep_keys(self, serials: Container[int]) -> None:
-        """Give up the clips of all other keys: these were taken away."""
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
+        """The clips that are not finished; see `KeyHolder`."""
         for clip in self._unfinished():
-            if clip.id in self._keys and self._keys[clip.id] not in serials:
-                self._finish(clip, REVOKED)
+            yield self._keys.get(clip.id), partial(self._finish, clip, REVOKED)
 
     def expire(self, now: float) -> None:
         """Delete what was kept for long enough."""

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -224,12 +224,11 @@ class Registry:
         stream = self._streams.get(id)
         return stream.owner if stream else self.clips.owner(id) or self.recorder.owner(id)
 
-    def keep_keys(self, serials: Container[int]) -> None:
-        """End the streams and clips of all other keys, which were revoked."""
+    def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
+        """The streams and the unfinished clips; see `KeyHolder`."""
         for stream in self.all():
-            if stream.key is not None and stream.key not in serials:
-                stream.end("revoked")
-        self.clips.keep_keys(serials)
+            yield stream.key, partial(stream.end, "revoked")
+        yield from self.clips.started_with_keys()
 
     def _model_name(self, model: str | None) -> str:
         """The name, or the default for None. Raises `ApiError` if there is no such model."""

@@ -9,6 +9,7 @@ import pytest
 
 from server.api.idempotency import KEPT_SECONDS, MAX_CLAIMS, Idempotency, fingerprint
 from server.auth import keys
+from server.auth.revocation import end_revoked
 from server.errors import ApiError
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +60,7 @@ def test_who_fails_may_try_again() -> None:
 def test_keys_of_one_client_are_none_of_anothers() -> None:
     ledger = Idempotency()
     assert [make(ledger, "a", client=client) for client in (1, 2, None, 1)] == [None, None, None, "1 a"]
-    ledger.keep_keys({2})
+    end_revoked(ledger, {2})
     assert [make(ledger, "a", client=client) for client in (1, 2, None)] == [None, "2 a", "None a"]
 
 

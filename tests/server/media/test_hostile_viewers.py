@@ -153,7 +153,7 @@ async def test_a_storm_of_lost_packets_and_pictures(
 
 def gateway_peers(gateway: Any) -> list[Any]:
     """The gateway's WebRTC connections."""
-    return list(gateway.app.state.whep_sessions._peers.values())
+    return [session.peer for session in gateway.app.state.whep_sessions._sessions.values()]
 
 
 async def test_one_key_leaves_room_for_others_to_connect(
