@@ -99,6 +99,10 @@ class Gateway:
         await self.until(is_live)
         return stream
 
+    def stream_of(self, stream: dict[str, Any]) -> Any:
+        """The gateway's own record of a stream."""
+        return self.streams.get(stream["id"])
+
     async def open(self, prompt: str = "a red ball", **fields: Any) -> dict[str, Any]:
         response = await self.http.post("/v1/streams", json={"prompt": prompt, **fields})
         assert response.status_code == 201, response.text

@@ -62,3 +62,13 @@ async def test_prompts_stay_out_of_the_log(run_gateway: Any, caplog: pytest.LogC
         gateway.backend.crash()
         await gateway.until(lambda: gateway.backend.health().ready)
     assert "private" not in caplog.text
+
+
+async def test_request_ids(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        for path in ("/", "/livez", "/v1/streams", "/v1/nothing"):
+            assert (await gateway.http.get(path)).headers["x-request-id"].startswith("req_")
+        mine = await gateway.http.get("/livez", headers={"x-request-id": "abc-123"})
+        assert mine.headers["x-request-id"] == "abc-123"
+        strange = await gateway.http.get("/livez", headers={"x-request-id": "a b<script>"})
+        assert strange.headers["x-request-id"].startswith("req_")
