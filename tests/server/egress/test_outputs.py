@@ -26,32 +26,6 @@ def test_when_to_try_again() -> None:
     assert (policy.next_delay(0.0, 0.0), RetryPolicy().next_delay(0.0, 1.0)) == (1.5, 1.25)
 
 
-async def test_nothing_is_pushed_out_unless_the_operator_says_where(run_gateway: Any) -> None:
-    async with run_gateway() as gateway:
-        stream = await gateway.open()
-        refused = await post(gateway, stream, url="rtmp://127.0.0.1/a/k")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "outputs_disabled")
-    async with run_gateway(outputs=("127.0.0.1:9",)) as gateway:
-        stream = await gateway.open()
-        for fields, param in (
-            ({}, "url"),
-            ({"url": 5}, "url"),
-            ({"url": "rtmp://127.0.0.1:9/"}, "url"),
-            ({"url": "x" * 2000}, "url"),
-            ({"url": "https://127.0.0.1:9/", "token": "a b"}, "token"),
-            ({"url": "https://127.0.0.1:9/", "x": 1}, "x"),
-        ):
-            refused = await post(gateway, stream, **fields)
-            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-        refused = await post(gateway, stream, url="rtmp://127.0.0.1:10/a/k")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "output_not_allowed")
-        missing = await gateway.http.get(f"/v1/streams/{stream['id']}/outputs/out_x")
-        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "output_not_found")
-        await gateway.http.delete(f"/v1/streams/{stream['id']}")
-        late = await post(gateway, stream, url="rtmp://127.0.0.1:9/a/k")
-        assert (late.status_code, late.json()["error"]["code"]) == (409, "stream_ended")
-
-
 async def test_a_server_that_is_not_there_is_tried_again_and_given_up(
     run_gateway: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
