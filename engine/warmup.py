@@ -10,7 +10,6 @@ import torch
 
 from engine.pipeline import NotFiniteError, Pipeline
 from engine.stream.state import StreamState
-from engine.transforms.cuda_graphs import GraphedWan
 
 MAX_STREAMS = 8
 """The most streams whose CUDA graphs are recorded ahead."""
@@ -36,8 +35,8 @@ def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warm
     On a GPU a chunk begins while the one before is still being decoded, as when serving a stream that is behind.
 
     Args:
-        streams: how many streams to record CUDA graphs for, so that opening one takes no longer than its first chunk;
-            by default as many as the device can serve at playback speed.
+        streams: how many streams' caches to prepare (record CUDA graphs for), so that opening a stream takes no longer
+            than its first chunk; by default as many as the device can serve at playback speed.
         batch: try batches of so many streams, and use them if a chunk takes less time for it.
 
     Raises:
@@ -49,12 +48,12 @@ def warm(pipeline: Pipeline, streams: int | None = None, batch: int = 1) -> Warm
     _generate(pipeline, [state], shapes)
     alone = _chunk_seconds(pipeline, [state])
     opened = [state]
-    if isinstance(pipeline.dit, GraphedWan):
+    if pipeline.dit.prepare(state.cache):
         capacity = max(1, int(preset.chunk_frames / preset.fps / alone))
         streams = streams or min(MAX_STREAMS, capacity)
         while len(opened) < streams and torch.cuda.mem_get_info()[0] > 2 * state.cache.bytes():
             opened.append(pipeline.open("warm-up", seed=0))
-            _generate(pipeline, [opened[-1]], shapes)
+            pipeline.dit.prepare(opened[-1].cache)
     result = WarmupResult(alone)
     if batch > 1:
         for state in opened:

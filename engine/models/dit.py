@@ -1,13 +1,13 @@
 """The Wan diffusion transformer, with the parameter names of the original checkpoints.
 
-Pure mathematics: what a token may attend to is decided outside, by the `SelfAttend` object that the caller passes
-in. A KV cache, a block-causal mask and the training pattern are three such objects over the same weights.
+Pure mathematics: the `SelfAttend` object that the caller passes in decides what a token may attend to. A KV cache, a
+block-causal mask and the training pattern are three such objects over the same weights.
 
 Shapes: B batch, F latent frames, N tokens in a frame, S = F * N tokens, D = dim, L text tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -22,31 +22,31 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SelfAttend(Protocol):
-    """Decides positions and visibility of self-attention."""
+    """Decides which tokens self-attention sees, and at which positions they are."""
 
     def at(self, layer: int) -> Attend:
-        """The attention of one layer."""
+        """The attention function of one layer."""
 
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the transformer reads of prompts, made once for each of the G prompts."""
+    """What the transformer needs of G encoded prompts, computed once per prompt."""
 
     layers: list[tuple[Tensor, Tensor]]
     """The cross-attention K and V of every layer, [G, L, heads, head_dim] each."""
     pooled: Tensor
     """[G, dim]: added to the time embedding; zero where the model has no such path."""
     lengths: Tensor
-    """int32 [G]: tokens before the padding, whose keys and values are all alike."""
+    """int32 [G]: tokens before the padding. Keys and values of all padding tokens are equal."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
-        """The same context with every tensor changed, all along their first axis."""
+        """A context of `change` applied to every tensor; all have the prompts on their first axis."""
         layers = [(change(k), change(v)) for k, v in self.layers]
         return TextContext(layers, change(self.pooled), change(self.lengths))
 
     @staticmethod
     def join(contexts: "Sequence[TextContext]") -> "TextContext":
-        """The prompts of several, one after another."""
+        """One context of the prompts of all, concatenated."""
         layers = [
             (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
             for pairs in zip(*(context.layers for context in contexts), strict=True)
@@ -68,7 +68,7 @@ def pool_text(text: Tensor) -> Tensor:
 
 
 class NoPooledText(nn.Module):
-    """The public Wan models read text by cross-attention alone."""
+    """Stands for the pooled-text layer in the public Wan models, which read text by cross-attention only."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -142,8 +142,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, e: Tensor, text: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """x [B, S, D], e [B, F, 6, D], text K and V [G, L, heads, head_dim] -> [B, S, D].
 
-        G is B, or a multiple of it: then each row of x is cut into G / B runs of equal length, and each run reads
-        its own text.
+        G is B, or a multiple of it: then each row of x is split into G / B runs of equal length, each with its own
+        text.
         """
         frames = e.shape[1]
         modulation = self.modulation.to(e.dtype) + e
@@ -184,10 +184,25 @@ class Head(nn.Module):
         return self.head(x).flatten(1, 2)
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Latents, noise levels and pooled text in the form that the blocks take."""
+
+    tokens: Tensor
+    """[B, S, D]"""
+    time: Tensor
+    """[B, F, D]: time embedding plus pooled text."""
+    modulation: Tensor
+    """[B, F, 6, D]: its projection to shift, scale and gate of both halves of a block."""
+    grid: tuple[int, int, int]
+    """Frames, rows and columns of patches; S is their product."""
+
+
 class CausalWan(nn.Module):
     """Predicts the flow v = noise - x0 of latent frames, each at its own noise level.
 
-    The architecture is Wan 2.1's; causality comes from `self_attend`.
+    The architecture is Wan 2.1's (Wan-Video/Wan2.1, `wan/modules/model.py`); causality comes from `self_attend`. It is
+    a `Transformer` (`engine.stream.rollout`) as it is.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -222,20 +237,41 @@ class CausalWan(nn.Module):
         Returns:
             [B, out_channels, F, H, W].
         """
+        return self.finish(self.begin(x, t, text, self_attend), text, self_attend)
+
+    def embed(self, x: Tensor, t: Tensor, text: TextContext) -> Embedded:
+        """What comes before the blocks; arguments as in `forward`."""
         patches = self.patch_embedding(x)
-        grid = patches.shape[2:]
+        frames, rows, columns = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)
-        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
+        time = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
         runs = len(text.pooled) // len(x)
-        e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
-        e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        time = time + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(time.shape[1] // runs, dim=1)
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))
+        return Embedded(tokens, time, modulation, (frames, rows, columns))
+
+    def begin(self, x: Tensor, t: Tensor, text: TextContext, self_attend: SelfAttend) -> Embedded:
+        """`forward` up to and including the last block, so that all keys and values have been passed on."""
+        embedded = self.embed(x, t, text)
+        tokens = embedded.tokens
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, e6, text.layers[layer], self_attend.at(layer))
-        return self.unpatchify(self.head(tokens, e), *grid)
+            tokens = block(tokens, embedded.modulation, text.layers[layer], self_attend.at(layer))
+        return replace(embedded, tokens=tokens)
+
+    def finish(self, begun: Embedded, text: TextContext, self_attend: SelfAttend) -> Tensor:
+        """The flow, from what `begin` returned for the same text."""
+        return self.unpatchify(self.head(begun.tokens, begun.time), *begun.grid)
 
     def commit(self, x: Tensor, t: Tensor, text: TextContext, self_attend: SelfAttend) -> None:
-        """`forward` for the sake of the keys and values that `self_attend` keeps."""
-        self(x, t, text, self_attend)
+        """Pass the keys and values of x to `self_attend`, as `forward` does, and compute no flow."""
+        self.begin(x, t, text, self_attend)
+
+    def refresh(self) -> None:
+        """Does nothing: no copies of weights are kept."""
+
+    def prepare(self, cache: object) -> bool:
+        """False: nothing is prepared per cache."""
+        return False
 
     def unpatchify(self, tokens: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """[B, F * rows * columns, pt * ph * pw * C] (channel last in a patch) -> [B, C, F * pt, ...]."""

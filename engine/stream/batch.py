@@ -1,31 +1,71 @@
-"""Chunks of several streams in one batch: what each stream keeps for itself, side by side.
+"""Rolling caches, and several of them as the cache of a batch.
 
-Projections and feed-forward are then one product for all streams, while attention stays each stream's own: their rings
-stand at different places, and each has its own past.
+In a batch, projections and feed-forward are one product for all streams. Attention stays separate per stream: their
+rings are at different slots, and each has its own past.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.models.dit import Attend
-from engine.stream.kv_cache import KVCache
 
 
-class JoinedCaches:
-    """Used as the cache of a batch; row i of every tensor is the chunk of the stream whose cache is the i-th."""
+class RollingCache(Protocol):
+    """What the rollout needs of a KV cache, whichever transformer it belongs to."""
 
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        """`caches` have one row each."""
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def written(self) -> int:
+        """Chunks committed since the scene began."""
+
+    def advance(self) -> None:
+        """Keep the current chunk and move on to the next one."""
+
+
+class AttendingCache(RollingCache, Protocol):
+    """The cache of a `CausalWan`."""
+
+    def at(self, layer: int) -> Attend:
+        """See `SelfAttend`."""
+
+
+class FusedRollingCache(RollingCache, Protocol):
+    """The cache of a `FusedWan`."""
+
+    def write(self, layer: int, qkv: Tensor, *norms: Any) -> Any:
+        """See `FusedCache.write`."""
+
+    def attend(self, layer: int, queries: Any, out_scale: Tensor | None = None) -> Tensor:
+        """See `FusedCache.attend`."""
+
+
+C = TypeVar("C", bound=RollingCache)
+
+
+class _Batch(Generic[C]):
+    """Row i of every tensor belongs to the i-th of `caches`, which have one row each."""
+
+    def __init__(self, caches: Sequence[C]) -> None:
         self._caches = list(caches)
         self.device = self._caches[0].device
 
     @property
     def written(self) -> int:
-        """Chunks that each has kept, at least."""
+        """Chunks that every cache has committed, at least."""
         return min(cache.written for cache in self._caches)
+
+    def advance(self) -> None:
+        for cache in self._caches:
+            cache.advance()
+
+
+class BatchedCache(_Batch[AttendingCache]):
+    """The caches of a batch for `CausalWan`."""
 
     def at(self, layer: int) -> Attend:
         """See `SelfAttend`."""
@@ -33,22 +73,19 @@ class JoinedCaches:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = zip(attends, q.split(1), k.split(1), v.split(1), strict=True)
-            return torch.cat([own(*row) for own, *row in rows])
+            return torch.cat([one(*row) for one, *row in rows])
 
         return attend
 
-    def write(self, layer: int, qkv: Tensor, *how: Any) -> list[Any]:
-        """See `FusedCache.write`."""
-        return [
-            cache.write(layer, row, *how)  # type: ignore[attr-defined]
-            for cache, row in zip(self._caches, qkv.split(1), strict=True)
-        ]
 
-    def attend(self, layer: int, asked: list[Any], out_scale: Tensor | None = None) -> Tensor:
-        """See `FusedCache.look`."""
-        rows = zip(self._caches, asked, strict=True)
-        return torch.cat([cache.attend(layer, own, out_scale) for cache, own in rows])  # type: ignore[attr-defined]
+class BatchedFusedCache(_Batch[FusedRollingCache]):
+    """The caches of a batch for `FusedWan`."""
 
-    def advance(self) -> None:
-        for cache in self._caches:
-            cache.advance()
+    def write(self, layer: int, qkv: Tensor, *norms: Any) -> list[Any]:
+        """See `FusedCache.write`; the queries are a list, one entry per row."""
+        return [cache.write(layer, row, *norms) for cache, row in zip(self._caches, qkv.split(1), strict=True)]
+
+    def attend(self, layer: int, queries: list[Any], out_scale: Tensor | None = None) -> Tensor:
+        """See `FusedCache.attend`."""
+        rows = zip(self._caches, queries, strict=True)
+        return torch.cat([cache.attend(layer, own, out_scale) for cache, own in rows])

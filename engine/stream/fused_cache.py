@@ -10,7 +10,9 @@ which a policy names (`heads.py`), see these alone and nothing of the past.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from engine.ops.attention import BLOCK, AttentionOperands, BlockLists, attention
 from engine.ops.fused import QKVProjection
 from engine.ops.quant import KVScales
 from engine.stream import pruned_heads as policy
+from engine.stream.batch import BatchedFusedCache, RollingCache
 from engine.stream.kv_cache import KVCache, Rows
 from engine.stream.pruned_heads import Heads
 
@@ -98,6 +101,11 @@ class FusedCache(KVCache):
         self._pruned = torch.tensor(self._marks, device=self.device)[:, None, :, None, None]
         self._lists: dict[tuple[int, int], Lists] = {}
 
+    @classmethod
+    def join(cls, caches: Sequence[Self]) -> RollingCache:
+        """Caches of one row each as the cache of a batch."""
+        return BatchedFusedCache(caches)
+
     def _always(self) -> Tensor:
         """Which blocks every query sees, bool [blocks]: those that touch the sink or the current chunk."""
         key = self.slot, self.filled
@@ -135,11 +143,11 @@ class FusedCache(KVCache):
         scales, packed = self.scales[layer], self.packed[layer]
         width, shape = qkv.shape[-1] // 3, keys.shape[2:]
         if self.written:
-            asked = Queries(*dispatch.qk_norm_rope_int8(projection, keys[:, span], scales, raw_keys=raw))
+            queries = Queries(*dispatch.qk_norm_rope_int8(projection, keys[:, span], scales, raw_keys=raw))
             values = qkv[..., 2 * width :].unflatten(-1, shape)
             own_bias = None if bias is None else bias[2 * width :]
             dispatch.pack_values(values, packed, span.start, scales.value, own_bias)
-            return asked
+            return queries
         # a scene's first chunk: its own keys and values say how all of the scene's are rounded. It sees them exactly.
         exact_keys, exact_values = (
             torch.empty((*qkv.shape[:2], *shape), dtype=qkv.dtype, device=self.device) for _ in range(2)
@@ -150,22 +158,22 @@ class FusedCache(KVCache):
         dispatch.pack_values(exact_values, packed, span.start, scales.value)
         return Queries(q, exact=(exact_keys, exact_values))
 
-    def attend(self, layer: int, asked: Queries, out_scale: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, queries: Queries, out_scale: Tensor | None = None) -> Tensor:
         """Self-attention of the current chunk: [B, S, heads, head_dim].
 
         With `out_scale` float32 [1] the result may come in float8, to be multiplied by it.
         """
-        if asked.exact is not None:
-            return attention(asked.q, *asked.exact)
+        if queries.exact is not None:
+            return attention(queries.q, *queries.exact)
         keys = self.keys.data[layer, :, : self.filled]
         if self.scales is None:
             values = self.values.data[layer, :, : self.filled]
-            return self._attention(layer, AttentionOperands(asked.q, keys, values))
+            return self._attention(layer, AttentionOperands(queries.q, keys, values))
         operands = AttentionOperands(
-            asked.q,
+            queries.q,
             keys,
             self.packed[layer],
-            q_scale=asked.q_scale,
+            q_scale=queries.q_scale,
             v_scale=self.scales[layer].value,
             packed=True,
             out_dtype=self.dtype,

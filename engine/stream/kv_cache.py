@@ -10,7 +10,9 @@ Past chunks may be kept in 8 bits; the chunk that is being denoised is always ex
 Shapes: B batch, S tokens of a chunk, N tokens of a frame.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from engine.models.dit import Attend
 from engine.ops.attention import attention
 from engine.ops.quant import FORMAT_DTYPE, QuantTensor, quantise
 from engine.ops.rope import rope_angles, rotate
+from engine.stream.batch import BatchedCache, RollingCache
 
 
 class Rows:
@@ -91,6 +94,11 @@ class KVCache:
         self.written = 0
         self._angles = self._rotations(0, config.chunk)
         self._sink_base = 0
+
+    @classmethod
+    def join(cls, caches: Sequence[Self]) -> RollingCache:
+        """Caches of one row each as the cache of a batch."""
+        return BatchedCache(caches)
 
     def _rotations(self, frame: int, count: int) -> Tensor:
         frames = torch.arange(frame, frame + count, device=self.device)

@@ -8,33 +8,50 @@ from torch import Tensor, nn
 
 from engine.config import RolloutConfig
 from engine.models.dit import TextContext
-from engine.stream.batch import JoinedCaches
-from engine.stream.kv_cache import KVCache
+from engine.stream.batch import RollingCache
 from engine.stream.sampler import chunk_noise, few_step
 from engine.stream.steps import fewer
 
-Cache = KVCache | JoinedCaches
-Row = tuple[int, int]
-"""Of a row of a batch: the stream's seed and the index of its chunk, which its noise is made of."""
+NoiseKey = tuple[int, int]
+"""Seed of a stream and index of its chunk: what the noise of a row of a batch is a function of."""
 
 
 class Transformer(Protocol):
-    """What is rolled out: `CausalWan`, or another way through its weights, with the cache that belongs to it."""
+    """What the rollout runs: `CausalWan`, or a transform of it. Each takes the kind of cache that belongs to it.
+
+    x is [B, C, F, H, W]; t is [B, F], noise levels times 1000.
+    """
 
     @property
     def patch_embedding(self) -> nn.Conv3d: ...
 
-    def encode_text(self, text: Tensor) -> TextContext: ...
+    def encode_text(self, text: Tensor) -> TextContext:
+        """The context of text [G, L, text_dim], whose padding positions are zero."""
 
     def __call__(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> Tensor:
-        """The flow of x [B, C, F, H, W] at the noise levels t [B, F], times 1000."""
+        """The flow of x, in x's shape: `begin`, then `finish`. The next call may overwrite it."""
+
+    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> Any:
+        """The part of a forward in which all keys and values of x are written to the cache."""
+
+    def finish(self, begun: Any, text: TextContext, cache: Any) -> Tensor:
+        """The flow, from what `begin` returned; once per `begin`."""
 
     def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: Any) -> None:
-        """Write the keys and values of x to the cache, as a call does, and nothing else."""
+        """Write the keys and values of x to the cache, and compute no flow."""
+
+    def refresh(self) -> None:
+        """Update what is kept beside the model's weights, which have changed. Streams' contexts and caches are not."""
+
+    def prepare(self, cache: Any) -> bool:
+        """Do ahead what the first forwards on this cache would do, and reset it; false where that is nothing.
+
+        Call it after a stream has run on another cache, which gives the shapes.
+        """
 
 
-def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: Cache) -> Tensor:
-    """The flow of a chunk [B, C, F, H, W] at one noise level, K and V written to the chunk's slot of the cache."""
+def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: RollingCache) -> Tensor:
+    """The flow, float32, of a chunk x [B, C, F, H, W] at one noise level; K and V go to the chunk's slot of the cache."""
     return model(*_inputs(model, x, sigma), context, cache).float()
 
 
@@ -46,15 +63,17 @@ def _inputs(model: Transformer, x: Tensor, sigma: float) -> tuple[Tensor, Tensor
 def denoise_chunk(
     model: Transformer,
     config: RolloutConfig,
-    cache: Cache,
+    cache: RollingCache,
     context: TextContext,
-    rows: Sequence[Row],
+    rows: Sequence[NoiseKey],
     *,
     steps: int | None = None,
 ) -> Tensor:
-    """Clean latents float32 [B, C, F, H, W] of the chunks that the cache stands at.
+    """Clean latents float32 [B, C, F, H, W] of the chunks that the cache is at.
 
-    `steps` takes fewer than the configured steps.
+    Args:
+        rows: one entry per row of the batch.
+        steps: use so many of the configured steps, evenly spaced; None uses all.
     """
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
 
@@ -68,22 +87,23 @@ def denoise_chunk(
 
 
 CONTEXT_STEP = 1000
-"""Counter word of the context pass's noise, far from any sampling step."""
+"""Stands for the step in the noise of the context pass; no sampling step has so high a number."""
 
 
 def commit_chunk(
     model: Transformer,
     config: RolloutConfig,
-    cache: Cache,
+    cache: RollingCache,
     context: TextContext,
     latents: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[NoiseKey],
     *,
     context_pass: bool = True,
 ) -> None:
-    """The context pass: write the clean K and V that later chunks will see, and move the cache on.
+    """The context pass: write the K and V of clean latents, which later chunks attend to, and advance the cache.
 
-    Without it, later chunks see what the last denoising step wrote: a fifth less work, from keys of noisy latents.
+    With `context_pass` false, later chunks attend to what the last denoising step wrote: a fifth less work, but keys of
+    noisy latents.
     """
     if not context_pass:
         cache.advance()

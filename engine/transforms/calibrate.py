@@ -13,8 +13,6 @@ from torch import Tensor
 from engine.config import Preset
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.apply import Served
-from engine.transforms.cuda_graphs import GraphedWan
-from engine.transforms.fused import FusedWan
 
 PROMPTS = (
     "A shiny red cube bounces on grass at sunset, a small blue ball rolls past, the camera orbits",
@@ -30,10 +28,10 @@ def calibrate(served: Served, preset: Preset, texts: Sequence[Tensor], chunks: i
     Must precede the capture of CUDA graphs.
 
     Raises:
-        ValueError: the model is not the fused one.
+        ValueError: the model is not fused.
     """
-    model = served.dit.model if isinstance(served.dit, GraphedWan) else served.dit
-    if not isinstance(model, FusedWan):
+    model = served.fused
+    if model is None:
         raise ValueError("fixed scales can only be used together with the fused model")
     projections = [x for block in model.blocks for x in block.projections.values()]
     for projection in projections:

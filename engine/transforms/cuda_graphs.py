@@ -1,8 +1,8 @@
-"""Forwards and decoding as CUDA graphs: one launch for some five hundred kernels, which the host could not issue as
-fast as a GPU runs them.
+"""Forwards and decoding as CUDA graphs: one launch for some five hundred kernels, which the host cannot launch as fast
+as a GPU runs them.
 
-A graph is bound to addresses, so each cache has a place of its own: buffers that inputs are copied to, and one graph
-for every state that its ring can be in. They are recorded when first met; warming a place up records all of them.
+A graph is bound to addresses. So each cache has buffers that inputs are copied to, and a graph for every state that its
+ring can be in, recorded when first needed or ahead by `prepare`.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.dit import TextContext
+from engine.stream.batch import FusedRollingCache
 from engine.stream.decoding import Decoder
 from engine.stream.fused_cache import FusedCache
-from engine.transforms.fused import FusedWan
+from engine.transforms.fused import ForwardState, FusedWan
 
 T = TypeVar("T")
 
 
 def record(function: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
-    """`function` as a graph, and its result, whose tensors a replay fills.
+    """A graph of `function`, and its result, whose tensors a replay overwrites.
 
-    It is called twice before: kernels are compiled and algorithms chosen then.
+    `function` runs twice before it is captured, so that kernels are compiled and algorithms chosen.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -39,35 +40,40 @@ def record(function: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A forward in two parts. A context pass needs the first alone."""
+class RecordedForward:
+    """A forward in two graphs. A context pass replays only the first."""
 
     begin: torch.cuda.CUDAGraph
     finish: torch.cuda.CUDAGraph
     out: Tensor
+    """The flow, which `finish` overwrites."""
 
 
 @dataclass
-class Place:
-    """Where the graphs of one cache find their inputs."""
+class GraphInputs:
+    """The buffers that the graphs of one cache read their inputs from, and these graphs."""
 
     x: Tensor
     t: Tensor
     text: TextContext
-    shown: TextContext | None = None
-    """The context that was copied to `text`."""
-    graphs: dict[tuple[int, int, bool], Recorded] = field(default_factory=dict)
+    copied: TextContext | None = None
+    """The context whose values `text` holds."""
+    graphs: dict[tuple[int, int, bool], RecordedForward] = field(default_factory=dict)
+    """By slot and filled tokens of the cache, and whether the chunk is the scene's first."""
 
 
 class GraphedWan(nn.Module):
-    """Called as the `FusedWan` it runs. The flow it returns is overwritten by its next call."""
+    """A `FusedWan` whose forwards are replayed from CUDA graphs. The flow it returns is overwritten by its next call.
+
+    Batches run kernel by kernel, since a graph is bound to one cache.
+    """
 
     def __init__(self, model: FusedWan) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
         self._pool = torch.cuda.graph_pool_handle()
-        self._places: WeakKeyDictionary[FusedCache, Place] = WeakKeyDictionary()
+        self._inputs: WeakKeyDictionary[FusedCache, GraphInputs] = WeakKeyDictionary()
 
     @property
     def patch_embedding(self) -> nn.Conv3d:
@@ -79,43 +85,74 @@ class GraphedWan(nn.Module):
     def refresh(self) -> None:
         self.model.refresh()
 
-    def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Tensor:
-        graphs = self._at(x, t, text, cache)
-        graphs.begin.replay()
-        graphs.finish.replay()
-        return graphs.out
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache) -> Tensor:
+        return self.finish(self.begin(x, t, text, cache), text, cache)
 
-    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> None:
-        self._at(x, t, text, cache).begin.replay()
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache) -> None:
+        self.begin(x, t, text, cache)
 
-    def _at(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Recorded:
-        """The graphs for where the cache's ring stands, their inputs in place."""
-        place = self._places.get(cache)
-        if place is None:
-            place = Place(torch.empty_like(x), torch.empty_like(t), text.map(torch.empty_like))
-            self._places[cache] = place
-        place.x.copy_(x)
-        place.t.copy_(t)
-        if place.shown is not text:
-            for (k, v), (new_k, new_v) in zip(place.text.layers, text.layers, strict=True):
+    def begin(
+        self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache
+    ) -> RecordedForward | ForwardState:
+        if not isinstance(cache, FusedCache):
+            return self.model.begin(x, t, text, cache)
+        recorded = self._recorded(x, t, text, cache)
+        recorded.begin.replay()
+        return recorded
+
+    def finish(
+        self, begun: RecordedForward | ForwardState, text: TextContext, cache: FusedRollingCache
+    ) -> Tensor:
+        if isinstance(begun, ForwardState):
+            return self.model.finish(begun, text, cache)
+        begun.finish.replay()
+        return begun.out
+
+    @torch.inference_mode()
+    def prepare(self, cache: FusedCache) -> bool:
+        """Record the graphs of every state that the cache's ring goes through; see `Transformer`.
+
+        Raises:
+            RuntimeError: no forward has run yet, so that the shapes of inputs are unknown.
+        """
+        like = next(iter(self._inputs.values()), None)
+        if like is None:
+            raise RuntimeError("graphs can be recorded ahead once a forward has run on another cache")
+        cache.reset(0)
+        for _ in cache.shapes():
+            self._recorded(like.x, like.t, like.text, cache)
+            cache.advance()
+        cache.reset(0)
+        return True
+
+    def _recorded(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> RecordedForward:
+        """The graphs for the state of the cache's ring, recorded now if need be, with their inputs in place."""
+        inputs = self._inputs.get(cache)
+        if inputs is None:
+            inputs = GraphInputs(torch.empty_like(x), torch.empty_like(t), text.map(torch.empty_like))
+            self._inputs[cache] = inputs
+        inputs.x.copy_(x)
+        inputs.t.copy_(t)
+        if inputs.copied is not text:
+            for (k, v), (new_k, new_v) in zip(inputs.text.layers, text.layers, strict=True):
                 k.copy_(new_k)
                 v.copy_(new_v)
-            place.text.pooled.copy_(text.pooled)
-            place.text.lengths.copy_(text.lengths)
-            place.shown = text
+            inputs.text.pooled.copy_(text.pooled)
+            inputs.text.lengths.copy_(text.lengths)
+            inputs.copied = text
         key = cache.slot, cache.filled, cache.written == 0
-        if key not in place.graphs:
-            inputs = place
-            begin, begun = record(lambda: self.model.begin(inputs.x, inputs.t, inputs.text, cache), self._pool)
-            # `record` runs it more than once, and it changes what it is given
-            finish, out = record(lambda: self.model.finish(replace(begun), inputs.text, cache), self._pool)
-            # What `begin` leaves is not kept: later graphs may use its memory, since none runs between these two.
-            place.graphs[key] = Recorded(begin, finish, out)
-        return place.graphs[key]
+        if key not in inputs.graphs:
+            x, t, text = inputs.x, inputs.t, inputs.text
+            begin, begun = record(lambda: self.model.begin(x, t, text, cache), self._pool)
+            # `record` runs it more than once, and `finish` changes what it is given
+            finish, out = record(lambda: self.model.finish(replace(begun), text, cache), self._pool)
+            # `begun` is not kept: later graphs may reuse its memory, since none is replayed between these two.
+            inputs.graphs[key] = RecordedForward(begin, finish, out)
+        return inputs.graphs[key]
 
 
 class GraphedDecoder:
-    """Called as the `Decoder` it runs. Memories are copied in and out, so that streams may share the graphs."""
+    """A `Decoder` replayed from CUDA graphs. Memories are copied in and out, so that all streams share the graphs."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

@@ -1,34 +1,32 @@
-"""The transformer as it serves on a GPU: the sums of `CausalWan`, in as few passes over memory as they take.
+"""The transformer as it serves on a GPU: what `CausalWan` computes, in as few passes over memory as possible.
 
-Between two matrix products stands one kernel (`engine.ops.fused`): residual sum, norm and modulation; norm, rotation
-and the write into the cache; activation. The kernel that makes a product's input also quantises it, where the
-projection is in 8 bits. The model's own modules hold the weights; this is another way through them, which a test holds
-to theirs.
+Between two matrix products runs one kernel (`engine.ops.fused`): residual sum, norm and modulation; or norm, rotation
+and the write into the cache; or activation. The kernel that computes a product's input also quantises it, where the
+projection is in 8 bits. The weights stay in the model's own modules, and a test compares the results with theirs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from engine.models.dit import Block, CausalWan, TextContext, timestep_embedding
+from engine.models.dit import Block, CausalWan, TextContext
 from engine.ops.dispatch import add_norm, padded_attention, rms_norm
 from engine.ops.quant import Activation, FixedScale, OutputFormat, QuantTensor
-from engine.stream.fused_cache import FusedCache, Queries
+from engine.stream.batch import FusedRollingCache
 from engine.transforms.low_bit import Policy, Projection, layers_of
 
 
 def fixed_fp8(output_format: OutputFormat | None) -> Tensor | None:
-    """The scale by which attention itself can round its result for the projection that follows."""
+    """The fixed float8 scale of the next projection's input, by which attention quantises its output; or None."""
     if isinstance(output_format, FixedScale) and output_format.format == "fp8":
         return output_format.scale
     return None
 
 
 def activation(x: Tensor, output_format: OutputFormat | None) -> Activation:
-    """What attention made, which may be in 8 bits already."""
+    """Attention's output as the next projection takes it; attention may have quantised it already."""
     if x.element_size() > 1:
         return x
     assert isinstance(output_format, FixedScale)
@@ -36,7 +34,7 @@ def activation(x: Tensor, output_format: OutputFormat | None) -> Activation:
 
 
 class FusedBlock:
-    """The projections of one block, joined and perhaps in 8 bits, and the small parameters beside them."""
+    """One block's projections, q, k and v joined, each in the format of the policy; and its small parameters."""
 
     def __init__(self, block: Block, index: int, policy: Policy) -> None:
         own, cross = block.self_attn, block.cross_attn
@@ -56,7 +54,7 @@ class FusedBlock:
 
 @dataclass(frozen=True)
 class Added:
-    """What a block's last product adds to the residual: gate (y + bias), which the next kernel sums."""
+    """What the block before adds to the residual, gate * (y + bias); the next kernel computes the sum."""
 
     y: Tensor | None = None
     bias: Tensor | None = None
@@ -65,25 +63,28 @@ class Added:
 
 @dataclass
 class ForwardState:
-    """A forward between two blocks, or within one."""
+    """A forward between two blocks, or within one. Rows are the tokens of the whole batch, R = B * S."""
 
     residual: Tensor
-    added: Added
-    asked: Queries | None
-    """Of the block whose keys and values are written."""
+    """[R, D], without `added`."""
     modulation: Tensor
-    e: Tensor
+    """float32 [layers, B * F, 6, D]"""
+    time: Tensor
+    """[B * F, D]"""
     batch: int
-    grid: Sequence[int]
+    grid: tuple[int, int, int]
+    added: Added = field(default_factory=Added)
+    queries: Any = None
+    """The current block's, from the cache's `write`."""
 
 
 class FusedWan(nn.Module):
-    """Called as `CausalWan` is, with a `FusedCache`; inference only."""
+    """A `Transformer` over the weights of a `CausalWan`, with a `FusedCache` or a batch of them; inference only."""
 
     modulation: Tensor
 
     def __init__(self, wan: CausalWan, policy: Policy | None = None, *, keep_on_host: bool = False) -> None:
-        """`keep_on_host`: hold the exact weights of what is in 8 bits in host memory, so that LoRAs can change them."""
+        """`keep_on_host` keeps the exact weights of quantised projections in host memory, so that LoRAs can change them."""
         super().__init__()
         policy = policy or Policy()
         self.wan = wan
@@ -96,7 +97,7 @@ class FusedWan(nn.Module):
         self.register_buffer("modulation", self._modulation(), persistent=False)
 
     def _modulation(self) -> Tensor:
-        """Every block's own part of shift, scale and gate, twice, and the one of "1 + scale": [blocks, 1, 6, dim]."""
+        """Every block's own shift, scale and gate, with the 1 of "1 + scale" added: float32 [blocks, 1, 6, dim]."""
         one = torch.tensor([0.0, 1, 0, 0, 1, 0], device=self.wan.head.modulation.device)[:, None]
         blocks = [cast(Block, block).modulation.detach() for block in self.wan.blocks]
         return torch.stack([block.float() + one for block in blocks])
@@ -109,49 +110,52 @@ class FusedWan(nn.Module):
         return self.wan.encode_text(text)
 
     def refresh(self) -> None:
-        """The model's weights have changed: take over what is held apart from them."""
+        """Copy again what is kept beside the model's weights, which have changed."""
         self.modulation.copy_(self._modulation())
         for block in self.blocks:
             for projection in block.projections.values():
                 projection.refresh()
 
-    def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> Tensor:
-        """As `CausalWan.forward`."""
+    def prepare(self, cache: object) -> bool:
+        """False: nothing is prepared per cache."""
+        return False
+
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache) -> Tensor:
+        """The flow; arguments and result as in `CausalWan.forward`."""
         return self.finish(self.begin(x, t, text, cache), text, cache)
 
-    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> None:
-        """As `CausalWan.commit`: what comes after the last layer's keys and values is left out."""
+    def commit(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache) -> None:
+        """Write the keys and values of x to the cache, and skip what comes after the last layer's."""
         self.begin(x, t, text, cache)
 
-    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedCache) -> ForwardState:
-        """The forward, until the last layer's keys and values are written."""
-        wan = self.wan
-        patches = wan.patch_embedding(x)
-        batch = len(x)
-        residual = patches.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
-        e = wan.time_embedding(timestep_embedding(t, self.config.freq_dim).to(patches.dtype))
-        runs = len(text.pooled) // batch
-        e = e + text.pooled.unflatten(0, (-1, runs)).repeat_interleave(e.shape[1] // runs, dim=1)
-        e6 = wan.time_projection(e).unflatten(-1, (6, -1)).flatten(0, 1).float()
-        begun = ForwardState(residual, Added(), None, self.modulation + e6, e.flatten(0, 1), batch, patches.shape[2:])
+    def begin(self, x: Tensor, t: Tensor, text: TextContext, cache: FusedRollingCache) -> ForwardState:
+        """`forward` up to the last layer's write of keys and values."""
+        embedded = self.wan.embed(x, t, text)
+        begun = ForwardState(
+            residual=embedded.tokens.flatten(0, 1).contiguous(),
+            modulation=self.modulation + embedded.modulation.flatten(0, 1).float(),
+            time=embedded.time.flatten(0, 1),
+            batch=len(x),
+            grid=embedded.grid,
+        )
         for layer in range(len(self.blocks)):
             if layer:
                 self._attend(layer - 1, begun, text, cache)
             self._write(layer, begun, cache)
         return begun
 
-    def finish(self, begun: ForwardState, text: TextContext, cache: FusedCache) -> Tensor:
-        """What `begin` left of the forward."""
+    def finish(self, begun: ForwardState, text: TextContext, cache: FusedRollingCache) -> Tensor:
+        """The rest of `forward`: the last block's attention and feed-forward, and the head. Changes `begun`."""
         wan = self.wan
         self._attend(len(self.blocks) - 1, begun, text, cache)
-        shift, scale = (wan.head.modulation.float() + begun.e[:, None].float()).unbind(1)
+        shift, scale = (wan.head.modulation.float() + begun.time[:, None].float()).unbind(1)
         added = begun.added
         _, h = add_norm(begun.residual, scale + 1, shift, self.config.eps, y=added.y, bias=added.bias, gate=added.gate)
         assert isinstance(h, Tensor)
         return wan.unpatchify(wan.head.head(h).unflatten(0, (begun.batch, -1)), *begun.grid)
 
-    def _write(self, layer: int, begun: ForwardState, cache: FusedCache) -> None:
-        """A block until its keys and values are in the cache."""
+    def _write(self, layer: int, begun: ForwardState, cache: FusedRollingCache) -> None:
+        """A block up to its write of keys and values."""
         block, eps, added = self.blocks[layer], self.config.eps, begun.added
         shift, scale = begun.modulation[layer, :, 0], begun.modulation[layer, :, 1]
         begun.residual, h = add_norm(
@@ -165,15 +169,14 @@ class FusedWan(nn.Module):
             output_format=block.qkv.input_format,
         )
         qkv = block.qkv(h).unflatten(0, (begun.batch, -1))
-        begun.asked = cache.write(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
+        begun.queries = cache.write(layer, qkv, block.qkv.bias, block.norm_q, block.norm_k, eps)
 
-    def _attend(self, layer: int, begun: ForwardState, text: TextContext, cache: FusedCache) -> None:
+    def _attend(self, layer: int, begun: ForwardState, text: TextContext, cache: FusedRollingCache) -> None:
         """The rest of the block."""
         block, eps, residual = self.blocks[layer], self.config.eps, begun.residual
         _, _, gate1, shift2, scale2, gate2 = begun.modulation[layer].unbind(1)
         output_format = block.o.input_format
-        assert begun.asked is not None
-        own = cache.attend(layer, begun.asked, fixed_fp8(output_format))
+        own = cache.attend(layer, begun.queries, fixed_fp8(output_format))
         y = block.o(activation(own.flatten(0, 1).flatten(1), output_format))
         weight, bias = block.text_norm.weight[None], block.text_norm.bias[None]
         residual, h = add_norm(
