@@ -22,8 +22,9 @@ from engine.models.config import (
 )
 from engine.stream.steps import step_sigmas
 
-KVPrecision = Literal["exact", "fp8", "int8"]
-"""How the KV cache keeps past chunks; see `engine.stream.kv_cache`."""
+KVPrecision = Literal["exact", "fp8", "int8", "int8-fp8"]
+"""How the KV cache keeps past chunks: as computed; or in 8 bits with a scale per vector (the model as written); or keys
+in int8 and values in float8, which the fused model's attention reads as they are."""
 
 Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
 """A projection of a transformer block; `qkv` joins three linear layers that read the same input."""

@@ -1,4 +1,13 @@
-"""A stream from prompt to frames: encode, denoise, decode, commit. Start reading the engine here."""
+"""A stream from prompt to frames: encode, denoise, decode, commit. Start reading the engine here.
+
+    state = pipeline.open("a red ball bouncing on grass", seed=7)
+    while True:
+        chunk = pipeline.next_chunk(state)  # denoise and decode: `chunk.frames` can be shown
+        pipeline.commit(state)              # the context pass: later chunks attend to this one
+
+`Pipeline` holds what all streams share, `StreamState` what a stream carries from chunk to chunk. The rest of the engine
+makes the model fast (`transforms`), loads it (`assemble`), and decides which stream runs next (`scheduler`, `worker`).
+"""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -6,34 +15,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.config import Preset, RolloutConfig
+from engine.config import Preset
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
-from engine.stream.batch import JoinedCaches
+from engine.stream.batch import RollingCache
 from engine.stream.decoding import PictureEncoding, SideStream, to_host
 from engine.stream.kv_cache import KVCache
-from engine.stream.rollout import Transformer, commit_chunk, denoise_chunk
+from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
 from engine.transforms.apply import Served
-from engine.transforms.cuda_graphs import GraphedWan
-from engine.transforms.fused import FusedWan
 from engine.wire import Transition
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames uint8 [T, height, width, 3] of chunk `index`, in host memory; the media time of the first is `frame`."""
+    """Decoded frames of one chunk."""
 
     index: int
     frame: int
+    """Number of the first frame, counted from the stream's start."""
     frames: Tensor
+    """uint8 [T, height, width, 3] in host memory."""
     discontinuity: bool
+    """The chunk begins a scene: it does not continue the frames before."""
     steps: int | None = None
-    """Denoising steps that it was made with, where those are not the preset's."""
+    """Denoising steps, where they were fewer than the preset's."""
 
 
 class NotFiniteError(RuntimeError):
-    """The model produced NaN or infinity; the stream cannot go on."""
+    """The model produced NaN or infinity; the stream cannot continue."""
 
 
 class PictureError(ValueError):
@@ -51,7 +61,12 @@ class Pipeline:
         served: Served,
         pictures: PictureEncoding | None = None,
     ) -> None:
-        """`text_encoder` is a `TextEncoder`, or what `place_text_encoder` made of one."""
+        """
+        Args:
+            text_encoder: a `TextEncoder`, or what `place_text_encoder` returned for one.
+            served: the transformer and decoder, after the transforms.
+            pictures: encodes the frames that a stream may start from; None where the weights have no VAE encoder.
+        """
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
@@ -60,10 +75,12 @@ class Pipeline:
         self.dit = served.dit
         self.decoder = served.decoder
         self.pictures = pictures
-        self._caches: list[KVCache] = []
-        self._beside = SideStream(served.wan.patch_embedding.weight.device)
         self.device: torch.device = served.wan.patch_embedding.weight.device
         self.dtype: torch.dtype = served.wan.patch_embedding.weight.dtype
+        self._free_caches: list[KVCache] = []
+        self._decode_stream = SideStream(self.device)
+
+    # Opening and closing
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -76,30 +93,31 @@ class Pipeline:
     def open(
         self, prompt: str, seed: int, *, chunk: int = 0, frame: int = 0, picture: Tensor | None = None
     ) -> StreamState:
-        """A new stream. `chunk` and `frame` are where it stands when it continues an earlier engine process's.
+        """A new stream.
 
-        `picture`, uint8 [T, height, width, 3], is what came before the first frame: see `_see`.
+        Args:
+            chunk, frame: where it resumes a stream of an earlier engine process.
+            picture: frames that it continues, uint8 [T, height, width, 3]; a single one is held still for a chunk.
 
         Raises:
-            PictureError: the picture has another size than the model, or the model cannot start from one.
+            PictureError: the picture's size is not the model's, or the model cannot start from one.
         """
-        cache = self._caches.pop() if self._caches else self.served.new_cache()
+        cache = self._free_caches.pop() if self._free_caches else self.served.new_cache()
         cache.reset(chunk * self.preset.chunk)
         text = self.encode_prompt(prompt)
         state = StreamState(seed, cache, text, self.dit.encode_text(text), chunk=chunk, frame=frame)
         if picture is not None:
-            self._see(state, picture)
+            self._start_from(state, picture)
         return state
 
     def close(self, state: StreamState) -> None:
-        """The stream is over: its cache, and what was recorded for it, serves the next one. Do not use it again."""
-        self._caches.append(state.cache)
+        """End a stream, and do not use `state` again: its cache, with the CUDA graphs recorded for it, is reused."""
+        self._free_caches.append(state.cache)
 
-    def _see(self, state: StreamState, picture: Tensor) -> None:
-        """Let the stream have seen a picture: as many of its newest frames as the window's past holds.
+    def _start_from(self, state: StreamState, picture: Tensor) -> None:
+        """Commit the picture's newest frames, as many as the window's past holds, as if the model had made them.
 
-        A single picture stands still for a chunk. Its latents get a context pass like any others, and go through the
-        decoder, so that the first frame shown continues it.
+        The decoder sees their latents too, so that the first generated frame continues them.
         """
         preset = self.preset
         if self.pictures is None:
@@ -107,44 +125,22 @@ class Pipeline:
         if picture.ndim != 4 or tuple(picture.shape[1:]) != (preset.height, preset.width, 3) or not len(picture):
             size = f"{preset.width}x{preset.height}"
             raise PictureError(f"a picture must have one or more frames of {size} RGB, got {tuple(picture.shape)}")
-        fitting = 1 + max(0, len(picture) - preset.first_chunk_frames) // preset.chunk_frames
-        chunks = min(fitting, max(1, preset.window // preset.chunk - 1))
+        whole_chunks = 1 + max(0, len(picture) - preset.first_chunk_frames) // preset.chunk_frames
+        chunks = min(whole_chunks, max(1, preset.window // preset.chunk - 1))
         count = preset.first_chunk_frames + (chunks - 1) * preset.chunk_frames
         picture = picture[-count:]
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
         latents = self.pictures(frames)
         for part in latents.split(preset.chunk, dim=2):
-            with self._beside(latents):
-                self.decode(part, state)
+            with self._decode_stream(latents):
+                _, state.memories = self.decoder(part, state.memories)
             self._write([state], part)
-            self._remember(state, part)
+            self._keep_recent(state, part)
 
-    def steer(self, state: StreamState, prompt: str, transition: Transition) -> int:
-        """Change the prompt at the next chunk boundary; returns the index of the first chunk under it.
-
-        A steer that waits already is replaced.
-        """
-        state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
-        return state.chunk
-
-    def set_steps(self, state: StreamState, steps: int) -> None:
-        """Denoise with so many steps from the next chunk on, at least 1; the preset's own number or more is its own."""
-        count = len(self.preset.steps)
-        state.steps = max(1, steps) if steps < count else None
-
-    def refresh_weights(self) -> None:
-        """The transformer's weights changed: take over what is held apart from them. Streams need `refresh`, too."""
-        if isinstance(self.dit, FusedWan | GraphedWan):
-            self.dit.refresh()
-
-    @torch.inference_mode()
-    def refresh(self, state: StreamState) -> None:
-        """The transformer's weights changed: make again what the stream keeps of them, as a `recache` steer does."""
-        self._set_text(state, state.text)
-        self._recache(state)
+    # Chunk by chunk
 
     def next_chunk(self, state: StreamState) -> Chunk:
-        """Generate and decode the next chunk. Its context pass is owed: see `commit`.
+        """Generate and decode the next chunk. Its context pass remains to be done: see `commit`.
 
         Raises:
             NotFiniteError: the latents are not finite.
@@ -155,16 +151,16 @@ class Pipeline:
         return made
 
     def kind(self, state: StreamState) -> Hashable:
-        """Streams of the same kind may have their next chunks made in one batch; None is for a batch of its own."""
+        """Streams of equal kind may share a batch for their next chunks; one of kind None may not share any."""
         if state.pending is not None or state.blend_to is not None:
             return None
         return state.cache.written == 0 and state.uncommitted is None, state.steps
 
     @torch.inference_mode()
     def next_chunks(self, states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
-        """`next_chunk` of several streams of the same `kind`, in one batch; for each its chunk, or why there is none.
+        """`next_chunk` of several streams of equal `kind`, in one batch: for each its chunk, or why it has none.
 
-        What else is raised leaves them where they were, so that each can be tried alone.
+        Any exception leaves the streams as they were, so that each can be tried alone.
 
         Raises:
             ValueError: the streams are of several kinds.
@@ -173,11 +169,12 @@ class Pipeline:
             raise ValueError("these streams have no common batch: see `kind`")
         for state in states:
             self._cross_boundary(state)
-        steps = states[0].steps
         rows = [(state.seed, state.chunk) for state in states]
-        latents = denoise_chunk(*self._batch(states), rows, steps=steps)
+        cache, context = self._batch(states)
+        latents = denoise_chunk(self.dit, self.rollout, cache, context, rows, steps=states[0].steps)
+
         parts = latents.split(1)
-        with self._beside(latents):
+        with self._decode_stream(latents):
             finite = [to_host(torch.isfinite(part).all()) for part in parts]
             decoded = []
             for part, state in zip(parts, states, strict=True):
@@ -186,6 +183,7 @@ class Pipeline:
             arrived = torch.cuda.Event() if self.device.type == "cuda" else None
             if arrived is not None:
                 arrived.record()
+
         chunks = []
         for state, part, (frames, memories) in zip(states, parts, decoded, strict=True):
             chunks.append(Chunk(state.chunk, state.frame, frames, state.memories is None, state.steps))
@@ -195,7 +193,8 @@ class Pipeline:
             state.frame += len(frames)
         if arrived is not None:
             if len(states) == 1 and states[0].pending is None:
-                # Beside decoding, and while the frames are sent. A batch must not fail when its streams have moved on.
+                # The GPU runs it while it decodes and while the frames are sent. Not for a batch: it could fail after
+                # the streams have moved on.
                 self.commit(states[0])
             arrived.synchronize()  # the one place where the host waits for the GPU
         return [
@@ -203,45 +202,62 @@ class Pipeline:
             for chunk, good in zip(chunks, finite, strict=True)
         ]
 
-    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Latents [1, C, F, h, w] to uint8 [T, height, width, 3]; the decoder's memories move on in the state."""
-        frames, state.memories = self.decoder(latents, state.memories)
-        return frames[0]
-
     @torch.inference_mode()
     def commit(self, *states: StreamState) -> None:
-        """The context pass over the chunks just emitted: off the latency path, and due before the next ones."""
-        owing = [(state, state.uncommitted) for state in states if state.uncommitted is not None]
-        if not owing:
+        """The context passes of the chunks just generated: off the latency path, but needed before the next ones."""
+        waiting = [(state, state.uncommitted) for state in states if state.uncommitted is not None]
+        if not waiting:
             return
-        latents = torch.cat([latents for _, latents in owing])
-        self._write([state for state, _ in owing], latents, context_pass=self.served.context_pass)
-        for state, part in owing:
+        latents = torch.cat([latents for _, latents in waiting])
+        self._write([state for state, _ in waiting], latents, context_pass=self.served.context_pass)
+        for state, part in waiting:
             state.uncommitted = None
-            self._remember(state, part)
+            self._keep_recent(state, part)
 
-    def _batch(
-        self, states: Sequence[StreamState]
-    ) -> tuple[Transformer, RolloutConfig, KVCache | JoinedCaches, TextContext]:
-        """What a rollout of these streams' chunks as one batch begins with."""
+    def _batch(self, states: Sequence[StreamState]) -> tuple[RollingCache, TextContext]:
+        """The cache and the context of these streams as one batch."""
         if len(states) == 1:
-            return self.dit, self.rollout, states[0].cache, states[0].context
-        # what is recorded is bound to one cache
-        model = self.dit.model if isinstance(self.dit, GraphedWan) else self.dit
-        caches, contexts = zip(*((state.cache, state.context) for state in states), strict=True)
-        return model, self.rollout, JoinedCaches(caches), TextContext.join(contexts)
+            return states[0].cache, states[0].context
+        caches = [state.cache for state in states]
+        return type(caches[0]).join(caches), TextContext.join([state.context for state in states])
 
     def _write(self, states: Sequence[StreamState], latents: Tensor, *, context_pass: bool = True) -> None:
+        """Write K and V of clean latents [B, C, F, h, w], one row per stream, and advance the caches."""
         rows = [(state.seed, state.cache.start_frame // self.preset.chunk) for state in states]
-        model, rollout, cache, context = self._batch(states)
-        commit_chunk(model, rollout, cache, context, latents, rows, context_pass=context_pass)
+        cache, context = self._batch(states)
+        commit_chunk(self.dit, self.rollout, cache, context, latents, rows, context_pass=context_pass)
 
-    def _remember(self, state: StreamState, latents: Tensor) -> None:
+    def _keep_recent(self, state: StreamState, latents: Tensor) -> None:
         past = self.preset.window // self.preset.chunk - 1
         state.recent = [*state.recent, latents][-past:] if past else []
 
+    # Changes while a stream runs
+
+    def steer(self, state: StreamState, prompt: str, transition: Transition) -> int:
+        """Change the prompt at the next chunk boundary; returns the index of the first chunk under it.
+
+        It replaces a steer that is still pending.
+        """
+        state.pending = PendingPrompt(self.encode_prompt(prompt), transition)
+        return state.chunk
+
+    def set_steps(self, state: StreamState, steps: int) -> None:
+        """Use so many denoising steps from the next chunk on, at least 1 and at most the preset's."""
+        count = len(self.preset.steps)
+        state.steps = max(1, steps) if steps < count else None
+
+    def refresh_weights(self) -> None:
+        """The transformer's weights changed: update what is kept beside them. Every stream then needs `refresh`."""
+        self.dit.refresh()
+
+    @torch.inference_mode()
+    def refresh(self, state: StreamState) -> None:
+        """The transformer's weights changed: recompute what the stream keeps of them, as a `recache` steer does."""
+        self._set_text(state, state.text)
+        self._recache(state)
+
     def _cross_boundary(self, state: StreamState) -> None:
-        """Everything that a chunk boundary brings: the owed context pass, a steer, the next step of a blend."""
+        """What is due before the next chunk: the last one's context pass, a pending steer, the next step of a blend."""
         pending, state.pending = state.pending, None
         if pending is None or pending.transition == "soft":
             self.commit(state)
@@ -267,10 +283,10 @@ class Pipeline:
         state.context = self.dit.encode_text(text)
 
     def _recache(self, state: StreamState) -> None:
-        """Rewrite the K and V of the window's latents under the new text, in order and at their old positions."""
+        """Rewrite the K and V of the window's latents under the current text, in order and at their old positions."""
         committed = state.uncommitted is None
         if state.uncommitted is not None:
-            self._remember(state, state.uncommitted)
+            self._keep_recent(state, state.uncommitted)
             state.uncommitted = None
         count = len(state.recent)
         end = state.cache.start_frame + (0 if committed else self.preset.chunk)
@@ -279,7 +295,7 @@ class Pipeline:
             self._write([state], latents)
 
     def _cut(self, state: StreamState) -> None:
-        """A fresh scene: nothing of the old one is seen again."""
+        """Begin a scene that shows nothing of the one before."""
         state.uncommitted = None
         state.recent = []
         state.memories = None

@@ -60,8 +60,6 @@ def _serve(options: argparse.Namespace, low_priority: contextlib.ExitStack) -> i
         return 0
     try:
         speed = from_arguments(options, device, PRESETS[options.model].dit)
-        if speed.fused and options.kv_cache != "exact":
-            raise ValueError("--kv-cache needs --plain; --low-bit-attention halves the fused model's cache")
     except ValueError as error:
         link.finish()
         print(f"python -m engine: error: {error}", file=sys.stderr, flush=True)
@@ -99,7 +97,6 @@ def _load(options: argparse.Namespace, device: "torch.device", speed: "Speed") -
         weights=options.weights,
         device=device,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
-        kv_precision=options.kv_cache,
         decoder=options.decoder,
         text_encoder=options.text_encoder,
         text_weights=options.text_encoder_weights,

@@ -49,12 +49,12 @@ def variants(device: torch.device) -> Iterator[tuple[str, Speed]]:
     yield "int8 weights alone", replace(fused, low_bit="int8-weights")
     yield "2:4 weights", replace(fused, sparse_weights=frozenset(ROLES))
     yield "2:4 weights, fp8", replace(fused, low_bit="fp8", sparse_weights=frozenset(ROLES))
-    yield "8-bit attention", replace(fused, low_bit_attention=True)
+    yield "8-bit attention", replace(fused, kv_cache="int8-fp8")
     yield "half of the past", replace(fused, keep=0.5)
     yield "a fifth of the past", replace(fused, keep=0.2)
     yield "no context pass", replace(fused, context_pass=False)
-    yield "fp8, 8-bit attention", replace(fused, low_bit="fp8", low_bit_attention=True)
-    yield "the same, a fifth of the past", replace(fused, low_bit="fp8", low_bit_attention=True, keep=0.2)
+    yield "fp8, 8-bit attention", replace(fused, low_bit="fp8", kv_cache="int8-fp8")
+    yield "the same, a fifth of the past", replace(fused, low_bit="fp8", kv_cache="int8-fp8", keep=0.2)
 
 
 def pruning(files: Sequence[Path], preset: Preset, device: torch.device) -> Iterator[tuple[str, Speed]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.assemble import best_device, best_dtype
-from engine.config import PRESETS, KVPrecision, Preset
+from engine.config import PRESETS, Preset
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
@@ -154,7 +154,6 @@ def roll(
     preset: Preset,
     chunks: int,
     decoding: str,
-    precision: KVPrecision,
     speed: Speed,
     device: torch.device,
     dtype: torch.dtype,
@@ -167,7 +166,7 @@ def roll(
     seconds to a new stream's first frames in the host."""
     before = allocated(device)
     wan, decoder = random_model(preset, decoding, device, dtype)
-    served = accelerate(wan, decoder, preset, speed, kv_precision=precision, batch=batch)
+    served = accelerate(wan, decoder, preset, speed, batch=batch)
     weights = allocated(device) - before
     if speed.sparse_weights:
         print(f"2:4 sparse: {', '.join(sorted(served.policy.sparse)) or 'none'}")
@@ -296,7 +295,6 @@ def main() -> None:
         preset,
         options.chunks,
         options.decoder,
-        options.kv_cache,
         speed,
         device,
         dtype,
@@ -311,7 +309,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     shape = f"{preset.width}x{preset.height}, window {preset.window} ({preset.sink} sink), {len(preset.steps)} steps"
     order = "before the context pass" if options.in_turn else "beside the context pass"
-    print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {options.kv_cache} cache")
+    print(f"{preset.name} on {where}, {dtype}: {shape}, {options.decoder} decoder {order}, {speed.kv_cache} cache")
     print(describe_speed(preset, speed))
     frames = options.chunks * preset.chunk
     print(

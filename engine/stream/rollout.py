@@ -51,7 +51,7 @@ class Transformer(Protocol):
 
 
 def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: RollingCache) -> Tensor:
-    """The flow, float32, of a chunk x [B, C, F, H, W] at one noise level; K and V go to the chunk's slot of the cache."""
+    """The float32 flow of a chunk x [B, C, F, H, W] at one noise level; K and V are written to the chunk's slot."""
     return model(*_inputs(model, x, sigma), context, cache).float()
 
 

@@ -1,12 +1,13 @@
-"""From a loaded model to one that serves fast: every transform, in the one order that is legal.
+"""From a loaded model to one that serves: every transform, in the one legal order.
 
-Sparse weights, low-bit, fused with sparse attention, compile, CUDA graphs; scales are calibrated on what comes out
-(`calibrate.py`).
+Sparse weights, low-bit, fused (with its KV cache and sparse attention), compile, CUDA graphs. `Speed` says which, and
+checks which may be combined; `accelerate` applies them. Fixed scales are calibrated afterwards, see `calibrate.py`.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,42 +29,51 @@ from engine.transforms.sparse_weights import faster_roles, prune_weights
 
 @dataclass(frozen=True)
 class Speed:
-    """What is done for speed. `Speed()` is the model as it is written."""
+    """Which transforms to apply. `Speed()` is the model as written.
+
+    Raises:
+        ValueError: options that cannot be combined; the message names them.
+    """
 
     fused: bool = False
-    """The passes between matrix products fused, on a GPU by kernels; everything below needs it."""
+    """What lies between matrix products runs in fused passes, on a GPU by kernels."""
     low_bit: QuantScheme | None = None
-    """Projections of the blocks in fewer bits."""
-    low_bit_attention: bool = False
-    """Queries and keys in int8, values in float8."""
+    """Quantise the projections of the blocks."""
+    kv_cache: KVPrecision = "exact"
+    """Precision of past keys and values. With `int8-fp8` attention computes in 8 bits, too."""
     keep: float = 1.0
-    """Share of the past that each block of queries looks at; below 1, models should have been trained for it."""
+    """Share of the past that each block of queries attends to. Below 1, the model should have been trained for it."""
     graphs: bool = False
-    """Forwards and decoding as CUDA graphs, the decoder compiled."""
+    """Run forwards and decoding as CUDA graphs, and compile the decoder."""
     context_pass: bool = True
-    """Without it, what the last denoising step wrote is what later chunks see."""
+    """If false, later chunks attend to the K and V that the last denoising step wrote."""
     sparse_weights: frozenset[Role] | Literal["faster"] = frozenset()
-    """Projections whose weights are 2:4 sparse, or those that are faster so on this device; models should have been
-    trained for it."""
+    """Projections whose weights become 2:4 sparse, or those that this makes faster on this device. The model should
+    have been trained for it."""
     fixed_scales: bool = False
-    """Scales of the projections' inputs are found once, by `calibrate`, and not for every input."""
+    """Find the scales of the projections' inputs once, by `calibrate`, instead of for every input."""
     pruned_heads: Heads = frozenset()
-    """Heads of the self-attention that see the sink and the current chunk, and nothing of the past."""
+    """Heads of self-attention that attend to the sink and the current chunk only."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
-        needs = {
+        needs_fused = {
             "low_bit": self.low_bit is not None,
-            "low_bit_attention": self.low_bit_attention,
+            "kv_cache": self.kv_cache == "int8-fp8",
             "keep": self.keep < 1,
             "graphs": self.graphs,
             "sparse_weights": bool(self.sparse_weights),
             "fixed_scales": self.fixed_scales,
             "pruned_heads": bool(self.pruned_heads),
         }
-        if not self.fused and (asked := [name for name, used in needs.items() if used]):
-            raise ValueError(f"{', '.join(asked)} can only be used together with the fused model")
+        if not self.fused and (names := [name for name, used in needs_fused.items() if used]):
+            raise ValueError(f"{', '.join(names)} can only be used together with the fused model")
+        if self.fused and self.kv_cache in ("fp8", "int8"):
+            raise ValueError(
+                f"a KV cache in {self.kv_cache} needs the unfused model (--plain); --low-bit-attention halves the "
+                "fused model's cache"
+            )
         if self.sparse_weights:
             WeightFormat(self.low_bit, sparse=True)
         if self.fixed_scales and (self.low_bit is None or not WeightFormat(self.low_bit).scales_inputs):
@@ -71,26 +81,32 @@ class Speed:
 
 
 def fastest_exact(device: torch.device) -> Speed:
-    """What costs no exactness beyond rounding, for this device."""
+    """The transforms that lose no precision beyond rounding, for this device."""
     gpu = device.type == "cuda"
     return Speed(fused=gpu, graphs=gpu)
 
 
 def from_arguments(options: argparse.Namespace, device: torch.device, dit: DiTConfig) -> Speed:
-    """Raises ValueError where the options contradict each other, the device or the model's sizes."""
+    """The transforms that the options of `engine.options.add_speed` ask for.
+
+    Raises:
+        ValueError: they contradict each other, the device or the model's configuration.
+    """
     exact = Speed() if options.plain else fastest_exact(device)
     if device.type == "cuda" and options.low_bit in ("fp8", "fp8-tensor"):
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):
             raise ValueError(f"{options.low_bit} needs compute capability 8.9, this GPU has {capability}: use int8")
-    wanted = options.sparse_weights
-    sparse: frozenset[Role] | Literal["faster"] = frozenset(wanted or ()) if wanted or wanted is None else "faster"
+    if options.low_bit_attention and options.kv_cache != "exact":
+        raise ValueError("--low-bit-attention and --kv-cache exclude each other: both set the cache's precision")
+    roles = options.sparse_weights  # None without the option, empty without names after it
+    sparse: frozenset[Role] | Literal["faster"] = "faster" if roles == [] else frozenset(roles or ())
     pruned = frozenset() if options.pruned_heads is None else heads.load(options.pruned_heads, dit)
-    coarse = options.low_bit is not None or options.low_bit_attention or options.keep != 1 or bool(sparse or pruned)
+    lossy = options.low_bit is not None or options.low_bit_attention or options.keep != 1 or bool(sparse or pruned)
     return Speed(
-        fused=exact.fused or (coarse and not options.plain),
+        fused=exact.fused or (lossy and not options.plain),
         low_bit=options.low_bit,
-        low_bit_attention=options.low_bit_attention,
+        kv_cache="int8-fp8" if options.low_bit_attention else options.kv_cache,
         keep=options.keep,
         graphs=exact.graphs,
         context_pass=not options.no_context_pass,
@@ -105,68 +121,38 @@ class Served:
     """What a pipeline runs."""
 
     wan: CausalWan
-    """The model as it is written, which holds the weights."""
+    """The model as written, which holds the weights."""
     dit: Transformer
-    """What is called in its place."""
+    """What is run instead of it, or itself."""
     decoder: Decoder
     new_cache: Callable[[], KVCache]
     """Makes a cache for `dit`."""
     context_pass: bool = True
+    fused: FusedWan | None = None
+    """The fused model, where there is one: itself, not its CUDA graphs."""
     policy: Policy = field(default_factory=Policy)
-    """How the projections are held."""
+    """The formats of its projections."""
 
 
 def accelerate(
-    wan: CausalWan,
-    decoder: Decoder,
-    preset: Preset,
-    speed: Speed,
-    *,
-    kv_precision: KVPrecision = "exact",
-    keep_on_host: bool = False,
-    batch: int = 1,
+    wan: CausalWan, decoder: Decoder, preset: Preset, speed: Speed, *, keep_on_host: bool = False, batch: int = 1
 ) -> Served:
-    """Apply `speed`. The model's weights may move, see `FusedWan`, and are pruned where they are to be sparse.
+    """Apply `speed` to a loaded model.
+
+    Weights that become 2:4 sparse are pruned in place, and those that are quantised leave the device; `keep_on_host`
+    then keeps them in host memory, so that LoRAs can change them. `batch` is the number of rows of a cache.
 
     Raises:
-        ValueError: CUDA graphs without a GPU, two ways of keeping the cache at once, or pruned heads that the model
-            does not have.
+        ValueError: CUDA graphs without a GPU, or pruned heads that the model does not have.
     """
     weight = wan.patch_embedding.weight
     device, dtype, config = weight.device, weight.dtype, preset.dit
-    if not speed.fused:
-
-        def new_cache() -> KVCache:
-            return KVCache(
-                preset.cache(),
-                layers=config.num_layers,
-                heads=config.num_heads,
-                head_dim=config.head_dim,
-                batch=batch,
-                device=device,
-                dtype=dtype,
-                precision=kv_precision,
-            )
-
-        return Served(wan, wan, decoder, new_cache, speed.context_pass)
-    if kv_precision != "exact":
-        raise ValueError(f"a KV cache in {kv_precision} needs the unfused model: use low_bit_attention instead")
     if speed.graphs and device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and the model is on the {device.type.upper()}")
-
     heads.check(speed.pruned_heads, config)
-
-    def new_fused_cache() -> KVCache:
-        return FusedCache(
-            preset.cache(),
-            config,
-            batch=batch,
-            device=device,
-            dtype=dtype,
-            low_bit=speed.low_bit_attention,
-            keep=speed.keep,
-            pruned=speed.pruned_heads,
-        )
+    new_cache = partial(_new_cache, preset, speed, batch, device, dtype)
+    if not speed.fused:
+        return Served(wan, wan, decoder, new_cache, speed.context_pass)
 
     sparse = speed.sparse_weights
     if sparse == "faster":
@@ -176,7 +162,33 @@ def accelerate(
     policy = Policy(speed.low_bit, sparse=sparse)
     prune_weights(wan, policy)
     fused = FusedWan(wan, policy, keep_on_host=keep_on_host)
-    if not speed.graphs:
-        return Served(wan, fused, decoder, new_fused_cache, speed.context_pass, policy)
-    decoder.network.compile(dynamic=False)
-    return Served(wan, GraphedWan(fused), GraphedDecoder(decoder), new_fused_cache, speed.context_pass, policy)
+    dit: Transformer = fused
+    if speed.graphs:
+        decoder.network.compile(dynamic=False)
+        dit, decoder = GraphedWan(fused), GraphedDecoder(decoder)
+    return Served(wan, dit, decoder, new_cache, speed.context_pass, fused, policy)
+
+
+def _new_cache(preset: Preset, speed: Speed, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    config = preset.dit
+    if not speed.fused:
+        return KVCache(
+            preset.cache(),
+            layers=config.num_layers,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            precision=speed.kv_cache,
+        )
+    return FusedCache(
+        preset.cache(),
+        config,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        low_bit=speed.kv_cache == "int8-fp8",
+        keep=speed.keep,
+        pruned=speed.pruned_heads,
+    )

@@ -100,9 +100,7 @@ class GraphedWan(nn.Module):
         recorded.begin.replay()
         return recorded
 
-    def finish(
-        self, begun: RecordedForward | ForwardState, text: TextContext, cache: FusedRollingCache
-    ) -> Tensor:
+    def finish(self, begun: RecordedForward | ForwardState, text: TextContext, cache: FusedRollingCache) -> Tensor:
         if isinstance(begun, ForwardState):
             return self.model.finish(begun, text, cache)
         begun.finish.replay()

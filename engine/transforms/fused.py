@@ -84,7 +84,7 @@ class FusedWan(nn.Module):
     modulation: Tensor
 
     def __init__(self, wan: CausalWan, policy: Policy | None = None, *, keep_on_host: bool = False) -> None:
-        """`keep_on_host` keeps the exact weights of quantised projections in host memory, so that LoRAs can change them."""
+        """`keep_on_host` keeps exact copies of quantised weights in host memory, so that LoRAs can change them."""
         super().__init__()
         policy = policy or Policy()
         self.wan = wan

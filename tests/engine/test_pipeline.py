@@ -236,7 +236,7 @@ def test_a_model_without_an_encoder_says_so(pipeline: Pipeline) -> None:
         pipeline.open("a red ball", seed=3, picture=clip(1))
 
 
-BATCHED = [Speed(), Speed(fused=True), Speed(fused=True, low_bit_attention=True, keep=0.5)]
+BATCHED = [Speed(), Speed(fused=True), Speed(fused=True, kv_cache="int8-fp8", keep=0.5)]
 
 
 @pytest.mark.parametrize("speed", BATCHED, ids=["as written", "fused", "8 bits, sparse"])
@@ -267,7 +267,7 @@ def test_a_batch_makes_what_each_would_alone(build: Callable[..., Pipeline], toy
                 chunk.index, chunk.frame, chunk.discontinuity, chunk.steps
             )  # fmt: skip
             # in 8 bits a value between two numbers may fall to either side
-            limit = 5e-2 if speed.low_bit_attention else 1e-4
+            limit = 5e-2 if speed.kv_cache != "exact" else 1e-4
             assert (state.uncommitted - exact).norm() / exact.norm() < limit
             assert (one.frames.short() - chunk.frames.short()).abs().float().mean() < (1 if speed.fused else 0.01)
         together.commit(*states)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import warmup
-from engine.config import MINI, Preset, QuantScheme, Role
+from engine.config import MINI, KVPrecision, Preset, QuantScheme, Role
 from engine.options import add_speed
 from engine.pipeline import Chunk, NotFiniteError, Pipeline
 from engine.stream.state import StreamState
@@ -33,18 +33,18 @@ def frames(pipeline: Pipeline, chunks: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
-@pytest.mark.parametrize("low_bit_attention", [False, True])
+@pytest.mark.parametrize("kv_cache", ["exact", "int8-fp8"])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("context_pass", [True, False])
 def test_every_legal_set(
-    build: Build, toy: Preset, low_bit: QuantScheme | None, low_bit_attention: bool, keep: float, context_pass: bool
+    build: Build, toy: Preset, low_bit: QuantScheme | None, kv_cache: KVPrecision, keep: float, context_pass: bool
 ) -> None:
     """The toy's untrained frames are noise around grey, so only their distance is looked at."""
-    speed = Speed(True, low_bit, low_bit_attention, keep, context_pass=context_pass)
+    speed = Speed(True, low_bit, kv_cache, keep, context_pass=context_pass)
     expected = frames(build(toy, speed=Speed(context_pass=context_pass)))
     found = frames(build(toy, speed=speed))
     assert found.shape == expected.shape
-    limit = 0.01 if low_bit is None and not low_bit_attention and keep == 1 else 2.0
+    limit = 0.01 if low_bit is None and kv_cache == "exact" and keep == 1 else 2.0
     assert (found - expected).abs().mean() < limit
 
 
@@ -59,7 +59,7 @@ def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -
     "options",
     [
         {"low_bit": "fp8"},
-        {"low_bit_attention": True},
+        {"kv_cache": "int8-fp8"},
         {"keep": 0.5},
         {"graphs": True},
         {"pruned_heads": frozenset({(0, 0)})},
@@ -82,7 +82,7 @@ def test_impossible_combinations(build: Build, toy: Preset) -> None:
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
         accelerate(wan, decoder, toy, Speed(fused=True, graphs=True))
     with pytest.raises(ValueError, match="needs the unfused model"):
-        accelerate(wan, decoder, toy, Speed(fused=True), kv_precision="int8")
+        Speed(fused=True, kv_cache="int8")
     with pytest.raises(ValueError, match="layer 1 has no head 2: heads are 0 to 1"):
         accelerate(wan, decoder, toy, Speed(fused=True, pruned_heads=frozenset({(1, 2)})))
 
@@ -179,6 +179,8 @@ def options(*words: str) -> argparse.Namespace:
     ("words", "expected"),
     [
         ([], Speed()),
+        (["--kv-cache", "int8"], Speed(kv_cache="int8")),
+        (["--low-bit-attention"], Speed(fused=True, kv_cache="int8-fp8")),
         (["--low-bit", "nvfp4"], Speed(fused=True, low_bit="nvfp4")),
         (["--low-bit", "fp8-tensor", "--fixed-scales"], Speed(True, "fp8-tensor", fixed_scales=True)),
         (["--sparse-weights"], Speed(fused=True, sparse_weights="faster")),
@@ -199,6 +201,8 @@ def test_what_rounds_or_prunes_is_asked_for(words: list[str], expected: Speed) -
         (["--low-bit", "mxfp8", "--fixed-scales"], "fixed_scales need low_bit"),
         (["--low-bit", "fp8-weights", "--fixed-scales"], "fixed_scales need low_bit"),
         (["--pruned-heads", "nowhere/heads.json"], "nowhere/heads.json cannot be read"),
+        (["--low-bit-attention", "--kv-cache", "int8"], "exclude each other"),
+        (["--keep", "0.5", "--kv-cache", "fp8"], "needs the unfused model"),
         (["--plain", "--sparse-weights"], "sparse_weights can only be used together with the fused model"),
     ],
 )
@@ -256,19 +260,19 @@ def test_a_policy_without_heads_changes_nothing(build: Build, wide: Preset, tmp_
 
 
 @pytest.mark.parametrize("low_bit", [None, "fp8", "int8"])
-@pytest.mark.parametrize("low_bit_attention", [False, True])
+@pytest.mark.parametrize("kv_cache", ["exact", "int8-fp8"])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_pruned_heads_beside_every_transform(
-    build: Build, wide: Preset, tmp_path: Path, low_bit: QuantScheme | None, low_bit_attention: bool, keep: float
+    build: Build, wide: Preset, tmp_path: Path, low_bit: QuantScheme | None, kv_cache: KVPrecision, keep: float
 ) -> None:
     """They change the latents, by the file's heads, and again in the same way."""
     file = tmp_path / "heads.json"
     file.write_text('{"1": [0]}')
     words = ["--pruned-heads", str(file), "--keep", str(keep)]
     words += ["--low-bit", low_bit] if low_bit else []
-    words += ["--low-bit-attention"] if low_bit_attention else []
+    words += ["--low-bit-attention"] if kv_cache == "int8-fp8" else []
     speed = from_arguments(options(*words), torch.device("cpu"), wide.dit)
-    assert speed == Speed(True, low_bit, low_bit_attention, keep, pruned_heads=frozenset({(1, 0)}))
+    assert speed == Speed(True, low_bit, kv_cache, keep, pruned_heads=frozenset({(1, 0)}))
     found = latents(build(wide, speed=speed), 4)
     assert torch.equal(found, latents(build(wide, speed=speed), 4))
     expected = latents(build(wide, speed=replace(speed, pruned_heads=frozenset())), 4)
