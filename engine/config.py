@@ -1,6 +1,6 @@
 """Presets: every model that the engine can serve, by name, as frozen data validated once.
 
-Importing this loads no torch, so that presets are listed and weights checked in no time.
+Importing this loads no torch, so that listing presets and checking weights is fast.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One model: its networks, and the recipe that its weights were trained for.
+    """One model: its networks, and how its weights are to be sampled.
 
     Lengths in time are latent frames; sizes in space are pixels.
     """
@@ -98,14 +98,14 @@ class Preset:
     light_vae: LightVAEConfig
     vae: VAEConfig
     statistics: LatentStatistics | None
-    """Of the VAE's latents; None where the store alone has them."""
+    """Of the VAE's latents; None where only the store has them."""
     family: Literal["mini", "wan2.1", "wan2.2"]
-    """Whose autoencoder the latents belong to; both public ones go with the UMT5-XXL text encoder."""
+    """The autoencoder that the latents belong to; the public ones use the UMT5-XXL text encoder."""
     spatial_stride: int
     steps: tuple[int, ...]
     """Denoising steps as indices into the shifted table of 1000 noise levels."""
     first_steps: tuple[int, ...] | None = None
-    """Those of the first chunk of a scene, where they differ: it has no past to lean on."""
+    """Steps of a scene's first chunk where they differ: it has no past to condition on."""
     shift: float
     chunk: int
     window: int
@@ -114,9 +114,9 @@ class Preset:
     soft_chunks: int
     """Chunks over which a `soft` prompt change blends."""
     weights: str = ""
-    """What `python -m engine convert` is to be given."""
+    """The files that `python -m engine convert` needs, for messages."""
     generator: Literal["generator_ema", "generator"] = "generator_ema"
-    """Which network of a pickled checkpoint the authors sample with."""
+    """The network of a pickled checkpoint that its authors sample with."""
 
     @property
     def temporal_stride(self) -> int:
@@ -186,7 +186,7 @@ MINI = Preset(
     soft_chunks=2,
 )
 
-# The public checkpoints. Sources: the authors' code and the configurations that they published with the weights.
+# The public checkpoints. Sources: the configurations that their authors published with the weights.
 
 DIT_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096)
 DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096)

@@ -1,4 +1,4 @@
-"""How much device memory a preset takes, and what would make it fit: arithmetic over sizes, nothing is measured."""
+"""How much device memory a preset takes, and which options make it fit: arithmetic, without a device or torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,29 +8,30 @@ from engine.checkpoints import layouts
 from engine.config import Preset
 
 BYTES = 2
-"""Of a weight or activation: bfloat16."""
+"""Of a bfloat16 weight or activation."""
 
 VAE_CACHES = {
     "mini": {},
     "wan2.1": {8: 16 + 11 * 384, 4: 192 + 6 * 384, 2: 6 * 192, 1: 7 * 96},
     "wan2.2": {16: 48 + 11 * 1024, 8: 7 * 1024, 4: 1024 + 5 * 512, 2: 512 + 6 * 256},
 }
-"""Channels of the frames that the decoder's causal convolutions remember, two each, by the pixels that a cell spans."""
+"""Channels of the frames that the causal convolutions of the VAE's decoder cache, two frames each, by the pixels that a
+cell spans. Counted from the layers in Wan-Video/Wan2.1, `wan/modules/vae.py`."""
 LIGHT_CACHES = {
     "mini": {8: 2 * 96, 4: 64, 2: 16},
     "wan2.1": {8: 3 * 256, 4: 3 * 128, 2: 3 * 64},
     "wan2.2": {16: 3 * 256, 8: 3 * 128, 4: 3 * 64},
 }
-"""The same of the light decoder's memories, one frame each."""
+"""The same for the light decoder's memories, one frame each."""
 WIDEST = {"mini": (16, 2), "wan2.1": (192, 1), "wan2.2": (512, 2)}
 LIGHT_WIDEST = {"mini": (16, 2), "wan2.1": (138, 1), "wan2.2": (138, 2)}
-"""Channels of a decoder's largest activation, and the pixels that its cell spans. TAEHV's is from a measurement: 21
-latent frames of 832x480 at once took 17.2 GiB on an H200."""
+"""Channels of a decoder's largest activation, and the pixels that its cell spans. TAEHV's is from a measurement on an
+H200: 21 latent frames of 832x480 at once took 17.2 GiB."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What may be chosen so that a preset fits."""
+    """The choices that a preset's memory depends on."""
 
     width: int
     height: int
@@ -39,7 +40,7 @@ class Setting:
     exact_text: bool = True
     """False keeps the text encoder's linear layers in 8 bits."""
     exact_cache: bool = True
-    """False keeps keys and values in 8 bits."""
+    """False keeps past keys and values in 8 bits."""
     light_vae: bool = False
 
 
@@ -48,7 +49,7 @@ def default(preset: Preset) -> Setting:
 
 
 def parts(preset: Preset, setting: Setting) -> dict[str, int]:
-    """Bytes that one stream and its weights take, by what takes them."""
+    """Bytes of the weights and of one stream, by what they are for."""
     dit = preset.dit
     _, ph, pw = dit.patch
     cell = preset.spatial_stride
@@ -63,15 +64,15 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     return {
         "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
         "text encoder": text_encoder(sizes["text_encoder"], setting) if setting.text_on_device else 0,
-        # keys and values of the window, and the sink's keys once more as they were before rotation
+        # keys and values of the window, and the sink's keys a second time, unrotated
         "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text.length,
         "VAE weights": BYTES * sum(map(prod, sizes["light_vae" if setting.light_vae else "vae"].values())),
         "VAE caches": BYTES * frames * sum(count * area // size**2 for size, count in channels.items()),
         "activations": max(
-            # the widest moment of a block: the hidden layer twice, and x, y, q, k, v, their rotated copies
+            # the peak within a block: the hidden layer twice, and x, y, q, k, v and their rotated copies
             preset.chunk * tokens * (2 * dit.ffn_dim + 10 * dit.dim),
-            # the decoder's widest layer, coming and going: the light one takes a chunk at once, the full one a latent
+            # input and output of the decoder's widest layer: a chunk at once in the light one, a latent in the full one
             (preset.chunk if setting.light_vae else 1) * 4 * widest * area // span**2 * 2,
         )
         * BYTES,
@@ -79,14 +80,14 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
 
 
 def text_encoder(shapes: dict[str, tuple[int, ...]], setting: Setting) -> int:
-    """Bytes of an encoder with these parameters."""
+    """Bytes of a text encoder with parameters of these shapes."""
     linear = [
         shape
         for name, shape in shapes.items()
         if len(shape) == 2 and "embed_tokens" not in name and "relative_attention_bias" not in name
     ]
     exact = BYTES * sum(map(prod, shapes.values()))
-    saved = sum((BYTES - 1) * prod(shape) - 4 * shape[0] for shape in linear)  # 4: a float32 scale a row
+    saved = sum((BYTES - 1) * prod(shape) - 4 * shape[0] for shape in linear)  # 4: a float32 scale per row
     return exact if setting.exact_text else exact - saved
 
 
@@ -101,7 +102,7 @@ def _windows(preset: Preset, setting: Setting) -> Iterator[Setting]:
 
 
 def _resolutions(preset: Preset, setting: Setting) -> Iterator[Setting]:
-    """Smaller pictures of about the same shape, largest first, down to half of each side."""
+    """Smaller resolutions of about the same aspect ratio, largest first, down to half of each side."""
     unit = preset.spatial_stride * preset.dit.patch[1]
     for eighths in (7, 6, 5, 4):
         width, height = (side * eighths // 8 // unit * unit for side in (setting.width, setting.height))
@@ -109,9 +110,9 @@ def _resolutions(preset: Preset, setting: Setting) -> Iterator[Setting]:
 
 
 def remedies(preset: Preset, setting: Setting, limit: int) -> list[list[str]]:
-    """What makes a setting fit into `limit` bytes: each single option that does, and one combination, if any do.
+    """The options that make a setting fit into `limit` bytes: each that does so alone, and one combination.
 
-    The combination takes the options in the order of what they cost the picture, the cheapest first.
+    The combination adds options in the order of what they cost in quality, cheapest first. Empty if nothing fits.
     """
     options = {
         "--text-encoder cpu": lambda s: iter([replace(s, text_on_device=False)] if s.text_on_device else []),

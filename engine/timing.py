@@ -1,4 +1,4 @@
-"""How long work takes on a device."""
+"""Timing of functions on a device."""
 
 import itertools
 import math
@@ -12,9 +12,10 @@ import torch
 def milliseconds(
     work: Sequence[Callable[[], Any]], device: str | torch.device, seconds: float = 0.4, warm: float = 0.5
 ) -> float:
-    """Median time of one call, over the sets of inputs in turn, from `seconds` of them after `warm` seconds.
+    """Median milliseconds of one call.
 
-    On a GPU by replays of a CUDA graph between device events; on a CPU a single call.
+    On a GPU the calls in `work` (for instance one per set of inputs) are recorded as a CUDA graph, and its replays are
+    timed by device events for `seconds`, after `warm` seconds. On a CPU the first of them is called once.
     """
     if torch.device(device).type == "cpu":
         start = time.perf_counter()
@@ -36,7 +37,7 @@ def milliseconds(
     graph.replay()
     torch.cuda.synchronize()
     each = max(time.perf_counter() - start, 1e-5)
-    # enough replays between two events that a launch does not show
+    # enough replays between two events that the launch is negligible
     group = max(1, round(2e-3 / each))
     for _ in range(max(3, math.ceil(warm / each))):
         graph.replay()

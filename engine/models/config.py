@@ -1,4 +1,4 @@
-"""Sizes of networks as frozen data that can be read without torch, which takes seconds to load."""
+"""Configurations of the networks, as frozen data. Importing this loads no torch, which takes seconds."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a Wan transformer. `parameters` and memory follow from these alone."""
+    """Configuration of a Wan transformer."""
 
     dim: int
     ffn_dim: int
@@ -22,7 +22,7 @@ class DiTConfig:
     freq_dim: int = 256
     eps: float = 1e-6
     pooled_text: bool = False
-    """A linear layer adds the prompt's mean to the time embedding: what binds words to pictures in a small model."""
+    """A linear layer adds the prompt's mean to the time embedding; without it a small model hardly follows prompts."""
 
     @property
     def head_dim(self) -> int:
@@ -31,7 +31,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a UMT5 encoder and the fixed length of a prompt in tokens."""
+    """Configuration of a UMT5 encoder, and the fixed length of a prompt in tokens."""
 
     vocab_size: int
     dim: int
@@ -50,7 +50,7 @@ UMT5_XXL = TextConfig(
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Everything per level is listed from fine to coarse; every step down halves height and width.
+    """Configuration of a causal VAE. Levels are listed from fine to coarse; each halves height and width.
 
     Raises:
         ValueError: the lists do not describe the same levels.
@@ -59,18 +59,18 @@ class VAEConfig:
     encoder_widths: tuple[int, ...] = (16, 48, 96)
     decoder_widths: tuple[int, ...] = (16, 48, 96)
     decoder_inputs: tuple[int, ...] = (16, 48)
-    """Channels that each level of the decoder, save the coarsest, gets from the one below."""
+    """Channels that each level of the decoder, except the coarsest, receives from the coarser one."""
     res_blocks: tuple[int, ...] = (0, 1, 1)
     """Residual blocks of each level of the encoder; the decoder has one more."""
     halve_time: tuple[bool, ...] = (True, True)
-    """Which steps down halve time too, after frame 0."""
+    """Which steps down also halve the frame rate, after frame 0."""
     latent_channels: int = 16
     patch: int = 2
-    """Pixels are folded patch x patch into channels first; 1 leaves them."""
+    """Patches of patch x patch pixels are folded into channels first; 1 for none."""
     patch_columns_first: bool = False
-    """How the pixels of a patch are counted: Wan 2.2 goes down its columns, mini along its rows."""
+    """Order of a patch's pixels: by columns in Wan 2.2, by rows in mini."""
     shortcuts: bool = False
-    """Wan 2.2: around every level goes a path without parameters, which averages or repeats."""
+    """Wan 2.2: a residual path without parameters around every level, which averages or repeats."""
 
     def __post_init__(self) -> None:
         levels = len(self.encoder_widths)
@@ -91,17 +91,17 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of each latent channel: diffusion models work on latents normalised by these."""
+    """Mean and standard deviation of each latent channel, by which the diffusion model's latents are normalised."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def normalise(self, latents: "Tensor") -> "Tensor":
-        """What `CausalVAE.encode` gives, [B, C, T, h, w], as a diffusion model takes it."""
+        """Latents of `CausalVAE.encode`, [B, C, T, h, w], to those of the diffusion model."""
         return (latents - self._like(self.mean, latents)) / self._like(self.std, latents)
 
     def restore(self, latents: "Tensor") -> "Tensor":
-        """What a diffusion model gives, [B, C, T, h, w], as `CausalVAE.decode` takes it."""
+        """Latents of the diffusion model, [B, C, T, h, w], to those that `CausalVAE.decode` takes."""
         return latents * self._like(self.std, latents) + self._like(self.mean, latents)
 
     def _like(self, values: tuple[float, ...], latents: "Tensor") -> "Tensor":
@@ -179,7 +179,7 @@ WAN22_STATISTICS = LatentStatistics(
 
 @dataclass(frozen=True)
 class LightVAEConfig:
-    """Widths of the decoder from the coarsest level to the finest, and what a latent cell covers.
+    """Configuration of the light decoder. Levels are listed from coarse to fine.
 
     Raises:
         ValueError: the lists do not describe the same levels.
@@ -187,14 +187,14 @@ class LightVAEConfig:
 
     latent_channels: int = 16
     normalised: bool = True
-    """Whether latents come as the diffusion model makes them, or restored by the VAE's mean and std (LightTAE)."""
+    """Whether it takes the diffusion model's latents, or those restored by the VAE's mean and std (LightTAE)."""
     widths: tuple[int, ...] = (96, 64, 16)
     blocks: tuple[int, ...] = (2, 1, 1)
     """Memory blocks of each level."""
     time_growth: tuple[int, ...] = (2, 2)
-    """Frames made of each frame where one level goes over to the next; their product is the temporal stride."""
+    """Frames made of each frame between one level and the next; the product is the temporal stride."""
     pixel_shuffle: int = 2
-    """The last doubling of size is a rearrangement of channels, which costs next to nothing; 1 for none."""
+    """The last doubling of size rearranges channels, which costs next to nothing; 1 for none."""
     enlarge_first: bool = False
     """Whether size doubles before a level's closing convolution, as in TAEHV, or after it, at a quarter of the cost."""
 
@@ -219,4 +219,4 @@ TAEW22 = replace(TAEW21, latent_channels=48, pixel_shuffle=2)
 """TAEHV's `taew2_2`, for the latents of Wan 2.2 TI2V 5B."""
 
 LIGHT_TAEW21 = replace(TAEW21, normalised=False)
-"""LightX2V's `lighttaew2_1`, which was distilled on latents as the VAE makes them."""
+"""LightX2V's `lighttaew2_1`, which was distilled on the VAE's own latents."""

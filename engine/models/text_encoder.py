@@ -1,7 +1,7 @@
-"""The text encoder: transformers' UMT5 with this project's tokenizer in front of it.
+"""The text encoder: the UMT5 encoder stack of transformers.
 
-Positions past the end of the prompt are zeroed, not masked, as Wan was trained: cross-attention sees the full
-length, and the zeros act as a constant that it may rest on.
+Positions past the end of the prompt are zeroed, not masked, as in Wan's training: cross-attention sees the full length,
+and the zeros act as a constant that it can attend to.
 """
 
 from torch import Tensor, nn
@@ -11,12 +11,12 @@ from engine.models.config import TextConfig
 
 
 class TextEncoder(nn.Module):
-    """Token ids to the context that `CausalWan.encode_text` takes."""
+    """Token ids to the encoding that `CausalWan.encode_text` takes."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        # the encoder stack itself: the model around it only ties its embedding to a second name
+        # only the stack: the model around it adds a second name for the embedding
         self.umt5 = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=config.vocab_size,

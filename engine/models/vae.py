@@ -1,9 +1,9 @@
 """The causal video autoencoder of Wan 2.1 and Wan 2.2, at any width, with the parameter names of their checkpoints.
 
-Both halves see the past only. The first frame of a clip is coded alone: 1 + 4k frames have 1 + k latent frames, and
-the temporal resamplers pass the first one through. `encode` and `decode` take
-whole clips. `encode_chunk` and `decode_chunk` take a clip in parts, with the same result: what each layer has to
-remember between two calls is a tensor in the list that the caller carries.
+Encoder and decoder see the past only. The first frame of a clip is coded alone: 1 + 4k frames have 1 + k latent frames,
+and the temporal resamplers pass the first one through. `encode` and `decode` take whole clips. `encode_chunk` and
+`decode_chunk` take a clip in parts, with the same result; what each layer caches between two calls is a tensor in a
+list that the caller keeps.
 
 Shapes: B batch, C channels, T frames, H, W. `frames` are [B, T, H, W, C], everything else is [B, C, T, H, W]; in memory
 channels are last in both.

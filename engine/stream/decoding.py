@@ -1,4 +1,4 @@
-"""Latents to frames, and pictures to latents, chunk by chunk: the light decoder that serves, or the VAE's own."""
+"""Latents to frames, by the light decoder or the VAE's own, and pictures to latents; chunk by chunk."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +14,21 @@ from engine.models.vae import CausalVAE
 
 
 class Decoder(Protocol):
-    """Decodes consecutive chunks. What it remembers between them is the caller's to keep."""
+    """Decodes consecutive chunks. The caller keeps its state (`memories`) between them."""
 
     @property
     def network(self) -> nn.Module:
-        """Whose weights it runs."""
+        """The module that holds its weights."""
 
     def __call__(self, latents: Tensor, memories: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Frames of normalised latents float32 [1, C, F, h, w].
 
         Args:
-            memories: what the call before returned; None at the start of a scene, whose first latent frame is one
-                frame of pixels.
+            memories: what the previous call returned; None at the start of a scene, whose first latent frame is a
+                single frame of pixels.
 
         Returns:
-            uint8 [1, T, H, W, 3], and the memories to pass on, all of constant size.
+            uint8 [1, T, H, W, 3], and the memories for the next call, of constant size.
         """
 
 
@@ -38,7 +38,7 @@ def to_bytes(frames: Tensor) -> Tensor:
 
 
 def to_host(x: Tensor) -> Tensor:
-    """A copy in host memory. From a GPU it is only begun: it is there when the stream has come so far."""
+    """A copy in host memory. From a GPU it is asynchronous: complete once the current CUDA stream has reached it."""
     if not x.is_cuda:
         return x
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -46,15 +46,18 @@ def to_host(x: Tensor) -> Tensor:
 
 
 class SideStream:
-    """Work on a GPU stream of its own, while what comes next goes on in the current one: decoding beside the context
-    pass. It has precedence, since frames are what a viewer waits for. Elsewhere it is done on the spot."""
+    """A second CUDA stream, for decoding while the current stream runs the context pass. It has the higher priority,
+    since a viewer waits for frames. Without a GPU, work runs where it stands."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @contextmanager
     def __call__(self, *inputs: Tensor) -> Iterator[None]:
-        """What runs inside reads `inputs`, and nothing else that the current stream made since it last waited."""
+        """Run the context's work in the side stream, after what the current stream has queued so far.
+
+        `inputs` are the tensors of the current stream that the work reads.
+        """
         if self._stream is None:
             yield
             return
@@ -67,7 +70,7 @@ class SideStream:
 
 @dataclass(frozen=True)
 class LightDecoding:
-    """By the light decoder, one latent frame at a time: a third of the memory, and on a CPU a sixth faster."""
+    """The light decoder, one latent frame at a time: a third of the memory, and on a CPU a sixth faster."""
 
     network: LightDecoder
     statistics: LatentStatistics
@@ -87,7 +90,7 @@ class LightDecoding:
 
 @dataclass(frozen=True)
 class FullDecoding:
-    """By the VAE's own decoder, one latent frame at a time: that bounds the memory of its widest layers."""
+    """The VAE's own decoder, one latent frame at a time, which bounds the memory of its widest layers."""
 
     network: CausalVAE
     statistics: LatentStatistics
@@ -104,7 +107,7 @@ class FullDecoding:
 
 @dataclass(frozen=True)
 class PictureEncoding:
-    """By the VAE's encoder, a few frames at a time."""
+    """The VAE's encoder, a few frames at a time."""
 
     network: CausalVAE
     statistics: LatentStatistics

@@ -19,9 +19,9 @@ def few_step(flow: Flow, noise: Callable[[int], Tensor], sigmas: Sequence[float]
     """The clean latents of a chunk.
 
     Args:
-        flow: the model, with everything but the latents and the noise level bound.
-        noise: step index -> standard normal latents; the first call gives the start, the others the fresh noise.
-        sigmas: falling noise levels, one model call each; the first is 1 for pure noise.
+        flow: the model as a function of noisy latents and noise level.
+        noise: step index -> standard normal latents: the start for step 0, fresh noise for the others.
+        sigmas: falling noise levels, one model call each; the first is 1, which is pure noise.
     """
     x = noise(0)
     for step, sigma in enumerate(sigmas):
@@ -33,7 +33,7 @@ def few_step(flow: Flow, noise: Callable[[int], Tensor], sigmas: Sequence[float]
 
 
 def euler(flow: Flow, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Solve dx/dsigma = v from sigmas[0] down to 0 by Euler steps: how a teacher is sampled."""
+    """Solve dx/dsigma = v from sigmas[0] to 0 by Euler steps, as a teacher is sampled."""
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         x = x + (following - sigma) * flow(x, sigma)
     return x
@@ -49,11 +49,11 @@ def chunk_noise(
 ) -> Tensor:
     """Standard normal noise as a function of (seed, chunk, step) alone, the same on every machine.
 
-    Philox is a counter-based generator: the seed is its key, chunk and step are the high words of its counter, so any
-    chunk can be made again without the ones before it.
+    The generator is Philox, which is counter-based: the seed is its key, chunk and step the high words of its counter.
+    So any chunk can be generated again without those before it.
     """
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, chunk]))
     values = torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
     if torch.device(device).type == "cuda":
-        values = values.pin_memory()  # a copy from pageable memory would wait for everything before it
+        values = values.pin_memory()  # copying from pageable memory would block until the GPU is idle
     return values.to(device=device, dtype=dtype, non_blocking=True)

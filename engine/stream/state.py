@@ -1,4 +1,4 @@
-"""Everything that one live stream carries from chunk to chunk."""
+"""What a live stream carries from chunk to chunk."""
 
 from dataclasses import dataclass, field
 
@@ -11,33 +11,36 @@ from engine.wire import Transition
 
 @dataclass
 class PendingPrompt:
-    """A steer that waits for the next chunk boundary."""
+    """A steer that takes effect at the next chunk boundary."""
 
     text: Tensor
+    """[1, L, text_dim]"""
     transition: Transition
 
 
 @dataclass
 class StreamState:
-    """Constant in size however long the stream runs. Counters are plain ints and never wrap."""
+    """Of constant size however long the stream runs. Counters are Python ints and never wrap."""
 
     seed: int
     cache: KVCache
     text: Tensor
-    """[1, L, text_dim]: what the running prompt encodes to, or the blend on its way there."""
+    """[1, L, text_dim]: the encoded prompt, or the current step of a blend towards it."""
     context: TextContext
+    """Of `text`."""
     chunk: int = 0
+    """Index of the next chunk."""
     frame: int = 0
     """Pixel frames generated so far: the media clock."""
     memories: list[Tensor] | None = None
-    """The decoder's; None at the start of a scene."""
+    """State of the decoder; None at the start of a scene."""
     recent: list[Tensor] = field(default_factory=list)
-    """Clean latents of the past chunks in the window, oldest first: what `recache` writes again."""
+    """Clean latents of the past chunks in the window, oldest first, for `recache`."""
     pending: PendingPrompt | None = None
     blend_from: Tensor | None = None
     blend_to: Tensor | None = None
     blend_step: int = 0
     steps: int | None = None
-    """Denoising steps from the next chunk on, where that is fewer than the preset's."""
+    """Denoising steps from the next chunk on, if fewer than the preset's."""
     uncommitted: Tensor | None = None
-    """Latents of the chunk just emitted, whose context pass is still owed."""
+    """Clean latents of the last chunk while its context pass is not done."""

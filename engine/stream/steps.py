@@ -1,4 +1,4 @@
-"""Noise levels: the shifted table that Wan and Self-Forcing index into."""
+"""Noise levels of the denoising steps: the shifted table of 1000 levels that Wan and Self-Forcing index into."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ TABLE_SIZE = 1000
 
 
 def shifted_sigma(s: float, shift: float) -> float:
-    """sigma = k s / (1 + (k - 1) s) for s in [0, 1]: a shift k above 1 spends more steps at high noise."""
+    """sigma = k s / (1 + (k - 1) s) for s in [0, 1] and shift k; above 1, more steps are at high noise."""
     return shift * s / (1 + (shift - 1) * s)
 
 
 def step_sigmas(steps: Sequence[int], shift: float) -> tuple[float, ...]:
-    """Noise levels of configured step indices, as Self-Forcing reads them.
+    """Noise levels of step indices into the table, as Self-Forcing's configurations give them.
 
     Index 1000 is the noisiest entry of the table, 0 is clean: [1000, 750, 500, 250] at shift 5 gives timesteps 1000,
-    937.5, 833.33 and 625.
+    937.5, 833.33 and 625 (guandeh17/Self-Forcing, `configs/self_forcing_dmd.yaml`, `warp_denoising_step`).
 
     Raises:
-        ValueError: the steps do not fall from 1000 at most to above 0.
+        ValueError: the steps do not fall strictly, or are not within (0, 1000].
     """
     if (
         not steps
@@ -29,10 +29,10 @@ def step_sigmas(steps: Sequence[int], shift: float) -> tuple[float, ...]:
 
 
 def fewer(sigmas: Sequence[float], count: int) -> tuple[float, ...]:
-    """`count` of the noise levels, evenly spaced, the noisiest among them: four at shift 5 become 1 and 0.833 for two.
+    """`count` of the noise levels, evenly spaced, with the noisiest: of four levels at shift 5, two are 1 and 0.833.
 
     Raises:
-        ValueError: there are not as many.
+        ValueError: count is not between 1 and the number of levels.
     """
     if not 1 <= count <= len(sigmas):
         raise ValueError(f"a schedule of {len(sigmas)} steps has 1 to {len(sigmas)}, got {count}")

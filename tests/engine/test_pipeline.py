@@ -174,16 +174,6 @@ def test_values_that_are_not_finite_end_the_stream(pipeline: Pipeline) -> None:
         pipeline.next_chunk(state)
 
 
-def test_state_does_not_grow(pipeline: Pipeline) -> None:
-    state = pipeline.open("a red ball", seed=3)
-    run(pipeline, state, 4)
-    size = state.cache.bytes()
-    run(pipeline, state, 4)
-    assert state.cache.bytes() == size
-    assert len(state.recent) == 2
-    assert state.memories is not None and len(state.memories) == 4
-
-
 def clip(frames: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (frames, 64, 64, 3), dtype=torch.uint8, generator=generator)

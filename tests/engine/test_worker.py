@@ -347,7 +347,7 @@ def test_a_stream_that_cannot_be_opened_leaves_the_engine_up(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_see", fails)
+        patch.setattr(pipeline, "_start_from", fails)
         gateway.send(wire.Open("p", "toy", "a red ball", seed=1, picture=bytes(64 * 64 * 3)))
         fault = gateway.expect(wire.Fault)
         assert isinstance(fault, wire.Fault)

@@ -4,23 +4,6 @@ import pytest
 import torch
 
 from engine.stream.sampler import chunk_noise, euler, few_step, to_x0
-from engine.stream.steps import shifted_sigma, step_sigmas
-
-
-def test_self_forcing_timesteps_at_shift_5() -> None:
-    timesteps = [1000 * sigma for sigma in step_sigmas([1000, 750, 500, 250], 5)]
-    assert timesteps == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
-
-
-def test_gui_demo_timesteps_at_shift_8() -> None:
-    timesteps = [1000 * sigma for sigma in step_sigmas([1000, 750, 500, 250], 8)]
-    assert timesteps == pytest.approx([1000, 960, 888.89, 727.27], abs=1e-2)
-
-
-@pytest.mark.parametrize("steps", [[], [500, 1000], [1000, 1000], [1000, 0], [1500]])
-def test_bad_steps_are_refused(steps: list[int]) -> None:
-    with pytest.raises(ValueError, match="steps"):
-        step_sigmas(steps, 3)
 
 
 def test_few_step_recovers_a_known_x0() -> None:
@@ -67,8 +50,3 @@ def test_noise_never_changes() -> None:
     """The same numbers on every machine and in every version: a seed names a video."""
     values = chunk_noise(42, 5, 1, (3,)).tolist()
     assert values == pytest.approx([-0.05879, 0.313883, 0.223249], abs=1e-5)
-
-
-def test_shift_is_monotone_and_keeps_the_ends() -> None:
-    values = [shifted_sigma(i / 10, 3) for i in range(11)]
-    assert values[0] == 0 and values[-1] == 1 and values == sorted(values)

@@ -1,22 +1,19 @@
 """Whole pipelines under every legal set of transforms that a CPU can run, against the model as it is written."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import warmup
 from engine.config import MINI, KVPrecision, Preset, QuantScheme, Role
 from engine.options import add_speed
-from engine.pipeline import Chunk, NotFiniteError, Pipeline
-from engine.stream.state import StreamState
+from engine.pipeline import Pipeline
 from engine.transforms.apply import Speed, accelerate, fastest_exact, from_arguments
 from engine.transforms.low_bit import Policy
 from engine.transforms.sparse_weights import prune_weights
-from engine.warmup import warm
 
 Build = Callable[..., Pipeline]
 
@@ -46,13 +43,6 @@ def test_every_legal_set(
     assert found.shape == expected.shape
     limit = 0.01 if low_bit is None and kv_cache == "exact" and keep == 1 else 2.0
     assert (found - expected).abs().mean() < limit
-
-
-def test_without_a_context_pass_the_past_is_another(build: Build, toy: Preset) -> None:
-    with_pass, without = (frames(build(toy, speed=Speed(context_pass=used))) for used in (True, False))
-    first = toy.first_chunk_frames
-    assert torch.equal(with_pass[:first], without[:first])
-    assert not torch.equal(with_pass[first:], without[first:])
 
 
 @pytest.mark.parametrize(
@@ -102,71 +92,6 @@ def test_a_closed_streams_cache_serves_the_next(build: Build, toy: Preset) -> No
     assert second.cache is first.cache
     assert torch.equal(pipeline.next_chunk(second).frames, reference)
     assert pipeline.open("a blue cube", seed=3).cache is not first.cache
-
-
-def test_warming_up_leaves_its_cache_to_the_first_stream(build: Build, toy: Preset) -> None:
-    pipeline = build(toy, speed=Speed(fused=True))
-    assert warm(pipeline).chunk_seconds > 0
-    cache = pipeline.open("a blue cube", seed=3).cache
-    assert cache.written == 0
-    assert pipeline.open("a blue cube", seed=3).cache is not cache
-
-
-def test_weights_that_give_no_numbers_are_found_while_warming_up(build: Build, toy: Preset) -> None:
-    pipeline = build(toy)
-    pipeline.served.wan.head.head.bias.fill_(float("nan"))
-    with pytest.raises(NotFiniteError, match="chunk 0 has values that are not finite"):
-        warm(pipeline)
-
-
-@pytest.mark.parametrize(("saves", "batch"), [(0.8, 3), (0.98, 1), (1.2, 1)])
-def test_batches_are_made_where_they_are_faster(
-    build: Build,
-    toy: Preset,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    saves: float,
-    batch: int,
-) -> None:
-    pipeline, now = build(toy), [0.0]
-    ahead = pipeline.next_chunks
-
-    def next_chunks(states: Sequence[StreamState]) -> list[Chunk | NotFiniteError]:
-        now[0] += 0.1 * len(states) * (saves if len(states) > 1 else 1)
-        return ahead(states)
-
-    monkeypatch.setattr(pipeline, "next_chunks", next_chunks)
-    monkeypatch.setattr(warmup.time, "perf_counter", lambda: now[0])
-    found = warm(pipeline, batch=3)
-    assert found.batch == batch and found.chunk_seconds == pytest.approx(0.1 * saves if batch > 1 else 0.1)
-    said = capfd.readouterr().out
-    assert f"100 ms alone and {100 * saves:.0f} in a batch of 3" in said and ("not made" in said) == (batch == 1)
-    assert len({id(pipeline.open("a red ball", 1).cache) for _ in range(3)}) == 3, "three caches serve what comes"
-
-
-def test_fewer_steps_from_one_chunk_to_the_next(build: Build, toy: Preset) -> None:
-    preset = replace(toy, steps=(1000, 750, 500, 250))
-    pipeline = build(preset)
-    calls = []
-    forward = pipeline.dit.forward  # type: ignore[attr-defined]
-
-    def counted(x: torch.Tensor, t: torch.Tensor, *rest: object) -> torch.Tensor:
-        calls.append(float(t[0, 0]))
-        out: torch.Tensor = forward(x, t, *rest)
-        return out
-
-    pipeline.dit.forward = counted  # type: ignore[attr-defined]
-    state = pipeline.open("a blue cube", seed=3)
-    seen = []
-    for steps in (None, 3, 2, 1, 9):
-        state.steps = steps
-        calls.clear()
-        pipeline.next_chunk(state)
-        seen.append([round(t / 1000, 3) for t in calls])
-        pipeline.commit(state)
-    all_of_them = [round(s, 3) for s in preset.sigmas]
-    a, b, c, d = all_of_them
-    assert seen == [[a, b, c, d], [a, b, c], [a, c], [a], [a, b, c, d]]
 
 
 def options(*words: str) -> argparse.Namespace:

@@ -116,48 +116,6 @@ def test_a_changed_weight_reaches_8_bits_by_refresh() -> None:
     assert torch.equal(roll(fused, FusedCache(CONFIG, DIT), 1)[0], expected)
 
 
-def test_low_bit_cache() -> None:
-    expected = roll(wan(), exact_cache())
-    found = roll(FusedWan(wan()), FusedCache(CONFIG, DIT, low_bit=True))
-    errors = [error(f, e) for f, e in zip(found, expected, strict=True)]
-    assert errors[0] < 1e-5, "the first chunk sees itself alone, exactly"
-    assert 1e-4 < max(errors) < 0.05
-
-
-@pytest.mark.parametrize("low_bit", [False, True])
-def test_sparse_sees_all_where_all_is_kept(low_bit: bool) -> None:
-    expected = roll(FusedWan(wan()), FusedCache(CONFIG, DIT, low_bit=low_bit))
-    full = FusedCache(CONFIG, DIT, low_bit=low_bit, keep=0.999)
-    found = roll(FusedWan(wan()), full)
-    assert max(error(f, e) for f, e in zip(found, expected, strict=True)) < 1e-5
-
-
-def test_sparse_differs_little_and_costs_the_past_only() -> None:
-    expected = roll(wan(), exact_cache())
-    found = roll(FusedWan(wan()), FusedCache(CONFIG, DIT, keep=0.3))
-    errors = [error(f, e) for f, e in zip(found, expected, strict=True)]
-    assert errors[0] < 1e-5
-    assert 1e-4 < max(errors) < 0.2
-
-
-def test_keep_is_a_share() -> None:
-    with pytest.raises(ValueError, match="keep"):
-        FusedCache(CONFIG, DIT, keep=0)
-
-
-def test_snapshot_and_reset() -> None:
-    fused = FusedWan(wan())
-    cache = FusedCache(CONFIG, DIT, low_bit=True, keep=0.5)
-    roll(fused, cache, 3)
-    saved = cache.snapshot()
-    first = roll(fused, cache, 2)
-    cache.restore(saved)
-    assert all(torch.equal(a, b) for a, b in zip(first, roll(fused, cache, 2), strict=True))
-    cache.reset(0)
-    fresh = roll(fused, FusedCache(CONFIG, DIT, low_bit=True, keep=0.5), 4)
-    assert all(torch.equal(a, b) for a, b in zip(roll(fused, cache, 4), fresh, strict=True))
-
-
 def test_longer_prompts_and_other_patches() -> None:
     config = replace(DIT, patch=(1, 4, 4), pooled_text=True)
     small = CacheConfig(chunk=3, window=6, sink=0, rows=4, columns=6)
