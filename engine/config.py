@@ -22,9 +22,12 @@ from engine.models.config import (
 )
 from engine.stream.steps import step_sigmas
 
-KVPrecision = Literal["exact", "fp8", "int8", "int8-fp8"]
-"""How the KV cache keeps past chunks: as computed; or in 8 bits with a scale per vector (the model as written); or keys
-in int8 and values in float8, which the fused model's attention reads as they are."""
+PlainPrecision = Literal["exact", "fp8", "int8"]
+"""How the cache of the model as written keeps past chunks: as computed, or in 8 bits with a scale per vector."""
+
+KVPrecision = Literal[PlainPrecision, "int8-fp8"]
+"""How a KV cache keeps past chunks; `int8-fp8` is keys in int8 and values in float8, which the fused model's attention
+reads without dequantising them."""
 
 Role = Literal["qkv", "o", "cross_q", "cross_o", "up", "down"]
 """A projection of a transformer block; `qkv` joins three linear layers that read the same input."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from engine.config import PRESETS, ROLES, QuantScheme, TextFormat, TextPlacement
+from engine.config import PRESETS, ROLES, PlainPrecision, QuantScheme, TextFormat, TextPlacement
 
 
 def positive(text: str) -> int:
@@ -90,7 +90,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--plain", action="store_true", help="run the model as written, without transforms")
     group.add_argument(
-        "--kv-cache", choices=("exact", "fp8", "int8"), default="exact", help="how past chunks are kept (%(default)s)"
+        "--kv-cache", choices=get_args(PlainPrecision), default="exact", help="how past chunks are kept (%(default)s)"
     )
     group.add_argument("--low-bit", choices=get_args(QuantScheme), help="the transformer's projections in fewer bits")
     group.add_argument(

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from engine.config import CacheConfig, KVPrecision
+from engine.config import CacheConfig, PlainPrecision
 from engine.models.dit import Attend
 from engine.ops.attention import attention
 from engine.ops.quant import FORMAT_DTYPE, QuantTensor, quantise
@@ -32,7 +32,7 @@ class Rows:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: KVPrecision
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, precision: PlainPrecision
     ) -> None:
         self.dtype, self.format = dtype, None if precision == "exact" else precision
         stored = dtype if self.format is None else FORMAT_DTYPE[self.format]
@@ -75,7 +75,7 @@ class KVCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        precision: KVPrecision = "exact",
+        precision: PlainPrecision = "exact",
         stored: torch.dtype | None = None,
     ) -> None:
         """`stored` is the type of exact keys and values where that is not `dtype`."""

@@ -172,6 +172,7 @@ def accelerate(
 def _new_cache(preset: Preset, speed: Speed, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
     config = preset.dit
     if not speed.fused:
+        assert speed.kv_cache != "int8-fp8"
         return KVCache(
             preset.cache(),
             layers=config.num_layers,

@@ -36,7 +36,7 @@ def test_memory_of_the_cache_is_the_caches_own(exact: bool) -> None:
     assert memory.parts(preset, setting)["KV cache"] == pytest.approx(cache.bytes(), rel=1e-3)  # but for the scales
 
 
-def test_memory_of_text_quantise_weights_is_the_modules_own() -> None:
+def test_memory_of_text_weights_in_8_bits_is_the_modules_own() -> None:
     preset = PRESETS["self-forcing-1.3b"]
     small = replace(preset.text, vocab_size=64, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=2)
     encoder = TextEncoder(small).to(torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.config import CacheConfig, KVPrecision
+from engine.config import CacheConfig, PlainPrecision
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
 from engine.ops.rope import rope_angles, rotate
@@ -113,7 +113,7 @@ def test_memory_is_constant_and_snapshot_restores() -> None:
 
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.01), ("fp8", 0.04)])
 @pytest.mark.parametrize("sink", [0, 3])
-def test_eight_bits_stay_near_and_save_memory(precision: KVPrecision, bound: float, sink: int) -> None:
+def test_eight_bits_stay_near_and_save_memory(precision: PlainPrecision, bound: float, sink: int) -> None:
     """Past chunks in 8 bits: relative L2 error of the flow over a rolling window; a chunk without past is exact."""
     dit, config = model(), CacheConfig(chunk=3, window=9, sink=sink, rows=4, columns=4)
     text = dit.encode_text(torch.randn(1, 5, 32))
