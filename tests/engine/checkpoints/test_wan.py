@@ -6,13 +6,12 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoints import layouts, wan
+from engine.checkpoints import wan
 from engine.checkpoints.convert import load_dit
 from engine.checkpoints.headers import StoreError
-from engine.config import DIT_1_3B, DIT_5B, DIT_14B, PRESETS, CacheConfig
+from engine.config import DIT_1_3B, DIT_5B, DIT_14B, CacheConfig
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan
-from engine.models.text_encoder import TextEncoder
 from engine.stream.kv_cache import BlockCausal, KVCache
 
 TINY = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, in_channels=4, out_channels=4, freq_dim=32)
@@ -61,17 +60,6 @@ def test_every_tensor_of_the_real_models_has_its_place(config: DiTConfig) -> Non
     same = wan.to_native(ours.state_dict())
     assert same.layout == "original"
     assert same.native == {name: name for name in expected}
-
-
-@pytest.mark.parametrize("name", ["mini", "self-forcing-1.3b"])
-def test_the_text_encoders_tensors_are_known(name: str) -> None:
-    preset = PRESETS[name]
-    with torch.device("meta"):
-        state = TextEncoder(preset.text).state_dict()
-    assert layouts.text_encoder(preset.text) == {name: tuple(value.shape) for name, value in state.items()}
-    with torch.device("meta"):
-        dit = CausalWan(preset.dit).state_dict()
-    assert wan.tensors(preset.dit) == {name: tuple(value.shape) for name, value in dit.items()}
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original", "wrapped"])

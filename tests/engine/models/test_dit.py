@@ -2,7 +2,6 @@ import torch
 
 from engine.models.config import DiTConfig
 from engine.models.dit import CausalWan, text_lengths, timestep_embedding
-from engine.ops.rope import axis_pairs, rope_angles, rotate
 
 WAN_BLOCK = {
     "modulation",
@@ -44,19 +43,6 @@ def test_parameter_names_and_sizes_are_wan_2_1s() -> None:
     assert sum(p.numel() for p in names.values()) == 1_418_996_800  # the published 1.3B transformer
     assert names["patch_embedding.weight"].shape == (1536, 16, 1, 2, 2)
     assert names["head.head.weight"].shape == (64, 1536)
-
-
-def test_rope_split_and_relative_positions() -> None:
-    assert axis_pairs(128) == (22, 21, 21)
-    q, k = torch.randn(1, 1, 1, 128), torch.randn(1, 1, 1, 128)
-
-    def score(a: int, b: int) -> torch.Tensor:
-        turn = [rope_angles(torch.tensor([x]), 1, 1, 128) for x in (a, b)]
-        return (rotate(q, turn[0]) * rotate(k, turn[1])).sum()
-
-    assert torch.allclose(score(5, 2), score(100_005, 100_002), atol=1e-3)
-    assert not torch.allclose(score(5, 2), score(5, 3), atol=1e-3)
-    assert torch.allclose(rotate(q, rope_angles(torch.tensor([9]), 1, 1, 128)).norm(), q.norm())
 
 
 def test_timestep_embedding_is_cosines_then_sines() -> None:
