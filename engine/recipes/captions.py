@@ -157,14 +157,17 @@ def describe(scene: Sequence[int], rng: random.Random, *, complete: bool = False
             return text
 
 
+def write(scenes: Tensor, seed: int, wordings: int, *, complete: bool = False) -> list[list[str]]:
+    """`wordings` differently worded captions of each of the scenes [N, A]."""
+    rng = random.Random(seed)
+    return [[describe(scene, rng, complete=complete) for _ in range(wordings)] for scene in scenes.tolist()]
+
+
 def encode(scenes: Tensor, seed: int, length: int, wordings: int, *, complete: bool = False) -> Tensor:
-    """Token ids, int64 [N, wordings, length], of differently worded captions of scenes [N, A]."""
-    rng, tokenizer = random.Random(seed), Tokenizer(VOCABULARY)
-    rows = [
-        [tokenizer.encode(describe(scene, rng, complete=complete), length) for _ in range(wordings)]
-        for scene in scenes.tolist()
-    ]
-    return torch.tensor(rows)
+    """Token ids, int64 [N, wordings, length], of `write`'s captions."""
+    tokenizer = Tokenizer(VOCABULARY)
+    texts = write(scenes, seed, wordings, complete=complete)
+    return torch.tensor([[tokenizer.encode(text, length) for text in several] for several in texts])
 
 
 def _compose(scene: Sequence[int], rng: random.Random, complete: bool) -> str:

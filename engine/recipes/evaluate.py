@@ -1,18 +1,23 @@
 """Measure what the models draw: probes trained on real renders read the attributes out of generated frames.
 
-Prints, for each probe: its accuracy on real held-out renders (the gate), on renders passed through the VAE, on the
-teacher's and the student's video for held-out prompts, on pairs of shape and colour never trained on, two chunks
-after a prompt change (all attributes, and the changed ones alone), and over a long stream (drift). And the VAE's
-PSNR, SSIM and gradient energy.
+Prints, for each probe, in per cent of attributes read as asked: its accuracy on real held-out renders (the gate), on
+renders passed through the VAE, on video of held-out prompts, on pairs of shape and colour never trained on, two and
+twenty chunks after a prompt change by each transition (all attributes, and the changed ones alone), and along a long
+stream (drift). And the VAE's PSNR, SSIM and gradient energy; and with `--endless`, how sharpness, contrast and colour
+of still and of moving scenes change over time (`engine.recipes.endless`).
 
 With `--served` the student is what the repository ships (low-bit storage included), otherwise the checkpoints in
-`--folder`. Generation here is `engine.stream`'s, with the cache and the transitions that serve.
+`--folder`. Generation is `engine.stream`'s, with the cache and the transitions that serve; `--sampling` changes numbers
+of the preset, so that one run makes one table of several.
+
+Cost on one H200, 192 prompts, each sampling: 10 s of attributes and steering, 8 s for 300 chunks of 24 streams.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,21 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import MINI, Preset
-from engine.models.dit import CausalWan, TextContext
 from engine.models.light_vae import LightDecoder
-from engine.models.text_encoder import TextEncoder
-from engine.recipes import captions, export, train_vae, world
+from engine.recipes import captions, endless, export, teacher, train_vae, world
 from engine.recipes import probe as probes
-from engine.recipes import teacher as base
+from engine.recipes.generation import Generator
 from engine.recipes.run import Run, arguments
-from engine.stream.kv_cache import KVCache
-from engine.stream.rollout import forward
-from engine.stream.sampler import euler, few_step
 from engine.stream.steps import shifted_sigma
 
+MAIN = tuple(world.ATTRIBUTES)[:8]
+"""The attributes of the scene and its main object; the other six are its companions'."""
 READ_FROM = 2
 """First chunk of the two that are read: past the start."""
 STEER_AT = 3
+"""Chunk from which the changed prompt runs."""
+LATE = 20
+"""Chunks after a change of prompt at which it is read again: the sink may hold on to what was."""
 
 
 def prompts(scenes: Tensor, preset: Preset, seed: int) -> Tensor:
@@ -42,89 +47,7 @@ def prompts(scenes: Tensor, preset: Preset, seed: int) -> Tensor:
     return captions.encode(scenes, seed, preset.text.length, 1, complete=True)[:, 0].to(scenes.device)
 
 
-class Generator:
-    """Rolls a batch of streams out, chunk by chunk, with the cache that serves."""
-
-    def __init__(
-        self,
-        dit: CausalWan,
-        text: TextEncoder,
-        preset: Preset,
-        seed: int,
-        sigmas: Sequence[float],
-        guidance: float = 1.0,
-    ) -> None:
-        """`guidance` above 1 solves the flow by Euler steps with a null prompt beside; 1 is few-step sampling."""
-        self.dit, self.text, self.preset, self.sigmas, self.guidance = dit, text, preset, sigmas, guidance
-        self.device: torch.device = dit.patch_embedding.weight.device
-        self.rng = torch.Generator(self.device).manual_seed(seed)
-
-    def _cache(self, batch: int) -> KVCache:
-        config = self.preset.dit
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return KVCache(
-            self.preset.cache(),
-            layers=config.num_layers,
-            heads=config.num_heads,
-            head_dim=config.head_dim,
-            batch=batch,
-            device=self.device,
-            dtype=dtype,
-        )
-
-    def _noise(self, batch: int) -> Tensor:
-        p = self.preset
-        shape = (batch, p.dit.in_channels, p.chunk, p.latent_rows, p.latent_columns)
-        return torch.randn(shape, generator=self.rng, device=self.device)
-
-    @torch.inference_mode()
-    def roll(
-        self, ids: Tensor, chunks: int, change: Tensor | None = None, change_at: int = 0, transition: str = "recache"
-    ) -> Tensor:
-        """Latents [N, C, chunks * chunk, h, w] under prompts ids [N, L], `change` instead from chunk `change_at`."""
-        batch = len(ids)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            branches = [ids] if self.guidance == 1 else [ids, base.null_ids(self.preset, self.device).expand_as(ids)]
-            kvs = [self.dit.encode_text(self.text(branch)) for branch in branches]
-            caches = [self._cache(batch) for _ in branches]
-            out: list[Tensor] = []
-            for chunk in range(chunks):
-                if change is not None and transition == "soft" and 0 <= chunk - change_at < self.preset.soft_chunks:
-                    share = (chunk - change_at + 1) / self.preset.soft_chunks
-                    kvs[0] = self.dit.encode_text(torch.lerp(self.text(ids), self.text(change), share))
-                if change is not None and transition == "recache" and chunk == change_at:
-                    kvs[0] = self.dit.encode_text(self.text(change))
-                    kept = out[-(self.preset.window // self.preset.chunk - 1) :]
-                    for cache, kv in zip(caches, kvs, strict=True):
-                        cache.reset(cache.start_frame - len(kept) * self.preset.chunk)
-                        for latents in kept:
-                            self._commit(kv, cache, latents)
-                out.append(self._chunk(kvs, caches, batch))
-                for cache, kv in zip(caches, kvs, strict=True):
-                    self._commit(kv, cache, out[-1])
-        return torch.cat(out, dim=2)
-
-    def _chunk(self, kvs: list[TextContext], caches: list[KVCache], batch: int) -> Tensor:
-        if self.guidance == 1:
-            return few_step(
-                lambda x, sigma: forward(self.dit, x, sigma, kvs[0], caches[0]),
-                lambda step: self._noise(batch),
-                self.sigmas,
-            )
-
-        def guided(x: Tensor, sigma: float) -> Tensor:
-            with_text, without = (forward(self.dit, x, sigma, kv, cache) for kv, cache in zip(kvs, caches, strict=True))
-            return without + self.guidance * (with_text - without)
-
-        return euler(guided, self._noise(batch), self.sigmas)
-
-    def _commit(self, kv: TextContext, cache: KVCache, latents: Tensor) -> None:
-        sigma = self.preset.context_sigma
-        forward(self.dit, (1 - sigma) * latents + sigma * self._noise(len(latents)), sigma, kv, cache)
-        cache.advance()
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def decode(light: LightDecoder, latents: Tensor, preset: Preset, first: int, batch: int = 32) -> Tensor:
     """uint8 [N, 24, 3, H, W]: two chunks from chunk `first` on, two chunks of run-up decoded and dropped."""
     chunk = preset.chunk
@@ -138,7 +61,8 @@ def decode(light: LightDecoder, latents: Tensor, preset: Preset, first: int, bat
 
 
 def accuracy(read: Tensor, scenes: Tensor, only: Tensor | None = None) -> dict[str, float]:
-    """Per cent right in each attribute over the rows where it is active (and in `only`), and the mean of these.
+    """Per cent right in each attribute over the rows where it is active (and in `only`), and the means of the main
+    object's eight and of all.
 
     `read` and `only` are in canonical order, `scenes` need not be.
     """
@@ -146,7 +70,9 @@ def accuracy(read: Tensor, scenes: Tensor, only: Tensor | None = None) -> dict[s
     right = ((read == world.canonical(scenes)) & counted).sum(dim=0).double()
     total = counted.sum(dim=0).double()
     table = {name: float(100 * right[i] / total[i]) for i, name in enumerate(world.ATTRIBUTES) if total[i] > 0}
-    return table | {"mean": sum(table.values()) / len(table), "n": float(len(scenes))}
+    main = [table[name] for name in MAIN if name in table]
+    means = {"main": sum(main) / len(main)} if main else {}
+    return table | means | {"mean": sum(table.values()) / len(table), "n": float(len(scenes))}
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
@@ -163,7 +89,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return float(score.mean())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def vae_figures(bundle: train_vae.Bundle, clips: int, generator: torch.Generator) -> dict[str, float]:
     """PSNR (dB), SSIM and gradient energy ratio of both decoders over `clips` clips of 33 frames."""
     light_psnr, full_psnr, similar, energy, full_energy = [], [], [], [], []
@@ -200,19 +126,35 @@ class Report:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, float]] = {}
+        self.scenes: dict[str, list[dict[str, object]]] = {}
+        """Of each endless run: what every scene looked like over time."""
 
     def add(self, name: str, figures: dict[str, float]) -> None:
         self.rows[name] = figures
         print(f"{name:42s} " + " ".join(f"{key} {value:.2f}" for key, value in figures.items()), flush=True)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.rows | {"scenes": self.scenes}, indent=1))
 
 
 def main() -> None:
     parser = arguments(__doc__, 0)
     parser.add_argument("--served", action="store_true", help="evaluate the shipped weights")
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts for each figure")
+    parser.add_argument(
+        "--sampling",
+        action="append",
+        metavar="FIELD=VALUE,...",
+        help="numbers of the preset to change (window, sink, context_sigma, shift); again for another row of the table",
+    )
+    parser.add_argument("--endless", type=int, default=0, metavar="CHUNKS", help="length of the endless streams")
+    parser.add_argument("--endless-streams", type=int, default=24, help="of these, half with nothing that moves")
     parser.add_argument("--drift-minutes", type=float, default=0.0, help="length of the drift run")
     parser.add_argument("--drift-streams", type=int, default=48)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["vae", "teacher", "steps", "steer"])
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["vae", "real", "teacher", "steps", "attributes", "steer"]
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--pictures", type=Path, help="write contact sheets of generated frames into this folder")
     parser.add_argument("--seed", type=int, default=2024)
@@ -220,118 +162,181 @@ def main() -> None:
     run = Run("evaluate", options.folder, 0)
     report = evaluate(run, MINI, options)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report.rows, indent=1))
+        report.save(options.json)
 
 
-def evaluate(run: Run, preset: Preset, options: argparse.Namespace) -> Report:
-    report = Report()
-    device = run.device
-    shipped = export.Shipped(device) if options.served else None
-    bundle = shipped.bundle() if shipped else train_vae.load(run, preset)
-    light: LightDecoder = bundle.light
-    judges = {
-        name: shipped.probe(name) if shipped else probes.load(run, name)
-        for name in probes.PROBES
-        if shipped or run.has(name)
-    }
-    generator = torch.Generator(device).manual_seed(options.seed)
-    n = options.prompts
+def changed(preset: Preset, sampling: str) -> Preset:
+    """The preset with some numbers changed, given as `sink=3,context_sigma=0.1`."""
+    pairs = (pair.split("=") for pair in sampling.split(",") if pair)
+    return replace(preset, **{name: type(getattr(preset, name))(value) for name, value in pairs})
 
-    def judge(name: str, frames: Tensor, scenes: Tensor, only: Tensor | None = None) -> None:
-        for probe_name, judge in judges.items():
-            report.add(f"{name} [{probe_name}]", accuracy(judge.read(frames), scenes, only))
 
-    if "vae" not in options.skip:
-        report.add("vae", vae_figures(bundle, max(4, n // 4), generator))
+@dataclass(frozen=True)
+class Model:
+    """A row of the table: a network and how it is sampled."""
 
-    real = world.sample_scenes(2 * n, generator, split="any")
-    coded: list[Tensor] = []
-    reads: dict[str, list[Tensor]] = {name: [] for name in judges}
-    for clip in probes.real_clips(real, generator, frames=preset.first_chunk_frames + 3 * preset.chunk_frames):
-        tail = clip[:, -probes.WINDOW :]
-        for name, judge_ in judges.items():
-            reads[name].append(judge_.read(tail))
-        coded.append(decode(light, bundle.encode(clip), preset, 2))
-    for name in judges:
-        report.add(f"real renders [{name}]", accuracy(torch.cat(reads[name]), real))
-    judge("real through VAE", torch.cat(coded), real)
+    name: str
+    network: teacher.Model
+    preset: Preset
+    sigmas: Sequence[float]
+    guidance: float = 1.0
 
-    scenes = world.sample_scenes(n, generator, split="train")
-    unseen = world.sample_scenes(n, generator, split="held_out")
-    ids = prompts(scenes, preset, options.seed)
-    models: dict[str, tuple[base.Model, Sequence[float], float]] = {}
-    euler16 = [shifted_sigma(i / 16, preset.shift) for i in range(16, 0, -1)]
-    if run.has("teacher") and "teacher" not in options.skip:
-        models["teacher 16 cfg 2"] = (base.load(run, "teacher", preset).eval(), euler16, 2.0)
-    if shipped or run.has("student"):
-        student = shipped.student() if shipped else base.load(run, "student", preset).eval()
-        models[f"student {len(preset.sigmas)}"] = (student, preset.sigmas, 1.0)
-        if "steps" not in options.skip:
-            for steps in (1, 2, 3, 4):
+    @property
+    def serves(self) -> bool:
+        """Whether it takes the steps that the preset serves with, or is a teacher."""
+        return self.guidance > 1 or self.sigmas == self.preset.sigmas
+
+    def generator(self, seed: int) -> Generator:
+        return Generator(self.network.dit, self.network.text, self.preset, seed, self.sigmas, self.guidance)
+
+
+class Evaluation:
+    """The judges, the held-out prompts, and the report that figures go to."""
+
+    def __init__(self, run: Run, preset: Preset, options: argparse.Namespace) -> None:
+        self.run, self.preset, self.options = run, preset, options
+        self.report = Report()
+        self.shipped = shipped = export.Shipped(run.device) if options.served else None
+        self.bundle = shipped.bundle() if shipped else train_vae.load(run, preset)
+        self.light: LightDecoder = self.bundle.light
+        self.judges = {
+            name: shipped.probe(name) if shipped else probes.load(run, name)
+            for name in probes.PROBES
+            if shipped or run.has(name)
+        }
+        self.random = torch.Generator(run.device).manual_seed(options.seed)
+        self.scenes = world.sample_scenes(options.prompts, self.random, split="train")
+        self.unseen = world.sample_scenes(options.prompts, self.random, split="held_out")
+        self.targets = world.steer_scenes(self.scenes, self.random, split="train")
+        self.endless_scenes = endless.sample_scenes(options.endless_streams, self.random)
+
+    def judge(self, name: str, frames: Tensor, scenes: Tensor, only: Tensor | None = None) -> None:
+        for probe_name, probe in self.judges.items():
+            self.report.add(f"{name} [{probe_name}]", accuracy(probe.read(frames), scenes, only))
+
+    def picture(self, name: str, frames: Tensor, columns: int = 6) -> None:
+        if self.options.pictures:
+            file = name.replace(",", "").replace(" ", "-").replace("=", "-")
+            save_sheet(frames, self.options.pictures / f"{file}.png", columns)
+
+    def real(self) -> None:
+        """The gate: what the probes read in real renders, and in renders passed through the VAE."""
+        preset = self.preset
+        scenes = world.sample_scenes(2 * self.options.prompts, self.random, split="any")
+        coded: list[Tensor] = []
+        reads: dict[str, list[Tensor]] = {name: [] for name in self.judges}
+        frames = preset.first_chunk_frames + 3 * preset.chunk_frames
+        for clip in probes.real_clips(scenes, self.random, frames=frames):
+            tail = clip[:, -probes.WINDOW :]
+            for name, probe in self.judges.items():
+                reads[name].append(probe.read(tail))
+            coded.append(decode(self.light, self.bundle.encode(clip), preset, 2))
+        for name in self.judges:
+            self.report.add(f"real renders [{name}]", accuracy(torch.cat(reads[name]), scenes))
+        self.judge("real through VAE", torch.cat(coded), scenes)
+
+    def models(self) -> list[Model]:
+        run, preset, skip = self.run, self.preset, self.options.skip
+        found: list[Model] = []
+        if run.has("teacher") and "teacher" not in skip:
+            euler16 = [shifted_sigma(i / 16, preset.shift) for i in range(16, 0, -1)]
+            found.append(Model("teacher 16 cfg 2", teacher.load(run, "teacher", preset).eval(), preset, euler16, 2.0))
+        if self.shipped or run.has("student"):
+            network = self.shipped.student() if self.shipped else teacher.load(run, "student", preset).eval()
+            for sampling in self.options.sampling or [""]:
+                variant = changed(preset, sampling)
+                name = f"student {len(variant.sigmas)}"
+                found.append(Model(f"{name} {sampling}".strip(), network, variant, variant.sigmas))
+            for steps in (1, 2, 3, 4) if "steps" not in skip else ():
                 if steps != len(preset.sigmas):
                     table = [shifted_sigma(1 - i / steps, preset.shift) for i in range(steps)]
-                    models[f"student {steps}"] = (student, table, 1.0)
-    pair = torch.zeros_like(world.active(unseen))
-    pair[:, [list(world.ATTRIBUTES).index("shape"), list(world.ATTRIBUTES).index("colour")]] = True
-    for name, (model, sigmas, guidance) in models.items():
-        make = Generator(model.dit, model.text, preset, options.seed, sigmas, guidance)
-        latents = make.roll(ids, READ_FROM + 2)
-        frames = decode(light, latents, preset, READ_FROM)
-        judge(name, frames, scenes)
-        if options.pictures:
-            save_sheet(frames[:24], options.pictures / f"{name.replace(' ', '-')}.png")
-        served = guidance > 1 or sigmas == preset.sigmas
-        if served:
-            held = make.roll(prompts(unseen, preset, options.seed), READ_FROM + 2)
-            judge(f"{name}, unseen pairs", decode(light, held, preset, READ_FROM), unseen, pair)
-        if served and "steer" not in options.skip:
-            target = world.steer_scenes(scenes, generator, split="train")
-            both = world.active(target) & ~world.active(scenes)
-            changed = (world.canonical(target) != world.canonical(scenes)) | both
-            for transition in ("recache", "soft") if guidance == 1 else ("recache",):
-                steered = make.roll(ids, STEER_AT + 4, prompts(target, preset, options.seed + 1), STEER_AT, transition)
-                frames = decode(light, steered, preset, STEER_AT + 2)
-                judge(f"{name}, {transition}, all", frames, target)
-                judge(f"{name}, {transition}, changed", frames, target, changed)
-                if options.pictures:
-                    strip = torch.cat([decode(light, steered, preset, at)[:8, ::6] for at in (1, 3, 5)], dim=1)
-                    save_sheet(strip, options.pictures / f"{name.replace(' ', '-')}-{transition}.png", columns=12)
-    if options.drift_minutes and (shipped or run.has("student")):
-        model, sigmas, _ = models[f"student {len(preset.sigmas)}"]
-        make = Generator(model.dit, model.text, preset, options.seed, sigmas)
-        drift(report, judge, make, scenes[: options.drift_streams], ids[: options.drift_streams], light, options)
-    return report
+                    found.append(Model(f"student {steps}", network, preset, table))
+        return found
 
+    def attributes(self, model: Model) -> None:
+        """What is drawn of held-out prompts, and of pairs of shape and colour never trained on."""
+        preset, seed = model.preset, self.options.seed
+        make = model.generator(seed)
+        frames = decode(self.light, make.roll(prompts(self.scenes, preset, seed), READ_FROM + 2), preset, READ_FROM)
+        self.judge(model.name, frames, self.scenes)
+        self.picture(model.name, frames[:24])
+        if model.serves:
+            pair = torch.zeros_like(world.active(self.unseen))
+            pair[:, [world.COLUMN["shape"], world.COLUMN["colour"]]] = True
+            held = make.roll(prompts(self.unseen, preset, seed), READ_FROM + 2)
+            self.judge(f"{model.name}, unseen pairs", decode(self.light, held, preset, READ_FROM), self.unseen, pair)
 
-def drift(
-    report: Report,
-    judge: Callable[[str, Tensor, Tensor], None],
-    make: Generator,
-    scenes: Tensor,
-    ids: Tensor,
-    light: LightDecoder,
-    options: argparse.Namespace,
-) -> None:
-    """Accuracy along one long rollout, at the start and then at ten equally spaced moments."""
-    preset = make.preset
-    chunks = int(options.drift_minutes * 60 * preset.fps / preset.chunk_frames)
-    started = time.monotonic()
-    with torch.inference_mode(), torch.autocast(make.device.type, torch.bfloat16, enabled=make.device.type == "cuda"):
-        kv = make.dit.encode_text(make.text(ids))
-        cache = make._cache(len(ids))
+    def steering(self, model: Model) -> None:
+        """Two chunks after a prompt change, and twenty: all attributes, and the changed ones alone."""
+        preset, seed, target = model.preset, self.options.seed, self.targets
+        ids, new = prompts(self.scenes, preset, seed), prompts(target, preset, seed + 1)
+        fresh = world.active(target) & ~world.active(self.scenes)
+        different = (world.canonical(target) != world.canonical(self.scenes)) | fresh
+        for transition in ("recache", "soft", "cut") if model.guidance == 1 else ("recache",):
+            latents = model.generator(seed).roll(ids, STEER_AT + LATE + 2, new, STEER_AT, transition)
+            for label, at in ((transition, STEER_AT + 2), (f"{transition}, late", STEER_AT + LATE)):
+                frames = decode(self.light, latents, preset, at)
+                self.judge(f"{model.name}, {label}, all", frames, target)
+                self.judge(f"{model.name}, {label}, changed", frames, target, different)
+            moments = (1, 3, 5, STEER_AT + LATE)
+            strip = [decode(self.light, latents[:8], preset, at)[:, ::8] for at in moments]
+            self.picture(f"{model.name} {transition}", torch.cat(strip, dim=1), columns=12)
+
+    def endless(self, model: Model) -> None:
+        """Sharpness, contrast and colour over a long stream, and what the probes read at its ends."""
+        preset, options = model.preset, self.options
+        scenes = self.endless_scenes
+        texts = captions.write(scenes, options.seed, 1, complete=True)
+        started = time.monotonic()
+        make = model.generator(options.seed)
+        found = endless.run(make, self.light, scenes, prompts(scenes, preset, options.seed), options.endless)
+        for kind, figures in found.summary().items():
+            self.report.add(f"{model.name}, endless, {kind}", figures)
+        still = world.nothing_moves(scenes)
+        for kind, which in (("still", still), ("moving", ~still)):
+            self.judge(f"{model.name}, endless, {kind}, first", found.first[which], scenes[which])
+            self.judge(f"{model.name}, endless, {kind}, last", found.last[which], scenes[which])
+        self.report.scenes[f"{model.name}, endless"] = found.by_scene([several[0] for several in texts])
+        self.picture(f"{model.name} endless", found.sheet, columns=found.sheet.shape[1])
+        seconds = time.monotonic() - started
+        self.report.add(f"{model.name}, endless", {"chunks": options.endless, "seconds taken": seconds})
+
+    def drift(self, model: Model) -> None:
+        """Attributes along one long rollout, at the start and then at ten equally spaced moments."""
+        preset, options = model.preset, self.options
+        scenes = self.scenes[: options.drift_streams]
+        chunks = int(options.drift_minutes * 60 * preset.fps / preset.chunk_frames)
+        started = time.monotonic()
+        streams = model.generator(options.seed).open(prompts(scenes, preset, options.seed))
         marks = {2 + round(i * (chunks - 6) / 10) for i in range(11)}
         recent: list[Tensor] = []
         for chunk in range(chunks):
-            recent = [*recent[-3:], make._chunk([kv], [cache], len(ids))]
-            make._commit(kv, cache, recent[-1])
+            recent = [*recent[-3:], streams.next()]
             if chunk - 1 in marks:
-                latents = torch.cat(recent, dim=2)
-                frames = decode(light, latents, preset, len(recent) - 2)
-                judge(f"drift, {chunk * preset.chunk_frames / preset.fps:.0f} s", frames, scenes)
-                if options.pictures:
-                    save_sheet(frames[:24], options.pictures / f"drift-{chunk:05d}.png")
-    report.add("drift", {"chunks": chunks, "seconds taken": time.monotonic() - started})
+                frames = decode(self.light, torch.cat(recent, dim=2), preset, len(recent) - 2)
+                self.judge(f"drift, {chunk * preset.chunk_frames / preset.fps:.0f} s", frames, scenes)
+                self.picture(f"drift-{chunk:05d}", frames[:24])
+        self.report.add("drift", {"chunks": chunks, "seconds taken": time.monotonic() - started})
+
+
+def evaluate(run: Run, preset: Preset, options: argparse.Namespace) -> Report:
+    """Everything that `options` ask for, printed as it is found."""
+    evaluation = Evaluation(run, preset, options)
+    if "vae" not in options.skip:
+        figures = vae_figures(evaluation.bundle, max(4, options.prompts // 4), evaluation.random)
+        evaluation.report.add("vae", figures)
+    if "real" not in options.skip:
+        evaluation.real()
+    for model in evaluation.models():
+        if "attributes" not in options.skip:
+            evaluation.attributes(model)
+        if model.serves and "steer" not in options.skip:
+            evaluation.steering(model)
+        if model.serves and model.guidance == 1 and options.endless:
+            evaluation.endless(model)
+        if model.serves and model.guidance == 1 and options.drift_minutes:
+            evaluation.drift(model)
+    return evaluation.report
 
 
 def save_sheet(clips: Tensor, path: Path, columns: int = 6) -> None:

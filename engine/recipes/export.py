@@ -75,11 +75,30 @@ class Shipped:
         return judge
 
 
+def restore(run: Run) -> None:
+    """Write what is shipped back as checkpoints of a run, to train on: student, teacher, VAE and probes.
+
+    The teacher's weights are not kept: it begins as the student.
+    """
+    shipped = Shipped(torch.device("cpu"))
+    student = shipped.student().state_dict()
+    for name in ("student", "teacher"):
+        run.save(name, student)
+    run.save("vae", shipped.bundle().state_dict(), torch.float32)
+    for name in probe.PROBES:
+        run.save(name, shipped.probe(name).state_dict(), torch.float32)
+
+
 def main() -> None:
     parser = arguments(__doc__, 0)
+    parser.add_argument("--restore", action="store_true", help="the other way: from the store to the checkpoints")
     parser.add_argument("--to", type=Path, default=WEIGHTS / MINI.name, help="folder of the store")
     options = parser.parse_args()
-    export(Run("export", options.folder, 0), options.to)
+    run = Run("export", options.folder, 0)
+    if options.restore:
+        restore(run)
+    else:
+        export(run, options.to)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `engine/recipes/train_mini.sh` has the whole recipe. This stage resumes from the checkpoints in `--folder`. Its seconds
 include compilation. With `--distill-share 0` the teacher alone is trained, at a learning rate that stays up for a later
-call; with 1 only the student is.
+call unless `--finish` is given; with 1 only the student is.
 """
 
 from engine.config import MINI
@@ -13,7 +13,10 @@ from engine.recipes.run import Run, arguments
 def main() -> None:
     parser = arguments(__doc__, 560)
     parser.add_argument("--distill-share", type=float, default=0.35, help="of the time left when the pools are coded")
-    parser.add_argument("--pool", type=int, default=14_000, help="clips coded ahead of training, on all ranks together")
+    parser.add_argument(
+        "--finish", action="store_true", help="let the teacher's learning rate fall to the end of this call"
+    )
+    parser.add_argument("--pool", type=int, default=10_000, help="clips coded ahead of training, on all ranks together")
     parser.add_argument("--firsts", type=int, default=48_000, help="first chunks coded ahead of training, likewise")
     parser.add_argument("--seed", type=int, default=7, help="of the pools")
     options = parser.parse_args()
@@ -23,7 +26,12 @@ def main() -> None:
     if options.distill_share < 1:
         run = Run("teacher", options.folder, left * (1 - options.distill_share))
         teacher.train(
-            run, MINI, pools, clip_batch=teacher.CLIPS, first_batch=teacher.FIRST_CLIPS, final=options.distill_share > 0
+            run,
+            MINI,
+            pools,
+            clip_batch=teacher.CLIPS,
+            first_batch=teacher.FIRST_CLIPS,
+            final=options.finish or options.distill_share > 0,
         )
     if options.distill_share > 0:
         run = Run("distill", options.folder, options.seconds - whole.elapsed())

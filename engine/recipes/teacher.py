@@ -1,15 +1,17 @@
 """Train the causal teacher: flow matching over chunks, each seeing the clean chunks before it (teacher forcing).
 
-A step takes clips of four chunks. Their clean latents run once through the model as context; each of `COPIES` noisy
-versions, with its own noise level per chunk, reads that context and carries the loss. Every other step takes first
-chunks only, in a large batch: there nothing but the text tells what to draw, which is what binds words to pictures.
+Objective: mean squared error of the flow v = noise - x0 of noisy chunks, with a noise level for each chunk, weighted
+by what is in the picture (`EMPHASIS`). A step takes sequences of four chunks. Their clean latents run once through the
+model as context; each of `COPIES` noisy versions reads that context, as the served cache with its sink would show it,
+and carries the loss. Every other step takes first chunks only, in a large batch: there nothing but the text tells what
+to draw, which is what binds words to pictures.
 
-The context is spoiled in two ways, so that the model learns to repair what it will meet in its own rollouts: by a
-little noise, whose level it is told, and, in the later part of training, by replacing it with the model's own
-one-step guess of it.
+Contexts are imperfect in three ways, so that the model learns to repair what it will meet when it serves: by a little
+noise, whose level it is told; by its own one-step guess in place of the clean latents, in the later part of training;
+and, where a student exists already, by that student's own long rollouts (`Rollouts`).
 
-The text encoder is `engine.recipes.text`'s and stands still: its output for every caption is worked out once. Cost on
-two H100: about 9 minutes.
+The text encoder is `engine.recipes.text`'s and frozen: its output for every caption is computed once. Cost on two
+H100: about 9 minutes. Result: `docs/benchmarks.md`, "What `mini` draws".
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,19 +29,30 @@ from engine.models.text_encoder import TextEncoder
 from engine.ops.attention import attention
 from engine.ops.rope import rope_angles, rotate
 from engine.recipes import captions, train_vae, world
+from engine.recipes.generation import Generator, null_ids
 from engine.recipes.optimizer import Optimiser, Replay
 from engine.recipes.run import Run, learning_rate
 
 CHUNKS = 4
+"""Of a training sequence."""
+LENGTH = 12
+"""Chunks of a clip in the pool, which sequences are cut from."""
 COPIES = 2
-EMPHASIS = 4.0
-"""What an error in an object, its shadow or its reflection counts more than one in ground or sky, which are easy and
-most of the picture. The best flow is the same at every place; more of the network goes into what is looked at."""
+EMPHASIS = (4.0, 10.0)
+"""What an error in the main object, its shadow or its reflection counts more than one in ground or sky, which are easy
+and most of the picture; and one in a companion, which is small. The best flow is the same at every place; more of the
+network goes into what is looked at."""
+COUNTS = (0.3, 0.35, 0.35)
+"""Shares of training scenes with one, two and three objects."""
+STILL = 0.2
+"""Share of training scenes in which nothing moves: there errors add up for as long as a stream lasts."""
 CLIPS = 24
 FIRST_CLIPS = 192
 """Of each step, on each rank."""
 CAPTIONS = 4
 """Wordings of each scene."""
+ROLLOUTS = 1024
+"""Streams rolled out by the student itself, on each rank."""
 NEVER = 1e6
 """A change frame that no clip reaches."""
 
@@ -58,22 +71,32 @@ class Model(nn.Module):
 
 
 class TeacherForcing:
-    """Self-attention of [clean | noisy 1 | ... | noisy K], each a whole clip of chunks.
+    """Self-attention of [clean | noisy 1 | ... | noisy K], each a whole clip of chunks, as the served cache has it.
 
-    A clean chunk sees the clean chunks of its window and itself; a noisy chunk sees the same clean past and itself.
-    Both see as many keys, so chunks with equally long pasts share one attention call and no mask is needed.
+    A clean chunk sees the clean chunks of the sink and the window, and itself; a noisy chunk sees the same clean past
+    and itself. Both see as many keys, so chunks with equally long pasts share one attention call and no mask is
+    needed. Once the ring rolls, the sink's keys stand just before the oldest chunk of the ring, as in `KVCache`.
     """
 
     def __init__(self, copies: int, chunks: int, config: CacheConfig, head_dim: int, device: torch.device) -> None:
         self.parts, self.chunks = 1 + copies, chunks
+        self.sink = config.sink // config.chunk
         self.past = config.window // config.chunk - 1
-        frames = torch.arange(chunks * config.chunk, device=device)
-        self.angles = rope_angles(frames, config.rows, config.columns, head_dim).repeat(self.parts, 1, 1)
+        """Chunks before the current one in a full window, the sink's among them."""
+
+        def angles(first: int, count: int) -> Tensor:
+            frames = torch.arange(first * config.chunk, (first + count) * config.chunk, device=device)
+            return rope_angles(frames, config.rows, config.columns, head_dim)
+
+        self.angles = angles(0, chunks).repeat(self.parts, 1, 1)
+        self.sink_angles = [angles(i, self.sink) for i in range(chunks - self.past)] if self.sink else []
+        """Where the sink stands for each of the chunks whose window is full."""
 
     def at(self, layer: int) -> Attend:
         return self._attend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raw = k.unflatten(1, (self.parts, self.chunks, -1))[:, 0, : self.sink].flatten(1, 2)
         q, k = rotate(q, self.angles), rotate(k, self.angles)
         q, k, v = (x.unflatten(1, (self.parts, self.chunks, -1)) for x in (q, k, v))
         outs = []
@@ -83,7 +106,14 @@ class TeacherForcing:
             runs = stop - past
             keys: list[Tensor] = []
             values: list[Tensor] = []
-            for back in range(past, 0, -1):
+            nearer = past
+            if past == self.past and self.sink:
+                nearer = past - self.sink
+                turned = torch.stack([rotate(raw, angles) for angles in self.sink_angles], dim=1)
+                keys.append(turned[:, None].expand(-1, self.parts, -1, -1, -1, -1))
+                held = v[:, :1, : self.sink].flatten(2, 3)
+                values.append(held[:, :, None].expand(-1, self.parts, runs, -1, -1, -1))
+            for back in range(nearer, 0, -1):
                 before = slice(past - back, stop - back)
                 for source, gathered in ((k, keys), (v, values)):
                     gathered.append(source[:, :1, before].expand(-1, self.parts, -1, -1, -1, -1))
@@ -110,11 +140,14 @@ class Clips:
     null: Tensor
 
     def __init__(
-        self, bundle: train_vae.Bundle, preset: Preset, count: int, generator: torch.Generator, chunks: int = CHUNKS
+        self, bundle: train_vae.Bundle, preset: Preset, count: int, generator: torch.Generator, chunks: int
     ) -> None:
         device = generator.device
+        self.chunks = chunks
         frames = preset.first_chunk_frames + (chunks - 1) * preset.chunk_frames
-        before = world.sample_scenes(count, generator, split="train")
+        before = world.sample_scenes(count, generator, split="train", count_weights=COUNTS)
+        still = torch.rand(count, generator=generator, device=device) < STILL
+        before = torch.where(still[:, None], world.without_motion(before), before)
         after = world.steer_scenes(before, generator, split="train")
         chunk = torch.randint(1, max(chunks, 2), (count,), generator=generator, device=device)
         steered = (torch.rand(count, generator=generator, device=device) < 0.45) & (chunk < chunks)
@@ -129,14 +162,17 @@ class Clips:
         shape = (count, preset.dit.in_channels, chunks * preset.chunk, preset.latent_rows, preset.latent_columns)
         self.latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.emphasis = torch.empty((count, *shape[2:]), dtype=torch.bfloat16, device=device)
-        batch = 64 if device.type == "cuda" else 2
+        batch = max(1, 256 // chunks) if device.type == "cuda" else 2
         for i in range(0, count, batch):
             part = params[i : i + batch]
-            pixels, bare = (
-                world.render(p.flatten(0, 1)).unflatten(0, (-1, frames)) for p in (part, world.without_objects(part))
+            pixels, alone, bare = (
+                world.render(p.flatten(0, 1)).unflatten(0, (-1, frames))
+                for p in (part, world.without_objects(part, 1), world.without_objects(part))
             )
             self.latents[i : i + batch] = bundle.encode(pixels).bfloat16()
-            self.emphasis[i : i + batch] = 1 + (EMPHASIS - 1) * differs(pixels, bare, preset)
+            objects, companions = differs(pixels, bare, preset), differs(pixels, alone, preset)
+            weight = torch.where(objects > 0, EMPHASIS[0], 1.0)
+            self.emphasis[i : i + batch] = torch.where(companions > 0, EMPHASIS[1], weight)
         seed = int(torch.randint(0, 1 << 30, (1,), generator=generator, device=device))
         ids = [
             captions.encode(side, seed + i, preset.text.length, CAPTIONS)
@@ -164,13 +200,6 @@ def differs(pixels: Tensor, bare: Tensor, preset: Preset) -> Tensor:
     return torch.cat([cells[:, :1], rest], dim=1)
 
 
-def null_ids(preset: Preset, device: torch.device) -> Tensor:
-    """The empty prompt: an end token alone."""
-    ids = torch.zeros(preset.text.length, dtype=torch.long, device=device)
-    ids[0] = 1
-    return ids
-
-
 def sample_sigma(shape: tuple[int, ...], shift: float, device: torch.device) -> Tensor:
     u = torch.rand(shape, device=device)
     return shift * u / (1 + (shift - 1) * u)
@@ -181,28 +210,99 @@ def per_frame(sigma: Tensor, chunk: int) -> Tensor:
     return sigma.repeat_interleave(chunk, dim=1)[:, None, :, None, None]
 
 
+class Rollouts:
+    """Streams that the student itself rolled out, with the cache that serves, from the first chunks of real clips.
+
+    Its own errors add up in them as they do when it serves. Real clips stay the targets. That works for as long as
+    the stream and the clip show the same: for ever where nothing moves, and for `NEAR` chunks elsewhere, until small
+    errors of speed have added up to another phase.
+    """
+
+    NEAR = 3
+
+    def __init__(self, clips: Clips, preset: Preset, count: int) -> None:
+        self.clips, self.preset = clips, preset
+        self.rows = (clips.change == clips.chunks).nonzero()[:, 0][:count]
+        """Of the clips [M] that nothing steers."""
+        still = world.nothing_moves(clips.scenes[self.rows, 0])
+        self.starts = torch.where(still, clips.chunks - CHUNKS + 1, min(self.NEAR, clips.chunks - CHUNKS + 1))
+        """How many chunks, from the second on, a training sequence may continue at: [M]."""
+        self.latents = clips.latents[self.rows].clone()
+        """[M, C, 3 * chunks, h, w]"""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def refresh(self, model: Model, seed: int, batch: int = 256) -> None:
+        """Roll every stream out anew by a model whose blocks are not compiled."""
+        make = Generator(model.dit, model.text, self.preset, seed)
+        chunk = self.preset.chunk
+        wording = seed % CAPTIONS
+        for part in torch.arange(len(self.rows), device=self.rows.device).split(batch):
+            rows = self.rows[part]
+            streams = make.open(self.clips.ids[rows, 0, wording])
+            streams.append(self.clips.latents[rows, :, :chunk].float())
+            for index in range(1, self.clips.chunks):
+                self.latents[part, :, index * chunk : (index + 1) * chunk] = streams.next().bfloat16()
+
+
 class Batch:
-    """Clips drawn from the pool, and the text that each chunk runs under.
+    """Sequences of `CHUNKS` cut from the pool, and the text that each chunk runs under.
+
+    A sequence is one chunk, which the sink holds, and three consecutive ones from anywhere later in the same clip: what
+    a live stream sees however old it is. Where chunks are left out between, the first of the three is context alone:
+    when it was drawn, the chunk before it was seen.
 
     In four of ten steered clips the whole context is read under the new text: that is what `recache` does at a prompt
     change. Their chunks before the change carry no loss.
     """
 
-    def __init__(self, clips: Clips, size: int, drop: float, preset: Preset) -> None:
+    def __init__(self, clips: Clips, size: int, drop: float, preset: Preset, rollouts: Rollouts | None = None) -> None:
         device = clips.latents.device
-        index = torch.randint(0, len(clips), (size,), device=device)
-        self.latents = clips.latents[index].float()
+
+        def below(limit: Tensor | int) -> Tensor:
+            return (torch.rand(size, device=device) * limit).long()
+
+        def chance(share: float) -> Tensor:
+            return torch.rand(size, device=device) < share
+
+        starts = clips.chunks - CHUNKS + 1
+        if rollouts is None:
+            index = below(len(clips))
+            change = clips.change[index]
+            then = torch.where(chance(0.25), 1, 1 + below(starts))
+            around = (change - below(3)).clamp(1, starts)
+            then = torch.where((change < clips.chunks) & chance(0.6), around, then)
+            held = torch.where(chance(0.6), 0, torch.where(chance(0.6), then - 1, below(then)))
+        else:
+            row = below(len(rollouts))
+            index = rollouts.rows[row]
+            change = clips.change[index]
+            then = 1 + below(rollouts.starts[row])
+            held = torch.zeros_like(then)
+        chunks = torch.stack([held, then, then + 1, then + 2], dim=1)
+        """Which chunks of its clip each sequence is made of: [B, CHUNKS]."""
+
+        def cut(pool: Tensor, rows: Tensor) -> Tensor:
+            """[N, C, 3 * chunks, h, w] -> [B, C, 3 * CHUNKS, h, w]."""
+            parts = pool.unflatten(2, (-1, preset.chunk))[rows[:, None], :, chunks]
+            return parts.transpose(1, 2).flatten(2, 3).float()
+
+        self.latents = cut(clips.latents, index)
+        self.context = self.latents
+        """What the model sees of the sequence; the latents are what it is to draw."""
+        if rollouts is not None:
+            self.context = cut(rollouts.latents, row)
         wording = torch.randint(0, CAPTIONS, (size, 2), device=device)
         text = torch.stack([clips.text[index, side, wording[:, side]] for side in range(2)], dim=1)
         dropped = torch.rand(size, 1, 1, 1, device=device) < drop
         self.encoded = torch.where(dropped, clips.null, text)
-        change = clips.change[index]
-        chunk = torch.arange(CHUNKS, device=device)
-        self.side = (chunk[None] >= change[:, None]).long()
-        recache = (torch.rand(size, device=device) < 0.4) & (change < CHUNKS)
+        self.side = (chunks >= change[:, None]).long()
+        recache = chance(0.4) & (change <= then + 2)
         self.context_side = torch.where(recache[:, None], 1, self.side)
-        counts = torch.where(recache[:, None] & (self.side == 0), 0.0, 1.0)
-        self.weight = clips.emphasis[index].float() * per_frame(counts, preset.chunk)[:, 0]
+        seen = torch.stack([held == 0, then == held + 1, held >= 0, held >= 0], dim=1)
+        counts = torch.where(seen & ~(recache[:, None] & (self.side == 0)), 1.0, 0.0)
+        self.weight = cut(clips.emphasis[:, None], index)[:, 0] * per_frame(counts, preset.chunk)[:, 0]
         """[B, F, h, w]"""
 
     def text(self, model: Model, copies: int) -> TextContext:
@@ -231,7 +331,7 @@ def forced_flow(
     return out[:, :, context.shape[2] :].unflatten(2, (copies, -1)).transpose(1, 2)
 
 
-def spoil(latents: Tensor, preset: Preset) -> tuple[Tensor, Tensor]:
+def add_context_noise(latents: Tensor, preset: Preset) -> tuple[Tensor, Tensor]:
     """Context with noise up to sigma 0.2 on half of the clips, and its level [B, chunks]."""
     batch = len(latents)
     sigma = 0.2 * torch.rand(batch, CHUNKS, device=latents.device)
@@ -241,19 +341,19 @@ def spoil(latents: Tensor, preset: Preset) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def own_guess(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset) -> Tensor:
+def one_step_guess(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset) -> Tensor:
     """The latents as the model itself would have drawn them: one step from a random noise level, chunk by chunk."""
     sigma = 0.15 + 0.65 * torch.rand(len(batch.latents), 1, CHUNKS, device=batch.latents.device)
     spread = per_frame(sigma[:, 0], preset.chunk)
     noisy = (1 - spread) * batch.latents + spread * torch.randn_like(batch.latents)
-    context, context_sigma = spoil(batch.latents, preset)
+    context, context_sigma = add_context_noise(batch.latents, preset)
     flow = forced_flow(model, attend, context, context_sigma, noisy[:, None], sigma, batch.text(model, 1))
     return noisy - spread * flow[:, 0].float()
 
 
-def mixed_context(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset, real: float) -> Tensor:
+def guessed_context(model: Model, attend: TeacherForcing, batch: Batch, preset: Preset, real: float) -> Tensor:
     """The model's own guess of the latents, but the real ones in a share `real` of the clips."""
-    guess = own_guess(model, attend, batch, preset)
+    guess = one_step_guess(model, attend, batch, preset)
     keep = (torch.rand(len(guess), 1, 1, 1, 1, device=guess.device) < real).float()
     return keep * batch.latents + (1 - keep) * guess
 
@@ -265,13 +365,13 @@ def weighted_error(out: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
 
 
 def flow_loss(
-    model: Model, attend: TeacherForcing, guess_attend: TeacherForcing, batch: Batch, preset: Preset, own_context: bool
+    model: Model, attend: TeacherForcing, guess_attend: TeacherForcing, batch: Batch, preset: Preset, guessed: bool
 ) -> Tensor:
     """Mean squared error of the flow over noisy chunks, under the batch's weights."""
     size, copies = len(batch.latents), attend.parts - 1
     latents = batch.latents
-    context = mixed_context(model, guess_attend, batch, preset, 0.3) if own_context else latents
-    context, context_sigma = spoil(context, preset)
+    context = guessed_context(model, guess_attend, batch, preset, 0.3) if guessed else batch.context
+    context, context_sigma = add_context_noise(context, preset)
     sigma = sample_sigma((size, copies, CHUNKS), preset.shift, latents.device)
     spread = sigma.repeat_interleave(preset.chunk, dim=2)[:, :, None, :, None, None]
     noise = torch.randn(size, copies, *latents.shape[1:], device=latents.device)
@@ -352,7 +452,7 @@ class Pools:
 def code_pools(run: Run, preset: Preset, clips: int, firsts: int, seed: int) -> Pools:
     generator = run.generator(seed)
     bundle = train_vae.load(run, preset)
-    pools = Pools(Clips(bundle, preset, clips, generator), Clips(bundle, preset, firsts, generator, chunks=1))
+    pools = Pools(Clips(bundle, preset, clips, generator, LENGTH), Clips(bundle, preset, firsts, generator, 1))
     run.say(f"{clips} clips and {firsts} first chunks coded on each rank after {run.elapsed():.0f} s")
     return pools
 
@@ -392,6 +492,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def context_kind(*, own: bool, rolled: bool) -> str:
+    """Which contexts the next step takes: real ones, the model's own guesses, or the student's rollouts.
+
+    Drawn from the CPU's generator, which is seeded alike on every rank.
+    """
+    draw = float(torch.rand(()))
+    if rolled and draw < 0.3:
+        return "rolled"
+    return "own" if own and draw < 0.65 else "clip"
+
+
 def train(run: Run, preset: Preset, pools: Pools, *, clip_batch: int, first_batch: int, final: bool) -> None:
     resumed = run.has("teacher")
     run.seed(1 + int(resumed))
@@ -412,13 +523,19 @@ def train(run: Run, preset: Preset, pools: Pools, *, clip_batch: int, first_batc
     parameters = trainable(model)
     optimiser = Optimiser(parameters, model.matrices(), lr=1.5e-3)
 
-    def clip_loss(own_context: bool) -> Tensor:
-        batch = Batch(pools.clips, clip_batch, 0.1, preset)
-        return flow_loss(model, attend, guess_attend, batch, preset, own_context)
+    rollouts = Rollouts(pools.clips, preset, ROLLOUTS) if run.has("student") else None
+    if rollouts:  # there are some
+        rollouts.refresh(load(run, "student", preset), run.rank)
+        run.say(f"{len(rollouts)} streams of the student rolled out after {run.elapsed():.0f} s")
+
+    def clip_loss(guessed: bool, rolled: Rollouts | None) -> Tensor:
+        batch = Batch(pools.clips, clip_batch, 0.1, preset, rolled)
+        return flow_loss(model, attend, guess_attend, batch, preset, guessed)
 
     losses: dict[str, Callable[[], Tensor]] = {
-        "clip": partial(clip_loss, False),
-        "own": partial(clip_loss, True),
+        "clip": partial(clip_loss, False, None),
+        "own": partial(clip_loss, True, None),
+        "rolled": partial(clip_loss, False, rollouts),
         "first": lambda: first_chunk_loss(model, first_attend, pools.firsts, first_batch, preset, 0.1),
     }
     trainer = Trainer(run, model, optimiser, losses)
@@ -426,7 +543,7 @@ def train(run: Run, preset: Preset, pools: Pools, *, clip_batch: int, first_batc
         if trainer.step % 2:
             kind = "first"
         else:
-            kind = "own" if (resumed or progress > 0.7) and torch.rand(()) < 0.5 else "clip"
+            kind = context_kind(own=resumed or progress > 0.7, rolled=bool(rollouts))
         trainer.descend(kind, learning_rate(progress, trainer.step, decay_from=0.5 if final else 1.0))
         if trainer.step == 2:
             run.say(f"compiled after {run.elapsed():.0f} s")

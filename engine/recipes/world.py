@@ -133,6 +133,20 @@ def sample_scenes(
     return scenes
 
 
+def without_motion(scenes: Tensor) -> Tensor:
+    """The same scenes [N, A] with still objects and a static camera."""
+    still = scenes.clone()
+    still[:, COLUMN["motion"]] = MOTIONS.index("still")
+    still[:, COLUMN["camera"]] = CAMERAS.index("static")
+    return still
+
+
+def nothing_moves(scenes: Tensor) -> Tensor:
+    """Which of scenes [N, A] are of still objects before a static camera: bool [N]."""
+    motion, camera = scenes[:, COLUMN["motion"]], scenes[:, COLUMN["camera"]]
+    return (motion == MOTIONS.index("still")) & (camera == CAMERAS.index("static"))
+
+
 def steer_scenes(scenes: Tensor, generator: torch.Generator, *, split: Split = "train") -> Tensor:
     """New targets for scenes [N, A]: what a viewer may ask for next. At least one active attribute differs.
 
@@ -521,10 +535,10 @@ def clip_params(
     return params
 
 
-def without_objects(params: Tensor) -> Tensor:
-    """The same scenes [..., P] with nothing in them but ground and sky."""
+def without_objects(params: Tensor, first: int = 0) -> Tensor:
+    """The same scenes [..., P] without the objects from `first` on: 0 leaves ground and sky, 1 the main object too."""
     bare = params.clone()
-    for j in range(3):
+    for j in range(first, 3):
         bare[..., _P["OBJECTS"] + j * _OBJECT_SIZE + _O["SCALE"]] = 0
     return bare
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.config import MINI
 from engine.models.config import DiTConfig, LightVAEConfig, TextConfig, VAEConfig
-from engine.recipes import distill, evaluate, probe, teacher, text, train_vae
+from engine.recipes import distill, evaluate, probe, teacher, text, train_vae, world
 from engine.recipes.optimizer import Optimiser, orthogonalise
 from engine.recipes.run import Run, learning_rate
 from engine.stream.kv_cache import KVCache
@@ -24,29 +24,32 @@ TOY = replace(
 )
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_teacher_forcing_equals_the_cached_rollout(copies: int) -> None:
+@pytest.mark.parametrize(
+    ("copies", "window", "sink"), [(1, 9, 0), (2, 9, 0), (1, 9, 3), (2, 12, 3), (1, 12, 6), (1, 9, 6)]
+)
+def test_teacher_forcing_equals_the_cached_rollout(copies: int, window: int, sink: int) -> None:
     """Every noisy chunk gets the flow that a live stream with that clean past would compute."""
     torch.manual_seed(0)
+    served = replace(TOY, window=window, sink=sink)
     model = teacher.Model(TOY).requires_grad_(False)
-    chunks, batch = teacher.CHUNKS + 1, 2
+    chunks, batch = teacher.CHUNKS + 2, 2
     context = torch.randn(batch, 16, 3 * chunks, 32, 32)
     noisy = torch.randn(batch, copies, 16, 3 * chunks, 32, 32)
     sigma = torch.rand(batch, copies, chunks)
     text = model.dit.encode_text(torch.randn(batch, 7, 32))
     parts = (1 + copies) * chunks
     spread = text.map(lambda x: x.repeat_interleave(parts, 0))
-    attend = teacher.forcing(TOY, copies, chunks, torch.device("cpu"))
+    attend = teacher.forcing(served, copies, chunks, torch.device("cpu"))
     forced = teacher.forced_flow(model, attend, context, torch.zeros(batch, chunks), noisy, sigma, spread)
     for row in range(batch):
         one = text.map(lambda x, row=row: x[row : row + 1])
-        cache = KVCache(TOY.cache(), layers=2, heads=2, head_dim=32)
+        cache = KVCache(served.cache(), layers=2, heads=2, head_dim=32)
         for chunk in range(chunks):
             span = slice(3 * chunk, 3 * chunk + 3)
             for copy in range(copies):
                 x = noisy[row : row + 1, copy, :, span]
-                served = forward(model.dit, x, float(sigma[row, copy, chunk]), one, cache)
-                assert torch.allclose(served, forced[row : row + 1, copy, :, span], atol=2e-4)
+                flow = forward(model.dit, x, float(sigma[row, copy, chunk]), one, cache)
+                assert torch.allclose(flow, forced[row : row + 1, copy, :, span], atol=2e-4)
             forward(model.dit, context[row : row + 1, :, span], 0.0, one, cache)
             cache.advance()
 
@@ -125,9 +128,17 @@ def test_checkpoints_are_cut_into_files_and_read_back(tmp_path: Path, monkeypatc
         run.load("d")
 
 
+def coarse(params: torch.Tensor, size: int = world.SIZE) -> torch.Tensor:
+    """`world.render` with pixels eight times as wide, which is sixty times as fast."""
+    small = world.render_reference(params, size // 8)
+    return small.repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
+
+
 @pytest.mark.timeout(600)
 def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student from nothing in half a minute: it draws nothing, but the whole line holds together."""
+    monkeypatch.setattr(teacher, "LENGTH", 5)
+    monkeypatch.setattr(world, "render", coarse)
     config = replace(probe.PROBES["probe-a"], widths=(8, 8, 8, 8), size=64)
     monkeypatch.setattr(probe, "PROBES", {"probe-a": config})
 
@@ -141,9 +152,9 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     text.train(run("text", 1), TOY, count=8, batch=4)
     probe.train(run("probe-a", 1), "probe-a", pool=4, batch=2)
     pools = teacher.code_pools(run("pools", 1), TOY, clips=2, firsts=3, seed=1)
-    assert pools.clips.latents.shape == (2, 16, 3 * teacher.CHUNKS, 32, 32)
-    assert pools.clips.emphasis.shape == (2, 3 * teacher.CHUNKS, 32, 32)
-    assert set(pools.clips.emphasis.unique().tolist()) == {1.0, teacher.EMPHASIS}
+    assert pools.clips.latents.shape == (2, 16, 3 * teacher.LENGTH, 32, 32)
+    assert pools.clips.emphasis.shape == (2, 3 * teacher.LENGTH, 32, 32)
+    assert {1.0, teacher.EMPHASIS[0]} <= set(pools.clips.emphasis.unique().tolist()) <= {1.0, *teacher.EMPHASIS}
     assert pools.firsts.latents.shape == (3, 16, 3, 32, 32)
     for _ in range(2):  # from nothing, then from its own checkpoint
         teacher.train(run("teacher", 2), TOY, pools, clip_batch=2, first_batch=2, final=True)
@@ -157,6 +168,9 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     options = Namespace(
         served=False,
         prompts=2,
+        sampling=["sink=3,context_sigma=0.1"],
+        endless=5,
+        endless_streams=3,
         drift_minutes=0.1,
         drift_streams=1,
         skip=["teacher"],
@@ -165,9 +179,12 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         seed=1,
     )
     rows = evaluate.evaluate(run("evaluate", 1), TOY, options).rows
-    assert {"vae", "real renders [probe-a]", "student 2 [probe-a]", "student 2, recache, changed [probe-a]"} <= set(
-        rows
-    )
+    assert {
+        "vae",
+        "real renders [probe-a]",
+        "student 2 sink=3,context_sigma=0.1 [probe-a]",
+        "student 1 [probe-a]",
+    } <= set(rows)
     assert any(name.startswith("drift, ") for name in rows)
     assert (tmp_path / "student-2.png").exists()
 
