@@ -184,8 +184,8 @@ MINI = Preset(
     shift=3.0,
     chunk=3,
     window=9,
-    sink=0,
-    context_sigma=0.05,
+    sink=3,
+    context_sigma=0.1,
     soft_chunks=2,
 )
 
