@@ -10,7 +10,7 @@ from server.api.response_schemas import RecordingList, RecordingObject
 from server.api.responses import film_response
 from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
-from server.library.recorder import Recorder, shown
+from server.library.recorder import Recorder, recording_object
 from server.library.recording_writer import MEDIA_TYPES
 
 
@@ -28,7 +28,7 @@ async def start_recording(
     streams = streams_of(request)
     recording = streams.get(id).record(streams.recorder, body.format, alpha=body.alpha)
     response.headers["Location"] = f"/v1/recordings/{recording.id}"
-    return shown(recording)
+    return recording_object(recording)
 
 
 async def list_recordings_of_stream(request: Request, id: str) -> dict[str, Any]:
@@ -36,26 +36,26 @@ async def list_recordings_of_stream(request: Request, id: str) -> dict[str, Any]
     found = [each for each in recorder_of(request).all() if each.stream == id]
     if not found:
         streams_of(request).get(id)  # 404 if there is no such stream
-    return {"object": "list", "data": [shown(each) for each in found]}
+    return {"object": "list", "data": [recording_object(each) for each in found]}
 
 
 async def list_recordings(request: Request) -> dict[str, Any]:
     """The recordings of the key's owner, the newest first."""
     principal = principal_of(request)
     visible = [each for each in recorder_of(request).all() if principal.sees(each.id, each.owner)]
-    return {"object": "list", "data": [shown(each) for each in visible]}
+    return {"object": "list", "data": [recording_object(each) for each in visible]}
 
 
 async def get_recording(request: Request, id: str) -> dict[str, Any]:
     """One recording and its progress."""
-    return shown(recorder_of(request).get(id))
+    return recording_object(recorder_of(request).get(id))
 
 
 async def stop_recording(request: Request, id: str) -> dict[str, Any]:
     """Stop a recording; the response comes when its file is complete. Stopping it again has no effect."""
     recordings = recorder_of(request)
     await recordings.end(recordings.get(id))
-    return shown(recordings.get(id))
+    return recording_object(recordings.get(id))
 
 
 async def delete_recording(request: Request, id: str) -> Response:
@@ -72,10 +72,9 @@ async def content(request: Request, id: str) -> Response:
     recording = recordings.get(id)
     if recording.status == "failed":
         raise ApiError(409, "recording_failed", f"There is no film: the recording ended ({recording.reason}).")
-    tape = recordings.tape(recording)
     path = recordings.path(recording)
     name = f"{id}{recording.suffix}"
-    return film_response("recording", path, tape.growth if tape else None, MEDIA_TYPES[recording.format], name)
+    return film_response("recording", path, recordings.growth(recording), MEDIA_TYPES[recording.format], name)
 
 
 ROUTES = [

@@ -16,10 +16,10 @@ from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
 from server.library import clip_maker
 from server.library.clip import Change, Clip, Status, remix
-from server.library.clip_maker import Clips
+from server.library.clip_maker import ClipMaker
 
 
-def clips_of(request: Request) -> Clips:
+def clips_of(request: Request) -> ClipMaker:
     """The application's clips."""
     return streams_of(request).clips
 
@@ -193,7 +193,7 @@ def rename_field(error: ApiError, old: str, new: str) -> ApiError:
 def video_object(request: Request, clip: Clip) -> dict[str, Any]:
     """The API's video object of a clip."""
     model = streams_of(request).engine.models.get(clip.model)
-    return clip_maker.shown(clip, clips_of(request).position(clip), model)
+    return clip_maker.video_object(clip, clips_of(request).position(clip), model)
 
 
 ROUTES = [

@@ -1,7 +1,7 @@
-"""The life of one clip: a stream of known length that is recorded instead of watched.
+"""The life of one clip: a stream of known length that is written to a file instead of watched.
 
-Pure: no clock is read and nothing is sent here. `Clip` is what is kept and shown, `Take` one attempt of an
-engine at it.
+Pure: no clock is read and nothing is sent here. `Clip` is the record that is kept and shown, `Attempt` one run of the
+engine over it.
 """
 
 from enum import StrEnum
@@ -12,6 +12,8 @@ from engine import wire
 
 
 class Status(StrEnum):
+    """How far a clip is."""
+
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
@@ -19,11 +21,12 @@ class Status(StrEnum):
 
     @property
     def over(self) -> bool:
+        """Whether nothing more happens to the clip."""
         return self in (Status.COMPLETED, Status.FAILED)
 
 
 class Change(msgspec.Struct, frozen=True):
-    """From the chunk that begins nearest to `at_s` seconds on, the picture follows this prompt."""
+    """A new prompt, from the chunk that begins nearest to `at_s` seconds."""
 
     at_s: float
     prompt: str
@@ -39,17 +42,17 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Clip(msgspec.Struct, kw_only=True):
-    """One clip. Times are unix times."""
+    """The record of one clip. Times are unix times."""
 
     id: str
     model: str
     prompt: str
-    """What the request for it said."""
+    """The prompt of the request that made the clip."""
     prompts: list[Change]
-    """What to show, in order; the first from the start."""
+    """Every prompt of the clip in order; the first from the start."""
     seed: int
     seconds: str
-    """As it was asked for."""
+    """The length, as the request gave it."""
     frames: int
     width: int
     height: int
@@ -57,8 +60,9 @@ class Clip(msgspec.Struct, kw_only=True):
     created_at: float
     owner: str | None = None
     remixed_from: str | None = None
+    """Id of the clip that this one is a remix of."""
     picture: bool = False
-    """It goes on from a picture, which is kept beside it."""
+    """Whether the clip starts from a picture, which is kept in a file of its own."""
     status: Status = Status.QUEUED
     recorded: int = 0
     """Frames that are in the file."""
@@ -68,59 +72,64 @@ class Clip(msgspec.Struct, kw_only=True):
 
     @property
     def progress(self) -> int:
-        """Per cent; 100 says that it is complete."""
+        """Per cent of the frames that are recorded; 100 only when the clip is complete."""
         return 100 if self.status is Status.COMPLETED else min(99, 100 * self.recorded // self.frames)
 
     def finish(self, now: float, keep_seconds: float, failure: Failure | None = None) -> None:
-        """It is over, and kept for a while."""
+        """Complete the clip, or fail it; it is kept for `keep_seconds` from now on."""
         self.status = Status.FAILED if failure else Status.COMPLETED
         self.failure, self.expires_at = failure, now + keep_seconds
         self.completed_at = None if failure else now
 
 
 def remix(prompts: list[Change], change: Change) -> list[Change]:
-    """The same until `change.at_s`, and from there on the new prompt."""
+    """The same prompts until `change.at_s`, and from there on the new one."""
     return [*(each for each in prompts if each.at_s < change.at_s), change]
 
 
 class UnexpectedError(Exception):
-    """A chunk that is not what was asked for."""
+    """The engine sent a chunk that was not asked for."""
 
 
-class Take:
-    """From the first frame on. Chunks are asked for one at a time, so that a prompt changes where it should, and
-    nothing piles up before a recorder that is slower than the engine."""
+class Attempt:
+    """One run of the engine over a clip, from the first frame on.
+
+    Chunks are requested one at a time, so that prompts change where they should, and no chunks pile up if encoding is
+    slower than the engine.
+    """
 
     def __init__(self, clip: Clip, model: wire.ModelInfo) -> None:
         self._clip, self._model = clip, model
         self._changes = [(round(each.at_s * clip.fps), each) for each in clip.prompts]
-        self._followed = 1
+        """The frame at which each prompt should begin."""
+        self._applied = 1
+        """Prompts that the engine has been given, or that were replaced before it was."""
         self._chunks = 0
         self.received = 0
-        """Frames of this take that have come, in whole chunks."""
+        """Frames of this attempt that have arrived, in whole chunks."""
 
     def open(self, picture: bytes) -> wire.Open:
-        """How it starts."""
+        """The message that opens the clip in the engine."""
         clip, first = self._clip, self._clip.prompts[0].prompt
         return wire.Open(clip.id, clip.model, first, clip.seed, clip.frames, picture=picture, background=True)
 
     def next(self) -> list[wire.Steer | wire.Credit]:
-        """What makes the engine go on by one chunk; nothing when it has done all."""
+        """The messages that make the engine generate the next chunk; none after the last."""
         if self.received >= self._clip.frames:
             return []
         messages: list[wire.Steer | wire.Credit] = []
         length = self._model.chunk_frames if self._chunks else self._model.first_chunk_frames
         last = self.received + length >= self._clip.frames
         due = sum(last or 2 * (frame - self.received) < length for frame, _ in self._changes)
-        if due > self._followed:
-            # Of several, the newest: the others would be seen for no frame.
+        if due > self._applied:
+            # Of several, only the newest: the others would show for no frame.
             change = self._changes[due - 1][1]
             messages.append(wire.Steer(self._clip.id, due, change.prompt, change.transition))
-            self._followed = due
+            self._applied = due
         return [*messages, wire.Credit(self._clip.id, self._chunks + 1, 0.0)]
 
     def accept(self, chunk: wire.Frames) -> range:
-        """Which of its frames are to be recorded: those that no earlier take has. Raises `UnexpectedError`."""
+        """The frames of a chunk to record: those that no earlier attempt has. Raises `UnexpectedError`."""
         clip, first = self._clip, self.received
         if chunk.chunk != self._chunks:
             raise UnexpectedError(f"chunk {chunk.chunk} came instead of {self._chunks}")

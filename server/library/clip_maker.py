@@ -1,6 +1,6 @@
-"""All clips: made one after the other, of what the live streams leave of the engine, and kept in the store for a while.
+"""Makes clips, one after the other, with what the live streams leave of the engine, and keeps them for a while.
 
-Everything here runs on the event loop; encoding and writing are in a thread. A clip that is being made owns a task.
+Everything here runs on the event loop; encoding and writing run in a thread. A clip that is being made owns a task.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ import msgspec
 
 from engine import wire
 from server.auth.keys import Key
-from server.backends.base import EngineEvent, Lost
+from server.backends.base import EngineEvent, EngineLost
 from server.errors import ApiError, busy, not_found, shutting_down
-from server.library.clip import Clip, Failure, Status, Take, UnexpectedError
+from server.library.clip import Attempt, Clip, Failure, Status, UnexpectedError
 from server.library.mp4 import ClipFile, Growth, webp
 from server.library.store import Store, no_room
 from server.metrics import Metrics
@@ -33,60 +33,65 @@ T = TypeVar("T")
 
 PREFIX = "video_"
 FILM, STILL, START = ".mp4", ".webp", ".start"
+"""Suffixes of a clip's files: the film, its first frame, and the picture that it starts from."""
 MAX_QUEUED = 64
-"""Clips that may wait, besides one for each owner."""
+"""Clips in the queue, besides one for each owner."""
 MAX_CLIPS = 4096
-"""That are kept, whatever their size."""
-TAKES = 2
-"""An engine that dies over a clip is replaced, and the clip tried once more."""
+"""Clips that are kept, whatever their size."""
+ATTEMPTS = 2
+"""How often a clip is tried if the engine dies while it is made."""
 
 RESTARTED = Failure("server_restarted", "The server stopped before the clip was done: create it again.", True)
 SHUTTING_DOWN = Failure("shutting_down", "The server was shut down before the clip was done: create it again.", True)
 REVOKED = Failure("revoked", "The key that the clip was made with was taken away.", False)
 FULL = Failure("storage_full", "The server has no room left for clips: delete some, and create it again.", True)
-LOST = Failure("engine_failed", f"The engine failed {TAKES} times over this clip: create it again.", True)
+LOST = Failure("engine_failed", f"The engine failed {ATTEMPTS} times over this clip: create it again.", True)
 INTERNAL = Failure("internal_error", "The server failed to record the clip.", True)
 
 
 class _FailedError(Exception):
+    """The clip cannot be made, for a reason that its client is told."""
+
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.code)
         self.failure = failure
 
 
 class _LostError(Exception):
-    """The engine died meanwhile."""
+    """The engine died during an attempt."""
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
-    """What belongs to a clip that is being made."""
+class _Job:
+    """A clip that is being made."""
 
     growth: Growth
     task: asyncio.Task[None] | None = None
     inbox: asyncio.Queue[tuple[EngineEvent, bytes]] = field(default_factory=asyncio.Queue)
-    """Of the engine: a chunk at most, and a few words. It gets no further credit before the chunk is taken out."""
+    """Messages of the engine and their pixels. It holds one chunk at most: credit for the next is sent when one is
+    taken out."""
 
 
-class Clips:
-    """All clips of one gateway; `Registry` owns it, and passes on what the engine says."""
+class ClipMaker:
+    """The clips of one gateway."""
 
     def __init__(self, engine: EngineLink, store: Store, metrics: Metrics) -> None:
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._clips: dict[str, Clip] = {}
-        self._work: dict[str, _Work] = {}
+        self._jobs: dict[str, _Job] = {}
         self._keys: dict[str, int] = {}
-        """Serials of the keys of those that are not over."""
+        """Serials of the API keys of the clips that are not over."""
         self._admission = admission.Admission(MAX_QUEUED)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="clip")
         self._engine_up = asyncio.Event()
-        self._closing: set[asyncio.Task[None]] = set()
-        self._open = True
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting = True
+        engine.listen(self)
 
     def load(self) -> None:
-        """Take over what the store has from an earlier server. Raises OSError."""
+        """Read the clips that an earlier server left in the store; unfinished ones have failed. Raises OSError."""
         for id, clip in self._store.records(PREFIX, Clip):
             self._clips[id] = clip
             if not clip.status.over:
@@ -94,29 +99,32 @@ class Clips:
                 self._store.update_record(id, clip)
 
     async def stop(self) -> None:
-        """After `end`: wait until the last file is closed."""
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        """Wait until the last file is closed. Follows `end`."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._executor.shutdown()
 
     def drain(self) -> None:
-        """Take no new clip, and begin none."""
-        self._open = False
+        """Accept no new clips, and start none that are queued."""
+        self._accepting = False
 
     @property
-    def recording(self) -> bool:
+    def busy(self) -> bool:
         """Whether a clip is being made."""
-        return bool(self._work)
+        return bool(self._jobs)
 
     def end(self) -> None:
-        """Whatever is not done by now fails."""
-        self._open = False
+        """Fail every clip that is not done."""
+        self._accepting = False
         for clip in self._unfinished():
             self._finish(clip, SHUTTING_DOWN)
 
     # what clients ask for
 
     async def create(self, clip: Clip, picture: bytes = b"", *, key: Key | None = None) -> None:
-        """Take a clip up: it is made when those before it are. Raises `ApiError` when it cannot be kept or made."""
+        """Queue a clip. Raises `ApiError` if it cannot be stored, or is refused.
+
+        `picture` is what the clip starts from, as in `wire.Open`.
+        """
         self._store.check_room()
         if len(self._clips) >= MAX_CLIPS:
             raise ApiError(507, "storage_full", f"The server keeps at most {MAX_CLIPS} clips: delete some.")
@@ -129,7 +137,7 @@ class Clips:
         except OSError as error:
             self._store.remove(clip.id)
             raise no_room(error) from None
-        refused = None if self._open else shutting_down()
+        refused = None if self._accepting else shutting_down()
         if refused is None and (
             refusal := self._admission.request(clip.id, clip.model, time.monotonic(), owner=owner, priority=priority)
         ):
@@ -149,39 +157,39 @@ class Clips:
         return clip
 
     def owner(self, id: str) -> str | None:
-        """Whose the clip is; None also when there is none."""
+        """The owner of the clip; None also if there is no clip of this id."""
         clip = self._clips.get(id)
         return clip.owner if clip else None
 
     def all(self) -> list[Clip]:
-        """Every clip that is kept, in the order in which they were asked for."""
+        """Every clip that is kept, the oldest first."""
         return sorted(self._clips.values(), key=lambda clip: clip.created_at)
 
     def position(self, clip: Clip) -> int | None:
-        """Its place in the queue, where 1 is next; None when it does not wait."""
-        place = self._admission.places(time.monotonic()).get(clip.id)
-        return place.position if place else None
+        """The clip's position in the queue, from 1; None if it is not queued."""
+        queued = self._admission.positions(time.monotonic()).get(clip.id)
+        return queued.position if queued else None
 
     def growth(self, clip: Clip) -> Growth | None:
-        """The file of a clip that is being made; None when it is not, or not any more."""
-        work = self._work.get(clip.id)
-        return work.growth if work else None
+        """The growing file of a clip that is being made; None for any other clip."""
+        job = self._jobs.get(clip.id)
+        return job.growth if job else None
 
     def file(self, clip: Clip, suffix: str) -> Path:
-        """Where the film or the still of a clip is."""
+        """The path of the clip's `FILM` or `STILL`."""
         return self._store.path(clip.id, suffix)
 
     def picture(self, clip: Clip) -> bytes:
-        """What the clip goes on from. Raises OSError."""
+        """The picture that the clip starts from; empty without one. Raises OSError."""
         return self._store.path(clip.id, START).read_bytes() if clip.picture else b""
 
     async def delete(self, clip: Clip) -> None:
-        """Forget the clip and delete its files, done or not."""
+        """Forget the clip and delete its files, whether it is done or not."""
         self._clips.pop(clip.id, None)
-        work = self._work.get(clip.id)
+        job = self._jobs.get(clip.id)
         self._leave(clip)
-        if work is not None and work.task is not None:
-            await asyncio.wait([work.task])  # it may be writing
+        if job is not None and job.task is not None:
+            await asyncio.wait([job.task])  # it may be writing
         self._store.remove(clip.id)
 
     def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
@@ -190,7 +198,7 @@ class Clips:
             yield self._keys.get(clip.id), partial(self._finish, clip, REVOKED)
 
     def expire(self, now: float) -> None:
-        """Delete what was kept for long enough."""
+        """Delete the clips that were kept for long enough; `now` is unix time."""
         for clip in list(self._clips.values()):
             if clip.expires_at is not None and clip.expires_at <= now:
                 del self._clips[clip.id]
@@ -199,8 +207,8 @@ class Clips:
     # the engine
 
     def on_ready(self, ready: wire.Ready) -> None:
-        """An engine process is up."""
-        # One clip at a time, so each takes all that there is for clips.
+        """Make the clips that are queued, but for those whose model is gone."""
+        # One clip at a time: each costs all that there is for clips.
         self._admission.set_costs({info.name: 1.0 for info in ready.models})
         for clip in self._unfinished():
             if clip.model not in self._engine.models:
@@ -209,8 +217,8 @@ class Clips:
         self._engine_up.set()
         self._admit()
 
-    def on_lost(self, lost: Lost) -> None:
-        """It is gone."""
+    def on_lost(self, lost: EngineLost) -> None:
+        """Fail every clip, unless a new engine process is on its way."""
         self._engine_up.clear()
         if not lost.retrying:
             self._admission.set_costs({})
@@ -220,17 +228,19 @@ class Clips:
     # making a clip
 
     def _admit(self) -> None:
-        if not self._open:
+        """Start to make the next clip, if none is being made."""
+        if not self._accepting:
             return
         for id in self._admission.admit():
             clip = self._clips[id]
             clip.status = Status.IN_PROGRESS
-            work = self._work[id] = _Work(Growth(self._store.path(id, FILM)))
-            work.task = asyncio.create_task(self._make(clip, work), name=f"clip {id}")
-            self._closing.add(work.task)
-            work.task.add_done_callback(self._closing.discard)
+            job = self._jobs[id] = _Job(Growth(self._store.path(id, FILM)))
+            job.task = asyncio.create_task(self._make(clip, job), name=f"clip {id}")
+            self._tasks.add(job.task)
+            job.task.add_done_callback(self._tasks.discard)
 
-    async def _make(self, clip: Clip, work: _Work) -> None:
+    async def _make(self, clip: Clip, job: _Job) -> None:
+        """Make the clip, and finish it however that ends."""
         film: ClipFile | None = None
         failure: Failure | None = None
         began = time.monotonic()
@@ -238,7 +248,7 @@ class Clips:
             film = await self._in_thread(
                 lambda: ClipFile(self._store.create(clip.id, FILM), clip.width, clip.height, clip.fps)
             )
-            await self._record(clip, work, film)
+            await self._record(clip, job, film)
             await self._in_thread(film.finish)
         except _FailedError as error:
             failure = error.failure
@@ -254,76 +264,79 @@ class Clips:
                 await self._in_thread(film.close)
         if failure is None:
             self._metrics.clip_seconds.observe(time.monotonic() - began)
-            work.growth.size = film.size if film else 0
+            job.growth.size = film.size if film else 0
         self._finish(clip, failure)
 
-    async def _record(self, clip: Clip, work: _Work, film: ClipFile) -> None:
+    async def _record(self, clip: Clip, job: _Job, film: ClipFile) -> None:
+        """Write every frame of the clip, in as many attempts as that takes."""
         picture = await asyncio.to_thread(self.picture, clip)
-        for take in range(TAKES):
+        for number in range(ATTEMPTS):
             await self._engine_up.wait()
             try:
-                await self._take(clip, work, film, picture)
+                await self._attempt(clip, job, film, picture)
                 return
             except _LostError:
-                logger.warning("clip %s lost its engine, in take %d of %d", clip.id, take + 1, TAKES)
+                logger.warning("clip %s lost its engine, in attempt %d of %d", clip.id, number + 1, ATTEMPTS)
         raise _FailedError(LOST)
 
-    async def _take(self, clip: Clip, work: _Work, film: ClipFile, picture: bytes) -> None:
-        """From the start. Frames that are in the file already are made again and left out: they come out the same."""
-        take, size = Take(clip, self._engine.models[clip.model]), clip.width * clip.height * 3
-        self._engine.open(take.open(picture), lambda message, pixels: work.inbox.put_nowait((message, pixels)))
-        self._request(take)
+    async def _attempt(self, clip: Clip, job: _Job, film: ClipFile, picture: bytes) -> None:
+        """Generate the clip from its start. Frames that are in the file already come out the same and are skipped."""
+        attempt, size = Attempt(clip, self._engine.models[clip.model]), clip.width * clip.height * 3
+        self._engine.open(attempt.open(picture), lambda message, pixels: job.inbox.put_nowait((message, pixels)))
+        self._request_chunk(attempt)
         while clip.recorded < clip.frames:
-            message, pixels = await work.inbox.get()
+            message, pixels = await job.inbox.get()
             match message:
                 case wire.Frames():
                     try:
-                        wanted = take.accept(message)
+                        wanted = attempt.accept(message)
                     except UnexpectedError as error:
                         logger.error("clip %s: %s", clip.id, error)
                         what = "The engine came back with another picture size, or left out a chunk."
                         raise _FailedError(Failure("engine_changed", what, True)) from None
                     if self._store.full:
                         raise _FailedError(FULL)
-                    self._request(take)  # the engine goes on while this chunk is encoded
+                    self._request_chunk(attempt)  # the engine continues while this chunk is encoded
                     view = memoryview(pixels)
-                    await self._keep(clip, work, film, [view[k * size : (k + 1) * size] for k in wanted])
+                    await self._write(clip, job, film, [view[k * size : (k + 1) * size] for k in wanted])
                     self._metrics.chunk_seconds.observe(message.gen_seconds)
                 case wire.Fault():
                     logger.error("clip %s failed in the engine: %s: %s", clip.id, message.code, message.message)
                     raise _FailedError(Failure(message.code, message.message, False))
                 case wire.Ended():
                     raise _FailedError(Failure("engine_closed", "The engine ended the clip too early.", True))
-                case Lost():
+                case EngineLost():
                     raise _LostError
 
-    async def _keep(self, clip: Clip, work: _Work, film: ClipFile, frames: list[memoryview]) -> None:
+    def _request_chunk(self, attempt: Attempt) -> None:
+        for message in attempt.next():
+            self._engine.send(message)
+
+    async def _write(self, clip: Clip, job: _Job, film: ClipFile, frames: list[memoryview]) -> None:
+        """Add frames of height x width x 3 bytes to the film; the first of the clip becomes its still as well."""
         if frames and not clip.recorded:
             still = await self._in_thread(lambda: webp(frames[0], clip.width, clip.height))
             self._store.save(clip.id, STILL, still)
         await self._in_thread(lambda: film.add_rgb(frames))
         clip.recorded += len(frames)
-        work.growth.grow(film.size)
-
-    def _request(self, take: Take) -> None:
-        for message in take.next():
-            self._engine.send(message)
+        job.growth.grow(film.size)
 
     def _finish(self, clip: Clip, failure: Failure | None) -> None:
+        """Complete the clip, or fail it."""
         clip.finish(time.time(), self._store.keep_seconds, failure)
         self._metrics.clips.labels(clip.status).inc()
         self._leave(clip)
         self._store.update_record(clip.id, clip)
         if failure:
-            # What is there of it is no whole film, and nobody can ask for it.
+            # An incomplete film cannot be asked for.
             self._store.path(clip.id, FILM).unlink(missing_ok=True)
 
     def _leave(self, clip: Clip) -> None:
-        """It is over, or not wanted any more: the next one's turn."""
-        if work := self._work.pop(clip.id, None):
-            work.growth.end(complete=clip.status is Status.COMPLETED)
-            if work.task is not None and work.task is not asyncio.current_task():
-                work.task.cancel()
+        """Take the clip out of the queue, or stop making it; the next one may start."""
+        if job := self._jobs.pop(clip.id, None):
+            job.growth.end(complete=clip.status is Status.COMPLETED)
+            if job.task is not None and job.task is not asyncio.current_task():
+                job.task.cancel()
         self._keys.pop(clip.id, None)
         self._admission.release(clip.id)
         self._admit()
@@ -336,16 +349,20 @@ class Clips:
 
 
 def new_id() -> str:
-    """Nobody can guess it."""
+    """A new clip's id, which nobody can guess."""
     return PREFIX + secrets.token_hex(16)
 
 
 def new_seed() -> int:
+    """A random seed for a clip whose request names none."""
     return secrets.randbits(32)
 
 
-def shown(clip: Clip, position: int | None, model: wire.ModelInfo | None) -> dict[str, Any]:
-    """The video object of the API: OpenAI's, and all else in `extra`. `model` is None before the engine has started."""
+def video_object(clip: Clip, position: int | None, model: wire.ModelInfo | None) -> dict[str, Any]:
+    """The video object of the API: OpenAI's fields, and all others in `extra`.
+
+    `position` is that in the queue; `model` is None before the engine has started.
+    """
     failure = clip.failure
     return {
         "id": clip.id,

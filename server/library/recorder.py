@@ -1,6 +1,7 @@
-"""All recordings of live streams: begun and stopped by clients, kept in the store for a while after their end.
+"""Starts and stops the recordings of live streams, and keeps them for a while after their end.
 
-Everything here runs on the event loop. A recording that runs owns a task; `Registry` gives its tape what is shown.
+Everything here runs on the event loop. A running recording owns a task; the stream's `Audience` gives its writer the
+frames.
 """
 
 import asyncio
@@ -14,25 +15,25 @@ import msgspec
 from engine.wire import CLOCK_RATE
 from server.errors import ApiError, not_found
 from server.library.mp4 import Growth
-from server.library.recording_writer import FilmFormat, Reason, Tape
+from server.library.recording_writer import FilmFormat, Reason, RecordingWriter
 from server.library.store import Store, no_room
 from server.metrics import Metrics
 
 PREFIX = "rec_"
 MAX_RUNNING = 32
 MAX_RECORDINGS = 4096
-"""That are kept, whatever their size."""
+"""Recordings that are kept, whatever their size."""
 SAVE_SECONDS = 5.0
-"""How old the figures of a recording may be that a server left behind that was killed."""
+"""How often the figures of running recordings are saved: they are all that is left of them if the server is killed."""
 
 STOP_SECONDS = 3.0
-"""How long an encoder may take over the last frames when the server ends."""
+"""How long recordings may take to finish by themselves when the server ends."""
 
 Status = Literal["recording", "completed", "failed"]
 
 
 class Recording(msgspec.Struct, kw_only=True):
-    """What is kept and shown of a recording. Times are unix times."""
+    """The record of one recording, which is saved beside its file. Times are unix times."""
 
     id: str
     stream: str
@@ -45,34 +46,35 @@ class Recording(msgspec.Struct, kw_only=True):
     lost: int = 0
     seconds: float = 0.0
     size: int = 0
-    """Bytes of the file that can be read."""
+    """Bytes of the file that can be read now."""
     ended_at: float | None = None
     expires_at: float | None = None
     reason: Reason | Literal["server_restarted"] | None = None
 
     @property
     def suffix(self) -> str:
+        """The suffix of its file."""
         return f".{self.format}"
 
     def finish(self, reason: Reason | Literal["server_restarted"], now: float, keep_seconds: float) -> None:
-        """It is over, and kept for a while. Without a frame it is no film."""
+        """End the recording, which is kept for `keep_seconds`. It has failed if it has no frames."""
         self.status = "completed" if self.size and reason != "failed" else "failed"
         self.reason, self.ended_at, self.expires_at = reason, now, now + keep_seconds
 
 
 class Recorder:
-    """All recordings of one gateway."""
+    """The recordings of one gateway."""
 
     def __init__(self, store: Store, metrics: Metrics) -> None:
         self._store = store
         self._metrics = metrics
         self._recordings: dict[str, Recording] = {}
-        self._tapes: dict[str, Tape] = {}
+        self._writers: dict[str, RecordingWriter] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._saved_at = 0.0
 
     def load(self) -> None:
-        """Take over what the store has from an earlier server. Raises OSError."""
+        """Read the recordings that an earlier server left in the store; those that were running end. Raises OSError."""
         for id, recording in self._store.records(PREFIX, Recording):
             self._recordings[id] = recording
             if recording.status == "recording":
@@ -82,21 +84,24 @@ class Recorder:
                 self._store.update_record(id, recording)
 
     async def stop(self) -> None:
-        """After the streams have ended: wait until the last file is closed."""
+        """Wait until the last file is closed. The streams have ended before."""
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=STOP_SECONDS)
-        for tape in list(self._tapes.values()):
-            tape.finish("stream_ended")
+        for writer in list(self._writers.values()):
+            writer.finish("stream_ended")
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def begin(
         self, stream: str, owner: str | None, format: FilmFormat, fps: int, *, alpha: bool = False
-    ) -> tuple[Recording, Tape]:
-        """A new recording, and the tape to give the frames to. Raises `ApiError`."""
+    ) -> tuple[Recording, RecordingWriter]:
+        """Start a recording of the stream with this id; returns it and the writer that takes its frames.
+
+        Raises `ApiError` if there is no room, or too many recordings are kept or running.
+        """
         self._store.check_room()
         if len(self._recordings) >= MAX_RECORDINGS:
             raise ApiError(507, "storage_full", f"The server keeps at most {MAX_RECORDINGS} recordings: delete some.")
-        if len(self._tapes) >= MAX_RUNNING:
+        if len(self._writers) >= MAX_RUNNING:
             message = f"{MAX_RUNNING} recordings run at once, and no more: stop one first."
             raise ApiError(429, "too_many_recordings", message, headers={"Retry-After": "10"})
         id = PREFIX + secrets.token_hex(16)
@@ -108,41 +113,42 @@ class Recorder:
         except OSError as error:
             self._store.remove(id)
             raise no_room(error) from None
-        tape = self._tapes[id] = Tape(format, fps, Growth(path), lambda: self._store.full, alpha=alpha)
+        writer = self._writers[id] = RecordingWriter(format, fps, Growth(path), lambda: self._store.full, alpha=alpha)
         self._recordings[id] = recording
         self._metrics.recordings.inc()
-        self._tasks[id] = asyncio.create_task(self._run(recording, tape), name=f"recording {id}")
-        return recording, tape
+        self._tasks[id] = asyncio.create_task(self._run(recording, writer), name=f"recording {id}")
+        return recording, writer
 
-    async def _run(self, recording: Recording, tape: Tape) -> None:
-        reason = await tape.run()
-        del self._tapes[recording.id], self._tasks[recording.id]
+    async def _run(self, recording: Recording, writer: RecordingWriter) -> None:
+        reason = await writer.run()
+        del self._writers[recording.id], self._tasks[recording.id]
         self._metrics.recordings.dec()
-        self._metrics.frames_dropped.labels("slow_recorder").inc(tape.lost)
-        read(recording, tape)
+        self._metrics.frames_dropped.labels("slow_recorder").inc(writer.lost)
+        _update_figures(recording, writer)
         recording.finish(reason, time.time(), self._store.keep_seconds)
-        tape.growth.end(complete=recording.status == "completed")
+        writer.growth.end(complete=recording.status == "completed")
         if recording.id in self._recordings:
             self._store.update_record(recording.id, recording)
 
     def get(self, id: str) -> Recording:
-        """The recording of this id, its figures as of now. Raises `ApiError`."""
+        """The recording of this id, with figures as of now. Raises `ApiError`."""
         if (recording := self._recordings.get(id)) is None:
             raise not_found("recording")
-        if tape := self._tapes.get(id):
-            read(recording, tape)
+        if writer := self._writers.get(id):
+            _update_figures(recording, writer)
         return recording
 
-    def tape(self, recording: Recording) -> Tape | None:
-        """Of one that runs; None when it does not, or not any more."""
-        return self._tapes.get(recording.id)
+    def growth(self, recording: Recording) -> Growth | None:
+        """The growing file of a running recording; None for any other."""
+        writer = self._writers.get(recording.id)
+        return writer.growth if writer else None
 
     def path(self, recording: Recording) -> Path:
-        """Where its film is."""
+        """Where its file is."""
         return self._store.path(recording.id, recording.suffix)
 
     def owner(self, id: str) -> str | None:
-        """Whose the recording is; None also when there is none."""
+        """The owner of the recording; None also if there is no recording of this id."""
         recording = self._recordings.get(id)
         return recording.owner if recording else None
 
@@ -151,36 +157,33 @@ class Recorder:
         return sorted(map(self.get, self._recordings), key=lambda recording: -recording.created_at)
 
     async def end(self, recording: Recording) -> None:
-        """Stop it, and wait until it is a whole film. One that is over stays as it is."""
-        if tape := self._tapes.get(recording.id):
-            tape.finish("stopped")
+        """Stop the recording and wait until its file is complete. One that is over stays as it is."""
+        if writer := self._writers.get(recording.id):
+            writer.finish("stopped")
             await asyncio.wait([self._tasks[recording.id]])
 
     async def delete(self, recording: Recording) -> None:
-        """Stop it, forget it, and delete its file."""
+        """Stop the recording, forget it, and delete its file."""
         self._recordings.pop(recording.id, None)
         await self.end(recording)
         self._store.remove(recording.id)
 
-    def keep_house(self, now: float) -> None:
-        """Delete what was kept for long enough, and write down how far the others are."""
+    def expire(self, now: float) -> None:
+        """Delete the recordings that were kept for long enough, and now and then save the figures of running ones.
+
+        `now` is unix time.
+        """
         due = now - self._saved_at >= SAVE_SECONDS
         self._saved_at = now if due else self._saved_at
         for recording in list(self._recordings.values()):
             if recording.expires_at is not None and recording.expires_at <= now:
                 del self._recordings[recording.id]
                 self._store.remove(recording.id)
-            elif due and recording.id in self._tapes:
+            elif due and recording.id in self._writers:
                 self._store.update_record(recording.id, self.get(recording.id))
 
 
-def read(recording: Recording, tape: Tape) -> None:
-    """Bring the figures up to date."""
-    recording.frames, recording.lost, recording.size = tape.frames, tape.lost, tape.growth.size
-    recording.seconds = (tape.ended_at - tape.began_at) / CLOCK_RATE
-
-
-def shown(recording: Recording) -> dict[str, Any]:
+def recording_object(recording: Recording) -> dict[str, Any]:
     """The recording object of the API."""
     return {
         "id": recording.id,
@@ -198,3 +201,8 @@ def shown(recording: Recording) -> dict[str, Any]:
         "duration_s": recording.seconds,
         "bytes": recording.size,
     }
+
+
+def _update_figures(recording: Recording, writer: RecordingWriter) -> None:
+    recording.frames, recording.lost, recording.size = writer.frames, writer.lost, writer.growth.size
+    recording.seconds = (writer.ended_at - writer.began_at) / CLOCK_RATE

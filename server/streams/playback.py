@@ -1,37 +1,37 @@
-"""The playback clock of one stream: given the frames that are there and the time, which frame is due.
+"""The playback clock of one stream: decides from the time and the frames that have arrived which frame is due.
 
-Pure: no clock is read and nothing is sent here. `now` is any monotonic time in seconds, the same one in every call.
-Frames are counted from the start of the stream; frame k is shown k periods after the anchor. When the clock and the
-frames part (an underrun, a pause, a late caller) the anchor moves; missed time is never made up by a burst.
+Pure: no clock is read and nothing is sent here. `now` is in seconds, of the same monotonic clock in every call. Frames
+are counted from the start of the stream; frame k is due k periods after the anchor. After an underrun, a pause or a
+late call the anchor moves, so that missed time is never made up by a burst of frames.
 """
 
 from collections import deque
 from dataclasses import dataclass
 
 SLACK_CHUNKS = 1.0
-"""A chunk may be started this much of a chunk, and the time to generate it, before its first frame is due. More
-hides longer hiccups, but a prompt change reaches the screen later: frames that are there already are still shown."""
+"""A chunk may be started this many chunks, plus the time to generate it, before its first frame is due. More of it
+bridges longer delays, but lets a prompt change reach the screen later: frames that have arrived are still shown."""
 
 MAX_LEAD_CHUNKS = 2.0
-"""No engine, however slow, runs further ahead of playback than this."""
+"""An engine, however slow, never runs further ahead of playback than this."""
 
 RECENT_CHUNKS = 8
-"""Chunks whose slowest says how long the next one may take."""
+"""The slowest of this many chunks says how long the next one may take."""
 
 FIRST_FRAME_SECONDS = 1.0
-"""When the engine is told that the first frame is due. It makes a stream that starts urgent, but not more so than
-one that would stall: a start that takes a little longer hurts less than a picture that stops."""
+"""The first frame counts as due this long after the stream is opened: that makes it urgent, but less so than a stream
+that is about to stall, because a slower start is less annoying than a stall."""
 
 START_UNWATCHED_SECONDS = 5.0
 """How long the first frame waits for a viewer before the clock starts without one."""
 
 GRACE_PERIODS = 0.5
-"""How late a frame may be, in frame periods, before its absence counts as a stall: below that nobody can see it."""
+"""A frame that is missing for longer than this many frame periods is a stall; a shorter delay is invisible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """Send frame `frame` now."""
+    """Frame `frame` is due: show it now."""
 
     frame: int
     late: float
@@ -40,21 +40,21 @@ class Show:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do before `until`, or before the next call of another method when it is None."""
+    """Nothing is due before `until`; None means before another method is called."""
 
     until: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class StallBegan:
-    """Frame `frame` is due and not there: the last one stays on screen."""
+    """Frame `frame` is due and has not arrived: the last one stays on screen."""
 
     frame: int
 
 
 @dataclass(frozen=True, slots=True)
 class StallEnded:
-    """Playback goes on after `seconds` without a new frame."""
+    """Playback continues after a stall of `seconds`."""
 
     seconds: float
 
@@ -69,7 +69,7 @@ Action = Show | Wait | StallBegan | StallEnded | Finished
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Chunks below `limit` may be generated; the next one that is not there is due in `due_in` seconds."""
+    """Chunks with an index below `limit` may be generated; the first that is missing is due in `due_in` seconds."""
 
     limit: int
     due_in: float
@@ -77,15 +77,15 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """How a chunk came: what `Quality` decides on. Times are in seconds."""
+    """How timely a chunk arrived, for `Quality` to decide on. Times are in seconds."""
 
     played: float
-    """How long the chunk plays."""
+    """Playback time of the chunk."""
     taken: float | None
-    """From when the engine could begin it, the one before it being there, to now: also what it spent on others. None
-    when that says nothing about speed: of a stream's first chunk, and after a pause."""
+    """From when the engine could begin the chunk to its arrival, other streams' chunks in between included. None if
+    that says nothing about speed: for a stream's first chunk, and after a pause."""
     slack: float | None
-    """How long before its first frame is due; negative when late, None before the clock runs."""
+    """How long before its first frame was due; negative if it was late, None before the clock runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class _Chunk:
 
 
 class Playback:
-    """One stream's clock. Call `tick` until it answers `Wait`, and again when that time comes or a frame arrives."""
+    """One stream's clock. Call `tick` until it returns `Wait`, and again at that time or when a chunk arrives."""
 
     def __init__(self, *, fps: int, chunk_frames: int, first_chunk_frames: int) -> None:
         self.fps = fps
@@ -109,7 +109,7 @@ class Playback:
         self.complete = False
         """No further frame will arrive."""
         self.held_seconds = 0.0
-        """By how much stalls and pauses have put the clock behind media time since the first frame."""
+        """How far stalls and pauses have put the clock behind media time since the first frame."""
         self._period = 1.0 / fps
         self._chunk_frames = chunk_frames
         self._first_chunk_frames = first_chunk_frames
@@ -124,10 +124,10 @@ class Playback:
         self._granted = 0
         self._due_moved = True
         self._could_begin: deque[float] = deque()
-        """When each granted chunk that is not there yet was granted, the next one first."""
+        """When each granted chunk that has not arrived was granted, the next one first."""
         self._arrived_at: float | None = None
 
-    # what has arrived, and what is wanted
+    # what has arrived
 
     @property
     def next_chunk(self) -> int:
@@ -141,16 +141,16 @@ class Playback:
 
     @property
     def buffered_seconds(self) -> float:
-        """Playback time of the frames that are there and not shown yet."""
+        """Playback time of the frames that have arrived and are not shown yet."""
         return (self.received - self.shown) * self._period
 
     def stalled_seconds(self, now: float) -> float:
-        """Total time without a due frame, a stall that still lasts included."""
+        """Total time of all stalls, including one that still lasts."""
         ongoing = now - self._stalled_since if self._stalled_since is not None else 0.0
         return self._stalled_seconds + ongoing
 
     def arrive(self, frames: int, gen_seconds: float, now: float) -> Arrival:
-        """The next chunk is there, with this many frames, which took this long to generate."""
+        """Count the next chunk, with this many frames, which took `gen_seconds` to generate."""
         taken = None
         if self._could_begin:
             granted_at = self._could_begin.popleft()
@@ -168,17 +168,17 @@ class Playback:
         return Arrival(frames * self._period, taken, slack)
 
     def finish(self) -> None:
-        """No further frame will arrive: play what is there and end."""
+        """No more frames will arrive: play those that have, and end."""
         self.complete = True
 
     def pause(self, now: float) -> StallEnded | None:
-        """Hold the current frame from now on. A stall ends here: a paused picture is not a stalled one."""
+        """Hold the frame on screen from now on. This ends a stall: a paused stream does not stall."""
         self.paused = True
         self._arrived_at = None
         return self._settle_stall(now)
 
     def resume(self, now: float) -> None:
-        """Go on: the next frame is due now."""
+        """End the pause: the next frame is due now."""
         self.paused = False
         if self._anchor is not None:
             self._re_anchor(now)
@@ -186,7 +186,7 @@ class Playback:
     # decisions
 
     def tick(self, now: float, *, watched: bool) -> Action:
-        """Decide what is due at `now`; `watched` says whether the stream has a viewer."""
+        """Decide what is due at `now`. Without `watched`, the first frame waits for a viewer for a while."""
         if self.paused:
             return Wait(None)
         if self._anchor is None:
@@ -214,9 +214,9 @@ class Playback:
         return StallBegan(self.shown)
 
     def grant(self, now: float) -> Grant | None:
-        """What the engine should be told, or None when it knows already.
+        """The chunks that the engine may generate; None if it has been told the same before.
 
-        A paused stream grants nothing, but for the first chunks: they make it a stream that can be paused.
+        A paused stream grants nothing but its first chunks, without which there is no frame to pause on.
         """
         if self.complete or (self.paused and self.received):
             return None
@@ -237,7 +237,7 @@ class Playback:
         return Grant(limit, self.buffered_seconds if self.received else self._first_due - now)
 
     def forget_grant(self) -> None:
-        """A new engine process has taken over, which was never told anything."""
+        """Start anew: another engine process has taken over, which knows of no grant."""
         self._granted, self._due_moved = 0, True
         self._could_begin.clear()
         self._arrived_at = None

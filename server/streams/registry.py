@@ -20,7 +20,7 @@ from server.auth.keys import Key
 from server.backends.base import Backend, Lost
 from server.config import Config
 from server.errors import ApiError, busy, shutting_down, stream_not_found
-from server.library.clip_maker import Clips
+from server.library.clip_maker import ClipMaker
 from server.library.recorder import Recorder
 from server.library.store import Store
 from server.media.frames import Encoder
@@ -52,10 +52,9 @@ class Registry:
         self._metrics = metrics
         self._store = Store(config.data, round(config.data_limit_gb * 1e9), config.keep_hours * 3600)
         self.engine = EngineLink(backend, metrics)
-        self.clips = Clips(self.engine, self._store, metrics)
-        self.recorder = Recorder(self._store, metrics)
         self.engine.listen(self)
-        self.engine.listen(self.clips)
+        self.clips = ClipMaker(self.engine, self._store, metrics)
+        self.recorder = Recorder(self._store, metrics)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="encoder")
         self._services = Services(config, self.engine, Encoder(self._executor, metrics), metrics, tracing)
         self._streams: dict[str, Stream] = {}
@@ -110,7 +109,7 @@ class Registry:
     @property
     def playing(self) -> bool:
         """Whether a stream is not over yet, or a clip is being made."""
-        return self.clips.recording or any(not stream.session.state.over for stream in self._streams.values())
+        return self.clips.busy or any(not stream.session.state.over for stream in self._streams.values())
 
     def end(self) -> None:
         """End the streams that `drain` let play. Viewers are told before their sockets close."""
@@ -263,7 +262,7 @@ class Registry:
         self._publish_queue_positions()
 
     def _publish_queue_positions(self) -> None:
-        for id, position in self._admission.places(time.monotonic()).items():
+        for id, position in self._admission.positions(time.monotonic()).items():
             self._streams[id].wait(position)
 
     def _on_over(self, id: str) -> None:
@@ -321,7 +320,7 @@ class Registry:
     async def _tidy_library(self, now: float) -> None:
         try:
             self.clips.expire(now)
-            self.recorder.keep_house(now)
+            self.recorder.expire(now)
             await asyncio.to_thread(self._store.measure)
         except OSError as error:
             # Streams must be looked after even if the folder is lost.

@@ -1,7 +1,7 @@
 """The life of one stream: its state, its figures, and the events that tell viewers about both.
 
-Pure: no clock is read and nothing is sent here. Every method that changes something returns the events to publish,
-in order; `ts` is unix time in seconds. Transitions that the table does not list are programming errors and raise.
+Pure: no clock is read and nothing is sent here. Methods that change the session return the events to publish, in order;
+`ts` is unix time in seconds. A transition that `TRANSITIONS` does not list is a programming error and raises.
 """
 
 from collections import deque
@@ -17,10 +17,12 @@ Event = dict[str, Any]
 PauseReason = Literal["asked", "unwatched"]
 
 RECENT_CHUNKS = 8
-"""Chunks that the real-time factor averages over."""
+"""The real-time factor is an average over this many chunks."""
 
 
 class State(StrEnum):
+    """Where a stream is in its life."""
+
     QUEUED = "queued"
     STARTING = "starting"
     LIVE = "live"
@@ -30,6 +32,7 @@ class State(StrEnum):
 
     @property
     def over(self) -> bool:
+        """Whether the stream has ended or failed."""
         return self in (State.ENDED, State.FAILED)
 
 
@@ -60,7 +63,7 @@ class Session:
     seq: int = 0
     """Sequence number of the newest event; 0 before the first."""
     pause_reason: PauseReason | None = None
-    """Why playback holds, or will hold from the first frame on."""
+    """Why playback is paused, or will be from the first frame on."""
     queue: QueuePosition | None = None
     frames_generated: int = 0
     time_to_first_frame_s: float | None = None
@@ -77,22 +80,22 @@ class Session:
         return sum(seconds for seconds, _ in self._recent) / played if played else None
 
     def event(self, type: str, ts: float, **fields: Any) -> Event:
-        """The next event of the stream."""
+        """A new event, with the next sequence number."""
         self.seq += 1
         return {"type": type, "seq": self.seq, "ts": ts, "stream_id": self.id, **fields}
 
     # the queue
 
-    def wait(self, place: QueuePosition, ts: float) -> list[Event]:
-        """The stream has this place in the queue; says so when it is news."""
-        moved = self.queue is None or self.queue.position != place.position
-        self.queue = place
+    def wait(self, position: QueuePosition, ts: float) -> list[Event]:
+        """Note the position in the queue; an event tells viewers if it has changed."""
+        moved = self.queue is None or self.queue.position != position.position
+        self.queue = position
         if not moved:
             return []
-        return [self.event("queue.position", ts, position=place.position, wait_s=place.wait)]
+        return [self.event("queue.position", ts, position=position.position, wait_s=position.wait)]
 
     def admit(self, ts: float) -> list[Event]:
-        """The engine has a place for the stream."""
+        """The stream leaves the queue: the engine has room for it."""
         self.queue = None
         return self._enter(State.STARTING, ts)
 
@@ -101,9 +104,9 @@ class Session:
     def chunk(
         self, *, index: int, pts: int, frames: int, gen_seconds: float, shown: int, paused: bool, ts: float
     ) -> list[Event]:
-        """A chunk is there; with the first one the stream is live, or paused when that was asked for before.
+        """A chunk has arrived. The first one makes the stream live, or paused if that was asked for before.
 
-        `shown` is how many frames have been: who watches by WebRTC sees no times.
+        `shown` is how many frames have been shown, for viewers by WebRTC, who see no presentation times.
         """
         assert self.fps is not None
         self.frames_generated += frames
@@ -115,7 +118,7 @@ class Session:
         return events
 
     def pause(self, reason: PauseReason | None, ts: float) -> list[Event]:
-        """Playback holds, or goes on with None; before the first frame the wish is only noted by the clock."""
+        """Pause playback for a reason, or resume it with None. Before the first frame the state does not change yet."""
         self.pause_reason = reason
         target = State.PAUSED if reason else State.LIVE
         if self.state is target or self.state in (State.QUEUED, State.STARTING):
@@ -123,19 +126,19 @@ class Session:
         return self._enter(target, ts)
 
     def quality(self, *, steps: int, level: int, better: bool, chunk: int, pts: int, ts: float) -> list[Event]:
-        """From this chunk on it is made with so many steps."""
+        """From this chunk on the stream is generated with `steps` denoising steps."""
         reason = "time_to_spare" if better else "running_dry"
         return [self.event("quality.changed", ts, level=level, steps=steps, reason=reason, chunk_index=chunk, pts=pts)]
 
     # the end
 
     def end(self, reason: str, ts: float) -> list[Event]:
-        """The stream is over as somebody wished."""
+        """End the stream, because it is finished or somebody asked for it."""
         self.queue, self.ended_reason, self.ended_at = None, reason, ts
         return [*self._enter(State.ENDED, ts), self.event("ended", ts, reason=reason)]
 
     def fail(self, code: str, message: str, ts: float, *, retryable: bool = True) -> list[Event]:
-        """The stream is over because something broke."""
+        """End the stream because something broke."""
         self.queue, self.ended_reason, self.ended_at = None, "failed", ts
         self.error = {"code": code, "message": message}
         events = [self.event("error", ts, code=code, message=message, retryable=retryable)]

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from engine import wire
-from server.library.clip import Change, Clip, Failure, Status, Take, UnexpectedError, remix
+from server.library.clip import Attempt, Change, Clip, Failure, Status, UnexpectedError, remix
 
 
 def clip(*changes: Change, frames: int = 40) -> Clip:
@@ -31,14 +31,14 @@ def chunk(index: int, frames: int, width: int = 8) -> wire.Frames:
 
 
 def test_chunks_are_asked_for_one_at_a_time() -> None:
-    take = Take(clip(), MINI)
-    assert take.open(b"px") == wire.Open("video_a", "mini", "a", 7, 40, picture=b"px", background=True)
+    attempt = Attempt(clip(), MINI)
+    assert attempt.open(b"px") == wire.Open("video_a", "mini", "a", 7, 40, picture=b"px", background=True)
     asked = []
     for index, frames in enumerate((9, 12, 12, 7)):
-        asked += take.next()
-        assert take.accept(chunk(index, frames)) == range(frames)
+        asked += attempt.next()
+        assert attempt.accept(chunk(index, frames)) == range(frames)
     assert asked == [wire.Credit("video_a", limit, 0.0) for limit in (1, 2, 3, 4)]
-    assert take.next() == []
+    assert attempt.next() == []
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_chunks_are_asked_for_one_at_a_time() -> None:
     ],
 )
 def test_prompts_change_at_the_chunk_that_begins_then(changes: list[Change], steers: dict[int, str]) -> None:
-    take, found = Take(clip(*changes), MINI), dict[int, str]()
+    attempt, found = Attempt(clip(*changes), MINI), dict[int, str]()
     for index, frames in enumerate((9, 12, 12, 7)):
-        *steer, credit = take.next()
+        *steer, credit = attempt.next()
         assert isinstance(credit, wire.Credit)
         for each in steer:
             assert isinstance(each, wire.Steer)
             found[index] = each.prompt
-        take.accept(chunk(index, frames))
+        attempt.accept(chunk(index, frames))
     assert found == steers
 
 
@@ -74,21 +74,21 @@ def test_prompts_change_at_the_chunk_that_begins_then(changes: list[Change], ste
 def test_a_second_take_leaves_out_what_is_recorded(recorded: int, kept: list[range]) -> None:
     made = clip()
     made.recorded = recorded
-    take = Take(made, MINI)
-    assert [list(take.accept(chunk(index, frames))) for index, frames in ((0, 9), (1, 12))] == [*map(list, kept)]
+    attempt = Attempt(made, MINI)
+    assert [list(attempt.accept(chunk(index, frames))) for index, frames in ((0, 9), (1, 12))] == [*map(list, kept)]
 
 
 def test_frames_past_the_end_are_left_out() -> None:
-    take = Take(clip(frames=10), MINI)
-    take.accept(chunk(0, 9))
-    assert take.accept(chunk(1, 12)) == range(1)
-    assert take.next() == []
+    attempt = Attempt(clip(frames=10), MINI)
+    attempt.accept(chunk(0, 9))
+    assert attempt.accept(chunk(1, 12)) == range(1)
+    assert attempt.next() == []
 
 
 @pytest.mark.parametrize("wrong", [chunk(1, 9), chunk(0, 9, width=16)])
 def test_what_was_not_asked_for_is_refused(wrong: wire.Frames) -> None:
     with pytest.raises(UnexpectedError):
-        Take(clip(), MINI).accept(wrong)
+        Attempt(clip(), MINI).accept(wrong)
 
 
 def test_progress_and_end() -> None:

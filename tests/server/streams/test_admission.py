@@ -35,10 +35,10 @@ def test_an_engine_says_how_much_of_it_may_be_promised() -> None:
     for promised, live in ((0.9, 4), (0.95, 5), (0.5, 5), (1.2, 6)):
         places.set_costs({"mini": 0.19}, promised)
         for _ in range(4):
-            places.request(f"{promised} {len(places.places(0.0))}", "mini", 0.0)
+            places.request(f"{promised} {len(places.positions(0.0))}", "mini", 0.0)
         places.admit()
         assert round(places.load / 0.19) == live
-        for waiting in places.places(0.0):
+        for waiting in places.positions(0.0):
             places.release(waiting)
 
 
@@ -47,10 +47,10 @@ def test_first_come_first_served() -> None:
     for name in "abcd":
         assert places.request(name, "mini", 0.0) is None
         places.admit()
-    assert list(places.places(0.0)) == ["c", "d"]
+    assert list(places.positions(0.0)) == ["c", "d"]
     places.release("a")
     assert places.admit() == ["c"]
-    assert places.places(0.0) == {"d": QueuePosition(1, None)}
+    assert places.positions(0.0) == {"d": QueuePosition(1, None)}
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
@@ -80,7 +80,7 @@ def test_waiting_times_come_from_the_ends_that_are_known() -> None:
         places.admit()
     places.expect_end("a", 30.0)
     places.expect_end("c", 10.0)
-    assert places.places(4.0) == {
+    assert places.positions(4.0) == {
         "d": QueuePosition(1, 6.0),
         "e": QueuePosition(2, 26.0),
         "f": QueuePosition(3, None),
@@ -95,14 +95,14 @@ def test_leaving_the_queue_moves_the_others_up() -> None:
         places.admit()
     places.release("b")
     assert places.admit() == []
-    assert {name: place.position for name, place in places.places(0.0).items()} == {"c": 1, "d": 2}
+    assert {name: place.position for name, place in places.positions(0.0).items()} == {"c": 1, "d": 2}
 
 
 def test_everybody_waits_until_the_engine_is_up() -> None:
     places = Admission(2)
     assert places.request("a", "mini", 0.0) is None
     assert places.admit() == []
-    assert places.places(0.0) == {"a": QueuePosition(1, None)}
+    assert places.positions(0.0) == {"a": QueuePosition(1, None)}
     places.set_costs({"mini": 0.5})
     assert places.admit() == ["a"]
 
@@ -128,7 +128,7 @@ def test_releasing_twice_does_no_harm() -> None:
     places.admit()
     places.release("a")
     places.release("a")
-    assert places.places(0.0) == {}
+    assert places.positions(0.0) == {}
 
 
 def served(waiting: list[tuple[str, int]], count: int, share: float = 0.9) -> str:
@@ -171,7 +171,7 @@ def test_within_an_owner_the_higher_priority_goes_first() -> None:
     places = admission(share=0.9, queue_limit=9)
     for name, priority in (("first", 1), ("batch", 1), ("live", 5)):
         places.request(name, "mini", 0.0, owner="a", priority=priority)
-    assert list(places.places(0.0)) == ["live", "first", "batch"]
+    assert list(places.positions(0.0)) == ["live", "first", "batch"]
 
 
 def test_who_was_away_has_saved_no_turns_and_lost_none() -> None:
@@ -188,7 +188,7 @@ def test_who_was_away_has_saved_no_turns_and_lost_none() -> None:
         order += places.admit()
         places.release(order[-1])
     assert [name[0] for name in order] == ["b", "a"] * 4
-    for name in list(places.places(0.0)):
+    for name in list(places.positions(0.0)):
         places.release(name)
     assert places.admit() == []
     assert not places._turns, "nobody is remembered for ever"
@@ -202,7 +202,7 @@ def test_a_full_queue_lets_every_owner_in_once() -> None:
     assert isinstance(places.request("a3", "mini", 0.0, owner="a"), Full)
     assert places.request("b0", "mini", 0.0, owner="b") is None
     assert isinstance(places.request("b1", "mini", 0.0, owner="b"), Full)
-    assert list(places.places(0.0)) == ["b0", "a1", "a2"]
+    assert list(places.positions(0.0)) == ["b0", "a1", "a2"]
     # a place that is given up is free for the next
     places.release("b0")
     places.release("a1")
