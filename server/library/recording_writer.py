@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from engine.wire import CLOCK_RATE
 from server.library.mp4 import GrowingFile, Mp4Writer
-from server.media.encoder import TIME_BASE, EncodedFrame, add_alpha, yuv420_frame
+from server.media.encoder import TIME_BASE, EncodedFrame, Yuv420Converter, add_alpha
 from server.media.frames import Frame
 from server.media.matte import Matte
 
@@ -55,13 +55,14 @@ class WebmWriter:
         stream.codec_context.thread_count = 1
         self._stream = stream
         self._alpha = alpha
+        self._converter = Yuv420Converter()
 
     def add(self, rgb: memoryview, pts: int, matte: Matte | None) -> None:
         """Encode and add the next frame: RGB24, height x width x 3 bytes, shown at `pts` in 1/90000 s. The matte makes
         its alpha channel; without one it is opaque. Raises OSError or FFmpegError."""
         self._first = pts if self._first < 0 else self._first
         width, height = self._stream.width, self._stream.height
-        frame = yuv420_frame(rgb, width, height)
+        frame = self._converter.convert(rgb, width, height)
         if self._alpha:
             opaque = bytes([255]) * (width * height)
             frame = add_alpha(frame, opaque if matte is None else matte.opacity(rgb, width, height))

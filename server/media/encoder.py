@@ -12,6 +12,7 @@ import av
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from engine.wire import CLOCK_RATE
@@ -48,29 +49,42 @@ class VideoEncoder:
         else:
             self._context = _h264_file(fps) if kbps is None else _h264(fps, kbps)
         self._context.width, self._context.height = width, height
+        self._converter = Yuv420Converter()
 
     def encode(self, rgb: memoryview, clock: int, *, key: bool) -> EncodedFrame | None:
         """Encode the next frame, RGB24 of height x width x 3 bytes; None if the encoder skips it.
 
         `clock` is its time in 1/90000 s and must increase from frame to frame.
         """
-        frame = yuv420_frame(rgb, self._context.width, self._context.height)
+        frame = self._converter.convert(rgb, self._context.width, self._context.height)
         frame.pts, frame.time_base = clock, TIME_BASE
         frame.pict_type = PictureType.I if key else PictureType.NONE
         packets = self._context.encode(frame)
         return EncodedFrame(packets[0], packets[0].is_keyframe) if packets else None
 
 
-def yuv420_frame(rgb: memoryview, width: int, height: int) -> av.VideoFrame:
-    """Convert RGB24, height x width x 3 bytes, to a YUV 4:2:0 frame (BT.601, limited range)."""
-    frame = av.VideoFrame(width, height, "rgb24")
-    plane = frame.planes[0]
-    if padding := plane.line_size - 3 * width:
-        rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
-        plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
-    else:
-        plane.update(bytes(rgb))
-    return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+class Yuv420Converter:
+    """Converts RGB24 frames to YUV 4:2:0 (BT.601, limited range). For one thread at a time.
+
+    It keeps a scaler of one thread. A scaler made for each frame would by default start a thread per core for each,
+    which takes longer than the conversion, and fails where the number of processes is limited.
+    """
+
+    def __init__(self) -> None:
+        self._scaler = VideoReformatter()
+
+    def convert(self, rgb: memoryview, width: int, height: int) -> av.VideoFrame:
+        """Convert RGB24, height x width x 3 bytes."""
+        frame = av.VideoFrame(width, height, "rgb24")
+        plane = frame.planes[0]
+        if padding := plane.line_size - 3 * width:
+            rows = (rgb[3 * width * y : 3 * width * (y + 1)] for y in range(height))
+            plane.update(b"".join(bytes(row) + bytes(padding) for row in rows))
+        else:
+            plane.update(bytes(rgb))
+        return self._scaler.reformat(
+            frame, format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG, threads=1
+        )
 
 
 def add_alpha(frame: av.VideoFrame, opacity: bytes) -> av.VideoFrame:

@@ -164,8 +164,8 @@ def clip_frames(data: bytes, format: str, fps: int) -> Iterator[tuple[Image.Imag
 
 
 def as_image(frame: VideoFrame) -> Image.Image:
-    """The frame as RGB."""
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+    """The frame as RGB. `confine` forbids the threads that a scaler starts by default."""
+    image: Image.Image = frame.to_image(threads=1)  # type: ignore[no-untyped-call]
     return image
 
 

@@ -1,6 +1,7 @@
 """The bitstreams of the encoder: one packet per frame, keyframes on request, bitrate as a ceiling."""
 
 import random
+import sys
 
 import av
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from server.media.encoder import Codec, VideoEncoder
 from server.media.frames import Frame
 from tests.server.media.samples import frame
+from tests.server.thread_limit import run_without_new_threads
 
 
 def noise(index: int = 0, width: int = 128, height: int = 96) -> Frame:
@@ -53,3 +55,35 @@ def test_the_bitrate_is_a_ceiling(codec: Codec) -> None:
     generous = VideoEncoder(codec, 320, 192, 16, 5000)
     more = [generous.encode(noise(index, 320, 192).rgb, 5625 * index, key=index == 0) for index in range(32)]
     assert sum(len(bytes(encoded.packet)) for encoded in more[16:] if encoded) > 3 * sum(sizes[16:32])
+
+
+ENCODERS = {
+    "h264": "encode = partial(VideoEncoder('h264', 256, 256, 16, 2500).encode, rgb, key=False)",
+    "film": "encode = partial(VideoEncoder('h264', 256, 256, 16, None).encode, rgb, key=False)",
+    "vp8": "encode = partial(VideoEncoder('vp8', 256, 256, 16, 2500).encode, rgb, key=False)",
+    "webm": "encode = partial(WebmWriter(Path('/dev/null'), 256, 256, 16).add, rgb, matte=None)",
+    "webm, alpha": "encode = partial(WebmWriter(Path('/dev/null'), 256, 256, 16, alpha=True).add, rgb, matte=matte)",
+    "jpeg": "encode = lambda clock: encode_picture(Frame(0, clock, 256, 256, 0, rgb), 'mjpeg')",
+    "stacked": "encode = lambda clock: encode_picture(Frame(0, clock, 256, 256, 0, rgb).stacked_on(matte), 'mjpeg')",
+}
+FIRST_FRAME = """
+from functools import partial
+from pathlib import Path
+from server.library.recording_writer import WebmWriter
+from server.media.encoder import VideoEncoder
+from server.media.frames import Frame, encode_picture
+from server.media.matte import Matte
+rgb, matte = memoryview(bytes(range(256)) * 3 * 256), Matte("chroma", "#00b140", 0.1, 0.1)
+{encoder}
+encode({clock} 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit on processes does not count threads")
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_no_frame_after_the_first_starts_a_thread(encoder: str) -> None:
+    clock = {"webm": "pts=", "webm, alpha": "pts="}.get(encoder, "clock=")
+    run_without_new_threads(
+        FIRST_FRAME.format(encoder=ENCODERS[encoder], clock=clock),
+        f"for index in range(1, 101): encode({clock} 5625 * index)",
+    )

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from server.uploads import decode_worker
+from tests.server.thread_limit import run_without_new_threads
 from tests.server.uploads.samples import animation, clip, picture
 
 
@@ -65,6 +66,15 @@ def test_of_a_photograph_with_more_pictures_inside_the_first_counts() -> None:
     first, second = [Image.new("RGB", (32, 32), colour) for colour in ((200, 0, 0), (0, 0, 200))]
     first.save(out, "MPO", save_all=True, append_images=[second])
     assert decoded(out.getvalue()).shape[0] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit on processes does not count threads")
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_a_clip_is_decoded_without_another_thread(format: str) -> None:
+    """`confine` forbids threads to whoever is not root."""
+    data = clip(8, 8, format=format)
+    setup = "import threading; from server.uploads import decode_worker; decode_worker.confine()"
+    run_without_new_threads(setup, f"decode_worker.decode({data!r}, 16, 16, 16)")
 
 
 HOSTILE = {
