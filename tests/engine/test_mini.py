@@ -100,14 +100,14 @@ def test_a_change_is_drawn(mini: Pipeline) -> None:
 def test_it_draws_with_one_step_what_it_is_asked_for(mini: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that would run dry: the network runs less often, and the picture is still the one that was asked for."""
     calls = 0
-    forward = type(mini.dit).forward
+    begin = type(mini.dit).begin
 
     def counting(*arguments: object, **options: object) -> object:
         nonlocal calls
         calls += 1
-        return forward(*arguments, **options)
+        return begin(*arguments, **options)
 
-    monkeypatch.setattr(type(mini.dit), "forward", counting)
+    monkeypatch.setattr(type(mini.dit), "begin", counting)
     state = mini.open("a red metal cube spinning on grass at sunset, orbiting camera", seed=5)
     chunks, made = [], []
     for index in range(5):
