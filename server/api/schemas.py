@@ -36,7 +36,8 @@ MAX_LORAS = 16
 MAX_STRENGTH = 4.0
 
 REQUIREMENTS = {
-    "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters",
+    "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters "
+    "other than tabs and line ends, which count as spaces",
     "model": "the name of a model in /v1/models",
     "seed": f"an integer from 0 to {MAX_SEED}",
     "duration_s": f"a number of seconds above 0 and at most {MAX_DURATION_SECONDS}",
@@ -72,8 +73,19 @@ def integral(number: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+LINE_END = re.compile(r"\r\n|[\n\r\u2028\u2029]")
+"""A line end; the last two are Unicode's separators of lines and paragraphs."""
+
+
 def check_prompt(prompt: str) -> str:
-    """Strip the prompt. Raises `PydanticCustomError` if it is empty, too long or has control characters."""
+    """The prompt on one line: each tab and line end becomes a space, and what surrounds the text is stripped.
+
+    Raises `PydanticCustomError` if the prompt is empty, too long or has other control characters. One line end after
+    the text, which an editor adds to a file, does not count towards the length.
+    """
+    if ending := re.search(f"(?:{LINE_END.pattern})\\Z", prompt):
+        prompt = prompt[: ending.start()]
+    prompt = LINE_END.sub(" ", prompt).replace("\t", " ")
     for position, character in enumerate(prompt):
         category = unicodedata.category(character)
         if category in ("Cc", "Cs"):
@@ -110,6 +122,9 @@ def check_loras(loras: dict[str, float]) -> dict[str, float]:
     return loras
 
 
+PROMPT_CHARACTER = r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+"""For the JSON schema: tabs, line ends and whatever is no control character."""
+
 Prompt = Annotated[
     StrictStr,
     AfterValidator(check_prompt),
@@ -119,7 +134,7 @@ Prompt = Annotated[
         json_schema_extra={
             "minLength": 1,
             "maxLength": MAX_PROMPT_BYTES,
-            "pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\x00-\x1f\x7f-\x9f\s][^\x00-\x1f\x7f-\x9f]*$",
+            "pattern": rf"^{PROMPT_CHARACTER}*[^\x00-\x1f\x7f-\x9f\s]{PROMPT_CHARACTER}*$",
         },
     ),
 ]

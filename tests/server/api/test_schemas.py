@@ -24,8 +24,9 @@ CREATE = [
     (json.dumps({"prompt": "x" * 4097}), "prompt", "prompt_too_long"),
     (json.dumps({"prompt": "é" * 2049}), "prompt", "prompt_too_long"),
     ('{"prompt": "a\\u0000b"}', "prompt", "prompt_character"),
-    ('{"prompt": "a\\nb"}', "prompt", "prompt_character"),
-    ('{"prompt": "a\\tb"}', "prompt", "prompt_character"),
+    ('{"prompt": "\\r\\n\\t"}', "prompt", "prompt_empty"),
+    ('{"prompt": "a\\u000bb"}', "prompt", "prompt_character"),
+    ('{"prompt": "a\\u001bb"}', "prompt", "prompt_character"),
     ('{"prompt": "a\\u007fb"}', "prompt", "prompt_character"),
     ('{"prompt": "a\\u0085b"}', "prompt", "prompt_character"),
     ('{"prompt": "a\\ud800b"}', "prompt", "prompt_character"),
@@ -81,6 +82,40 @@ async def test_create(run_gateway: Any, error_of: Any) -> None:
         seeds = [{"seed": seed} for seed in (MAX_SEED, 0, 7.0)]
         for fields in ({"prompt": "é" * 2048}, *seeds, {"duration_s": 86400}, {"model": None}):
             await gateway.open(**{"prompt": "a", **fields})
+
+
+LINES = "a red ball\r\n\r\nrolls\ton\ngrass,\rfast\u2028and far\n"
+ON_ONE_LINE = "a red ball  rolls on grass, fast and far"
+
+
+async def test_tabs_and_line_ends_in_prompts_are_spaces(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await gateway.open(LINES)
+        assert stream["prompt"] == ON_ONE_LINE
+        changed = await gateway.patch(stream, prompt="\n" + LINES)
+        assert (changed.status_code, changed.json()["prompt"]) == (200, ON_ONE_LINE)
+        extra = {"prompts": [{"at_s": 0.25, "prompt": LINES}]}
+        clip = await gateway.http.post("/v1/videos", json={"prompt": LINES, "seconds": "0.5", "extra": extra})
+        assert (clip.status_code, clip.json()["prompt"]) == (200, ON_ONE_LINE)
+        assert [each["prompt"] for each in clip.json()["extra"]["prompts"]] == [ON_ONE_LINE, ON_ONE_LINE]
+        for path, status in (("/v1/streams", 201), ("/v1/videos", 200)):
+            made = await gateway.http.post(path, files={"prompt": (None, LINES)})  # as `curl -F 'prompt=<file'` has it
+            assert (made.status_code, made.json()["prompt"]) == (status, ON_ONE_LINE)
+
+        async def completed() -> bool:
+            return (await gateway.http.get(f"/v1/videos/{clip.json()['id']}")).json()["status"] == "completed"
+
+        await gateway.until(completed)
+        again = await gateway.http.post(f"/v1/videos/{clip.json()['id']}/remix", json={"prompt": LINES})
+        assert (again.status_code, again.json()["prompt"]) == (200, ON_ONE_LINE)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+async def test_one_line_end_after_a_prompt_does_not_count(run_gateway: Any, ending: str) -> None:
+    async with run_gateway() as gateway:
+        assert (await gateway.open("x" * 4096 + ending))["prompt"] == "x" * 4096
+        refused = await gateway.http.post("/v1/streams", json={"prompt": "x" * 4096 + 2 * ending})
+        assert refused.json()["error"]["code"] == "prompt_too_long"
 
 
 async def test_unknown_model(run_gateway: Any, error_of: Any) -> None:
