@@ -16,8 +16,9 @@ const CHUNKS_SHOWN = 48;
 const CHUNKS_AVERAGED = 8;
 const MAX_DECODING = 4; // with more undecoded frames than this the browser is too slow: newer frames are skipped
 const MAX_PROMPT_BYTES = 4096;
-const SILENCE_MS = 3000; // WebRTC that has shown nothing for this long is replaced by JPEGs
+const SILENCE_MS = 3000; // WebRTC that has shown nothing for this long is replaced by JPEGs; a silent socket is checked
 const MAX_RETRY_MS = 8000;
+const IGNORED_SHOWN = 12; // words that the model ignores; of more the number is said
 // Close codes after which no retry helps: ended, refused, failed, unknown stream. Any other is a lost connection.
 const FINAL_CODES = new Set([1000, 1008, 1011, 4404]);
 
@@ -38,14 +39,22 @@ class ApiError extends Error {
 }
 
 let keyDialog = null; // a promise while the dialog is open
+let keyDeclined = false; // the user has closed the dialog without a key
 
-/** Ask the user for an API key and keep it for this tab. All requests that wait share one dialog. Whether one was given. */
-function askForKey() {
+/**
+ * Ask the user for an API key and keep it for this tab. All requests that wait share one dialog.
+ *
+ * @param {boolean} wrong Whether the server has refused the key that was given before.
+ * @returns {Promise<boolean>} Whether a key was given.
+ */
+function askForKey(wrong) {
   keyDialog ??= new Promise((resolve) => {
+    $("key-wrong").hidden = !wrong;
     $("ask").onclose = () => {
-      const key = $("key").value.trim();
-      $("key").value = "";
+      const key = $("ask").returnValue === "use" ? $("key").value.trim() : "";
+      $("key").value = $("ask").returnValue = "";
       keyDialog = null;
+      keyDeclined = !key;
       if (key) sessionStorage.setItem("key", key);
       resolve(Boolean(key));
     };
@@ -54,14 +63,20 @@ function askForKey() {
   return keyDialog;
 }
 
-/** `fetch` with the API key, if there is one. After a 401 the user is asked for a key, and the request is repeated. */
-async function send(path, { headers, ...options } = {}) {
-  const attempt = () => {
+/**
+ * `fetch` with the API key, if there is one. After a 401 the user is asked for a key, and the request is repeated, until
+ * the server takes the key or the user gives none. A request in the background does not ask again after that.
+ */
+async function send(path, { headers, background = false, ...options } = {}) {
+  for (;;) {
     const key = sessionStorage.getItem("key");
-    return fetch(path, { ...options, headers: key ? { ...headers, Authorization: `Bearer ${key}` } : headers });
-  };
-  const response = await attempt();
-  return response.status === 401 && (await askForKey()) ? attempt() : response;
+    const credentials = key ? { Authorization: `Bearer ${key}` } : {};
+    const response = await fetch(path, { ...options, headers: { ...headers, ...credentials } });
+    if (response.status !== 401) return response;
+    if (sessionStorage.getItem("key") !== key) continue; // another request has asked meanwhile
+    if (key) sessionStorage.removeItem("key");
+    if ((background && keyDeclined) || !(await askForKey(Boolean(key)))) return response;
+  }
 }
 
 /** The token in a stream's address. It replaces the API key where headers cannot be sent. */
@@ -88,8 +103,9 @@ async function api(method, path, body, options = {}) {
 
 async function play(prompt) {
   stop();
-  const current = newStream(prompt);
+  const current = newStream();
   stream = current;
+  showIgnoredWords(current, { ignored_words: null });
   logPrompt(current, { prompt, text: "starting", kind: "waiting" });
   show("starting", "Starting", "Asking the server for a stream.");
   try {
@@ -99,6 +115,7 @@ async function play(prompt) {
     current.token = tokenIn(info.ws_url);
     current.queue = info.queue_position;
     current.wait = info.queue_wait_s;
+    showIgnoredWords(current, info);
     setState(current, info.state);
     connect(current);
   } catch (error) {
@@ -117,15 +134,20 @@ function request(prompt, image) {
   return form;
 }
 
-function newStream(prompt) {
+function newStream() {
   return {
     id: null,
-    prompt, // the newest one asked for
     askedAt: performance.now(),
     socket: null,
     format: hasWebRtc ? "events" : "mjpeg", // what the socket carries
     session: null, // WhepSession, when frames arrive by WebRTC
     heardAt: 0, // when the session last showed a frame
+    messageAt: 0, // when the socket was opened or last brought something, or the server last answered
+    checking: false, // whether the server is being asked because the socket is silent
+    lost: false, // the connection, which is tried again
+    interrupted: false, // the engine is being restarted
+    stalled: false, // the next frame is late
+    ignored: null, // words of the prompt that the model ignores; null if not known
     shown: null, // { frames, at }: how far playback had come, and when
     attempts: 0,
     timer: 0,
@@ -141,19 +163,22 @@ function newStream(prompt) {
     drawn: [], // times of recent frames
     decoding: 0,
     markers: [], // { kind, chunk }
-    changes: [], // prompt changes under way: { prompt, askedAt, entry }
+    changes: [], // prompt changes under way: { prompt, askedAt, entry, chunk }
     first: null, // log entry of the first prompt
   };
 }
 
 function connect(current) {
+  current.messageAt = performance.now();
   current.socket = openSocket(`/v1/streams/${current.id}/ws`, {
     format: current.format,
     token: current.token,
     onEvent(event) {
+      current.messageAt = performance.now();
       if (stream === current) onEvent(current, event);
     },
     onFrame(frame) {
+      current.messageAt = performance.now();
       if (stream === current) onFrame(current, frame);
     },
     onClose(code) {
@@ -168,13 +193,41 @@ function onClose(current, code) {
     return;
   }
   const wait = retryDelay(current.attempts++, MAX_RETRY_MS);
-  trouble("Connection lost", `Trying again in ${wait / 1000} s.`);
+  current.socket = null;
+  current.lost = true;
+  current.retryText = `Trying again in ${wait / 1000} s.`;
+  showStatus(current);
   current.timer = setTimeout(async () => {
-    const info = await api("GET", `/v1/streams/${current.id}`).catch(() => null);
-    if (stream !== current) return;
+    const info = await ask(current).catch(() => null);
+    if (stream !== current || current.over) return;
     if (info) current.token = tokenIn(info.ws_url); // the old one may have expired
     connect(current);
   }, wait);
+}
+
+/** The stream object, if the server gives it soon. */
+function ask(current) {
+  return api("GET", `/v1/streams/${current.id}`, undefined, { signal: AbortSignal.timeout(SILENCE_MS), background: true });
+}
+
+/** Reconnect if the server cannot be reached, or has generated frames that the silent socket did not tell of. */
+async function checkConnection(current) {
+  current.checking = true;
+  const { socket } = current;
+  const info = await ask(current).catch((error) => (error instanceof ApiError ? { frames_generated: 0 } : null));
+  current.checking = false;
+  if (stream !== current || current.over || current.socket !== socket) return;
+  if (info && info.frames_generated * (CLOCK_RATE / current.fps) <= current.generatedUntil + 1) {
+    current.messageAt = performance.now();
+    return;
+  }
+  closeSocket(current);
+  onClose(current);
+}
+
+function closeSocket(current) {
+  current.socket.onclose = current.socket.onmessage = null;
+  current.socket.close();
 }
 
 // WebRTC
@@ -235,9 +288,8 @@ function watchBySocket(current) {
   if (stream !== current || current.over || current.format !== "events") return;
   current.format = "mjpeg";
   document.body.dataset.transport = "websocket";
-  clearTimeout(current.timer);
-  current.socket.onclose = current.socket.onmessage = null;
-  current.socket.close();
+  if (current.lost) return; // the next attempt takes frames, too
+  closeSocket(current);
   connect(current);
 }
 
@@ -245,13 +297,14 @@ async function change(prompt) {
   const current = stream;
   const transition = document.querySelector("input[name=transition]:checked").value;
   const entry = logPrompt(current, { prompt, text: "asked", kind: "waiting" });
-  const wanted = { prompt, askedAt: performance.now(), entry };
+  const wanted = { prompt, askedAt: performance.now(), entry, chunk: null };
   current.changes.push(wanted);
-  current.prompt = prompt;
   current.markers.push({ kind: "asked", chunk: chunkOnScreen(current) });
   drawTimeline(current);
   try {
     const answer = await api("PATCH", `/v1/streams/${current.id}`, { prompt, transition });
+    wanted.chunk = answer.chunk_index;
+    if (answer.prompt === prompt) showIgnoredWords(current, answer);
     // The event `prompt.applied` may have arrived before this answer.
     if (current.changes.includes(wanted)) setEntry(entry, `takes effect with chunk ${answer.chunk_index}`, "waiting");
   } catch (error) {
@@ -306,12 +359,15 @@ function onEvent(current, event) {
     case "stream.started": {
       const info = event.stream;
       current.attempts = 0;
-      delete document.body.dataset.trouble;
+      current.lost = current.stalled = false;
+      current.interrupted = info.interrupted;
       current.stalls = info.stalls;
       current.queue = info.queue_position;
       current.wait = info.queue_wait_s;
       if (info.width) setGeometry(info.width, info.height);
       if (info.fps) current.fps = info.fps;
+      current.generatedUntil = Math.max(current.generatedUntil, info.frames_generated * (CLOCK_RATE / current.fps));
+      showIgnoredWords(current, info);
       setState(current, info.state);
       break;
     }
@@ -323,6 +379,7 @@ function onEvent(current, event) {
     case "state":
       if (event.state !== "queued") current.queue = null;
       if (event.state !== "ended" && event.state !== "failed") setState(current, event.state);
+      if (event.state === "starting" && current.ignored === null) learnIgnoredWords(current);
       break;
     case "chunk":
       current.chunks.push({ index: event.index, ms: event.gen_ms, frames: event.frames, pts: event.pts });
@@ -336,17 +393,18 @@ function onEvent(current, event) {
       onApplied(current, event);
       break;
     case "stall":
-      if (event.phase === "began") current.stalls += 1;
-      badge(event.phase === "began" ? "stalled" : document.body.dataset.state);
+      current.stalled = event.phase === "began";
+      if (current.stalled) current.stalls += 1;
+      showStatus(current);
       break;
     case "engine.restarted":
-      $("alert").hidden = true;
-      badge(document.body.dataset.state);
+      current.interrupted = false;
+      showStatus(current);
       break;
     case "error":
       if (event.code === "engine_restarted") {
-        alertUser(event.message);
-        badge("engine restarting");
+        current.interrupted = true;
+        showStatus(current);
       } else current.failure = event.message;
       break;
     case "ended": {
@@ -360,11 +418,15 @@ function onEvent(current, event) {
 
 function onApplied(current, event) {
   current.markers.push({ kind: "applied", chunk: event.chunk_index });
-  const last = current.changes.findLastIndex((change) => change.prompt === event.prompt);
+  const same = (change) => change.prompt === event.prompt;
+  // A later take of the same prompt is still to come. In a new engine a change may come earlier than was said.
+  const due = current.changes.findLastIndex((change) => same(change) && (change.chunk ?? 0) <= event.chunk_index);
+  const last = due >= 0 ? due : current.changes.findIndex(same);
+  const applied = current.changes[last];
   // The event precedes the first frame under the new prompt, and replaces every older change.
   for (const change of current.changes.splice(0, last + 1)) {
     const seconds = (performance.now() - change.askedAt) / 1000;
-    if (change.prompt === event.prompt) {
+    if (change === applied) {
       setEntry(change.entry, `on screen after ${seconds.toFixed(2)} s, chunk ${event.chunk_index}`, "applied");
       current.steer = seconds;
     } else setEntry(change.entry, "overtaken by the next one", "refused");
@@ -435,26 +497,58 @@ function setState(current, state) {
 
 function show(state, title, detail) {
   const active = ["queued", "starting", "live", "paused"].includes(state);
+  const focused = document.activeElement;
   document.body.dataset.state = state;
-  delete document.body.dataset.trouble;
-  $("message-title").textContent = title;
-  $("message-detail").textContent = detail;
-  badge(state);
+  if (stream) stream.message = [title, detail];
+  showStatus(stream);
   $("play").textContent = active ? "Apply" : "Play";
   $("stop").hidden = !active;
   $("pause").hidden = state !== "live" && state !== "paused";
   $("pause").textContent = state === "paused" ? "Resume" : "Pause";
   if (active) $("alert").hidden = true;
+  // A control that is hidden now would drop the focus.
+  if (focused !== document.body && !focused.checkVisibility({ visibilityProperty: true })) {
+    $("play").focus({ preventScroll: true });
+  }
 }
 
-function badge(text) {
-  $("badge-text").textContent = text;
-}
-
-function trouble(title, detail) {
-  document.body.dataset.trouble = "yes";
+/** Show in the badge and over the picture what the stream is doing, or what keeps it from doing that. */
+function showStatus(current) {
+  const { state } = document.body.dataset;
+  let [title, detail] = current.message;
+  let trouble = "";
+  if (current.over) trouble = "";
+  else if (current.lost) {
+    trouble = "reconnecting";
+    [title, detail] = ["Connection lost", current.retryText];
+  } else if (current.interrupted) {
+    trouble = "engine restarting";
+    // Frames that were generated before still play.
+    if (current.stalled || state === "starting") {
+      [title, detail] = ["The engine is restarting", "The stream goes on when it is back."];
+    }
+  } else if (current.stalled) trouble = "stalled";
+  if (trouble) document.body.dataset.trouble = trouble;
+  else delete document.body.dataset.trouble;
+  $("badge-text").textContent = trouble || state;
+  $("message").classList.toggle("empty", !title);
   $("message-title").textContent = title;
   $("message-detail").textContent = detail;
+}
+
+/** Name the words of the prompt that the model ignores. */
+function showIgnoredWords(current, { model, ignored_words: words }) {
+  current.ignored = words;
+  $("ignored").hidden = !words?.length;
+  if (!words?.length) return;
+  const more = words.length > IGNORED_SHOWN ? ` and ${words.length - IGNORED_SHOWN} more` : "";
+  $("ignored").textContent = `${model} ignores these words: ${words.slice(0, IGNORED_SHOWN).join(", ")}${more}.`;
+}
+
+/** Ask which words the model ignores: before the engine was up nobody could say. */
+async function learnIgnoredWords(current) {
+  const info = await ask(current).catch(() => null);
+  if (info && stream === current && current.ignored === null) showIgnoredWords(current, info);
 }
 
 function alertUser(message) {
@@ -505,6 +599,8 @@ function updateFigures() {
   // The server repeats a still picture, so silence means a lost connection. A hidden page gets no frame callbacks.
   if (document.hidden) current.heardAt = now;
   if (current.session && now - current.heardAt > SILENCE_MS) watchBySocket(current);
+  const silent = current.socket && now - current.messageAt > SILENCE_MS;
+  if (silent && !current.checking && !current.over) checkConnection(current);
   while (current.drawn.length && current.drawn[0] < now - 2000) current.drawn.shift();
   const playing = current.pts >= 0 && !current.over;
   if (playing) {
@@ -562,13 +658,14 @@ function shape(name, attributes) {
 async function updateServer() {
   let text, wait = 5000;
   try {
-    const { data } = await api("GET", "/v1/models");
+    const { data } = await api("GET", "/v1/models", undefined, { background: true });
     const model = data.find((model) => model.default) ?? data[0];
     text = model ? `${model.id} · ${model.width}×${model.height} · ${model.fps} frames/s` : "the engine is starting…";
     if (model && !stream) setGeometry(model.width, model.height);
     wait = model ? 15000 : 1000;
-  } catch {
-    text = "the server cannot be reached";
+  } catch (error) {
+    if (error.status === 401) text = "the server needs an API key";
+    else text = error instanceof ApiError ? error.message : "the server cannot be reached";
   }
   $("model").textContent = text;
   setTimeout(updateServer, wait);
@@ -590,16 +687,28 @@ function submit() {
   $("alert").hidden = true;
   if (!stream || stream.over) play(prompt);
   else if (!stream.id) alertUser("The stream is just being asked for: wait a moment.");
-  else if (prompt !== stream.prompt) change(prompt);
+  else change(prompt);
 }
 
 function fit() {
   const box = $("prompt");
+  const { scrollTop } = box;
   box.style.height = "auto";
-  box.style.height = `${box.scrollHeight}px`;
+  box.style.height = `${box.scrollHeight}px`; // the style sheet bounds it
+  box.scrollTop = scrollTop;
   const bytes = new TextEncoder().encode(box.value).length;
   $("count").hidden = bytes < MAX_PROMPT_BYTES * 0.8;
   $("count").textContent = `${bytes} / ${MAX_PROMPT_BYTES} bytes`;
+}
+
+/** Replace the text in a way that the browser's undo takes back. */
+function replacePrompt(text) {
+  const box = $("prompt");
+  box.focus();
+  box.select();
+  if (document.execCommand("insertText", false, text)) return; // `input` calls `fit`
+  box.value = text;
+  fit();
 }
 
 $("composer").addEventListener("submit", (event) => {
@@ -628,6 +737,15 @@ $("fullscreen").addEventListener("click", () => {
   if (document.fullscreenElement) document.exitFullscreen();
   else picture.canvas.parentElement.requestFullscreen().catch(() => {});
 });
+$("ask-form").addEventListener("submit", (event) => {
+  // Other characters cannot be sent, and no key has them.
+  if (event.submitter?.value !== "use" || /^[!-~]+$/.test($("key").value.trim())) return;
+  event.preventDefault();
+  $("key-wrong").hidden = false;
+});
+addEventListener("offline", () => {
+  if (stream) stream.messageAt = 0;
+});
 // A closed tab must not occupy the engine until the idle timeout.
 addEventListener("pagehide", stop);
 
@@ -636,8 +754,8 @@ for (const text of EXAMPLES) {
   button.type = "button";
   button.textContent = text;
   button.addEventListener("click", () => {
-    $("prompt").value = text;
-    fit();
+    replacePrompt(text);
+    if (matchMedia("(hover: none)").matches) button.focus(); // the keyboard of a phone would cover the picture
     submit();
   });
   const item = document.createElement("li");

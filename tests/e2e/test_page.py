@@ -3,11 +3,7 @@
 import base64
 import io
 import re
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +11,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.e2e.studio import colours, eventually, number, play, start_gateway, state, states
+
 pytestmark = pytest.mark.browser
-
-ROOT = Path(__file__).parents[2]
-
-
-def start_gateway(port: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "server", "--backend", "fake", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("Livereel is ready")
-    return process
-
-
-@pytest.fixture
-def gateway() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = start_gateway(port)
-    yield process, port
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture
-def page(browser: Any, gateway: tuple[subprocess.Popen[str], int]) -> Iterator[Any]:
-    page = browser.new_page(base_url=f"http://127.0.0.1:{gateway[1]}", viewport={"width": 1280, "height": 860})
-    page.complaints = []
-    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.goto("/")
-    yield page
-    page.close()
-
-
-def state(page: Any, wanted: str, seconds: float = 10) -> None:
-    page.wait_for_selector(f"body[data-state={wanted}]", timeout=seconds * 1000)
-
-
-def eventually(condition: Any, seconds: float = 10) -> None:
-    # Playwright's own wait_for_function evaluates a string in the page, which the page's policy forbids.
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def states(page: Any) -> list[str]:
-    return page.evaluate("fetch('/v1/streams').then(r => r.json()).then(r => r.data.map(s => s.state))")
-
-
-def play(page: Any, prompt: str) -> None:
-    page.fill("#prompt", prompt)
-    page.press("#prompt", "Enter")
-
-
-def number(page: Any, figure: str) -> float:
-    found = re.match(r"[\d.]+", page.inner_text(f"#{figure}"))
-    assert found, page.inner_text(f"#{figure}")
-    return float(found[0])
-
-
-def colours(page: Any) -> int:
-    """How many different colours a diagonal of the picture has."""
-    script = """() => {
-        const context = document.getElementById("picture").getContext("2d");
-        const {data} = context.getImageData(0, 0, 256, 256);
-        return new Set(Array.from({length: 256}, (_, i) => data.slice(i * 257 * 4, i * 257 * 4 + 3).join())).size;
-    }"""
-    return page.evaluate(script)
 
 
 def test_a_prompt_becomes_video_and_changes(page: Any, tmp_path: Path) -> None:
