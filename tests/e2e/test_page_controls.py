@@ -1,10 +1,13 @@
 """The controls of the studio page: the prompt and what is done with it, the focus, forced colours."""
 
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from tests.e2e.studio import eventually, play, state
+from tests.e2e.studio import GATEWAY, ROOT, eventually, play, state
 
 pytestmark = pytest.mark.browser
 
@@ -146,6 +149,33 @@ def test_words_that_the_model_does_not_know_are_named(page: Any) -> None:
     play(page, "красный " + " ".join(f"w{k}" for k in range(20)))
     eventually(lambda: page.inner_text("#ignored").endswith("w9, w10 and 9 more."))
     assert "красный, w0" in page.inner_text("#ignored")
+
+
+def test_words_are_named_when_the_engine_is_up(browser: Any) -> None:
+    """Nobody knows the vocabulary of a stream that waits for the engine to start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slow = GATEWAY.replace("restart_after", "ready_after=8, restart_after")
+    process = subprocess.Popen([sys.executable, "-c", slow, "--port", str(port)], cwd=ROOT)
+    try:
+        page = browser.new_page(base_url=f"http://127.0.0.1:{port}")
+        eventually(lambda: answers(port))
+        page.goto("/")
+        play(page, "a red zeppelin")
+        state(page, "queued")
+        assert not page.is_visible("#ignored")
+        eventually(lambda: page.inner_text("#ignored") == "mini ignores these words: zeppelin.", 15)
+        page.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens at the port."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_pages_have_an_icon(page: Any) -> None:

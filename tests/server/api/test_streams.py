@@ -129,6 +129,17 @@ async def test_of_two_quick_changes_the_newest_counts(run_gateway: Any) -> None:
         assert (await watching).of("prompt.applied")[0]["prompt"] == newest
 
 
+async def test_a_cut_to_the_same_prompt_starts_a_new_scene(run_gateway: Any) -> None:
+    async with run_gateway(small(fps=48)) as gateway:
+        stream = await gateway.open()
+        watching = asyncio.create_task(gateway.watch(stream, until=lambda seen: bool(seen.of("prompt.applied"))))
+        await gateway.until(lambda: gateway.stream_of(stream).session.frames_generated > 12)
+        answer = (await gateway.patch(stream, prompt=stream["prompt"], transition="cut")).json()
+        [applied] = (await watching).of("prompt.applied")
+        assert (applied["prompt"], applied["transition"]) == (stream["prompt"], "cut")
+        assert applied["chunk_index"] == answer["chunk_index"] >= 2
+
+
 async def test_pause_and_resume(run_gateway: Any) -> None:
     async with run_gateway(small(fps=48)) as gateway:
         stream = await gateway.open()
