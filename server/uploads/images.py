@@ -8,7 +8,15 @@ from pathlib import Path
 from server import sandbox
 from server.errors import ApiError
 from server.uploads import decode_worker
-from server.uploads.decode_worker import KEPT_FRAMES, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_PIXELS, Refusal
+from server.uploads.decode_worker import (
+    KEPT_FRAMES,
+    MAX_CLIP_PIXELS,
+    MAX_FRAMES,
+    MAX_JPEG_PIXELS,
+    MAX_PIXELS,
+    MAX_STILL_PIXELS,
+    Refusal,
+)
 
 MAX_BYTES = 8 << 20
 DECODE_SECONDS = 30.0
@@ -17,12 +25,16 @@ DECODE_SECONDS = 30.0
 WANTED = "a PNG, JPEG, WebP or GIF picture or an MP4 or WebM clip"
 UNREADABLE = "invalid_image", "it is of another kind or damaged"
 REFUSALS: dict[int, tuple[str, str]] = {
-    Refusal.PIXELS: ("image_too_large", f"send at most {MAX_PIXELS} pixels a frame"),
+    Refusal.PIXELS: (
+        "image_too_large",
+        f"send at most {MAX_PIXELS} pixels a frame, {MAX_STILL_PIXELS} in a still picture, {MAX_JPEG_PIXELS} in a JPEG",
+    ),
     Refusal.FRAMES: ("too_many_frames", f"send at most {MAX_FRAMES} frames"),
     Refusal.CLIP_PIXELS: ("image_too_large", f"send at most {MAX_CLIP_PIXELS} pixels in all frames together"),
     Refusal.NO_FRAME: ("invalid_image", "it holds no frame"),
     Refusal.CODEC: ("invalid_image", "the clip must be H.264, H.265, VP8, VP9, AV1 or MPEG-4"),
     Refusal.AMBIGUOUS: ("invalid_image", "its first bytes are those of two kinds at once"),
+    Refusal.HEIF: ("invalid_image", "HEIC, HEIF and AVIF pictures are not read; save it as JPEG or PNG"),
 }
 """Error code and message by the worker's exit status. Every other outcome is `UNREADABLE`."""
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -94,6 +95,151 @@ def jpeg_2000_in_mp4() -> bytes:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return out.getvalue()
+
+
+def saved(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    image.save(out := io.BytesIO(), format, **options)
+    return out.getvalue()
+
+
+def still_clip(
+    pixels: np.ndarray,
+    codec: str = "libx264",
+    format: str = "mp4",
+    pix_fmt: str = "yuv420p",
+    aspect: Fraction | None = None,
+    turn: tuple[int, bool] | None = None,
+    code_points: tuple[int, int] | None = None,
+) -> bytes:
+    """A clip of one picture, height x width x 3 or 4 bytes; `turn` is degrees counterclockwise, then a mirroring."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width = pixels.shape[:2]
+        stream.pix_fmt = pix_fmt
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if turn is not None:
+            stream.set_display_rotation(turn[0], hflip=turn[1])
+        if code_points is not None:
+            stream.codec_context.color_primaries, stream.codec_context.color_trc = code_points
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.shape[2] == 3 else "rgba")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def apng(depth: int, levels: list[int], delay: tuple[int, int], *more: bytes) -> bytes:
+    """A grey animation of 16 x 16 pixels, each frame shown for a fraction of a second."""
+    rows = [zlib.compress((b"\0" + level.to_bytes(depth // 8, "big") * 16) * 16) for level in levels]
+    header = struct.pack("!IIBBBBB", 16, 16, depth, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"acTL", struct.pack("!II", len(rows), 0))
+    data += b"".join(more)
+    for index, row in enumerate(rows):
+        data += chunk(b"fcTL", struct.pack("!5I2H2B", max(0, 2 * index - 1), 16, 16, 0, 0, *delay, 0, 0))
+        data += chunk(b"fdAT", struct.pack("!I", 2 * index) + row) if index else chunk(b"IDAT", row)
+    return data + chunk(b"IEND", b"")
+
+
+def grey_png(depth: int, row: bytes, *more: bytes) -> bytes:
+    """A grey picture of 16 x 16 pixels, all of its rows the same."""
+    header = chunk(b"IHDR", struct.pack("!IIBBBBB", 16, 16, depth, 0, 0, 0, 0))
+    pixels = zlib.compress((b"\0" + row) * 16)
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def plain_png(colour: tuple[int, int, int], *more: bytes) -> bytes:
+    return png(16, 16, *more, pixels=(b"\0" + bytes(colour) * 16) * 16)
+
+
+def xyz(x: float, y: float, z: float) -> bytes:
+    return struct.pack(">4s4x3i", b"XYZ ", *[round(value * 65536) for value in (x, y, z)])
+
+
+def icc(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile of version 4 (ICC.1:2010)."""
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += struct.pack(">4sII", name, start + len(body), len(tag))
+        body += tag + bytes(-len(tag) % 4)
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    header = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x04200000, kind, space, connection, b"acsp")
+    return (header + xyz(0.9642, 1.0, 0.8249)[8:]).ljust(128, b"\0") + table + body
+
+
+SRGB_CURVE = struct.pack(
+    ">4s4xHxx5i", b"para", 3, *[round(v * 65536) for v in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)]
+)
+DISPLAY_P3 = icc(
+    b"RGB ",
+    b"XYZ ",
+    {
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"rXYZ": xyz(0.51512, 0.2412, -0.00105),
+        b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
+        b"bXYZ": xyz(0.1571, 0.06657, 0.78407),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), SRGB_CURVE),
+    },
+)
+LINEAR_GREY = icc(b"GRAY", b"XYZ ", {b"wtpt": xyz(0.9642, 1.0, 0.8249), b"kTRC": struct.pack(">4s4xI", b"curv", 0)})
+_RAMP = bytes(range(256))
+_CORNERS = b"".join(bytes((0 if n & 1 else 255 - 80 * (n >> 3 & 1), 128, 128)) for n in range(16))
+LIGHTNESS_CMYK = icc(
+    b"CMYK",
+    b"Lab ",
+    {
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"A2B0": struct.pack(">4s4xBBBx9i", b"mft1", 4, 3, 2, *[65536 * (n % 4 == 0) for n in range(9)])
+        + (_RAMP * 4 + _CORNERS + _RAMP * 3),
+    },
+)
+"""Black ink takes away L* in proportion, and cyan some of it; the other inks do nothing."""
+
+
+def box(name: bytes, *bodies: bytes) -> bytes:
+    """A box of ISO/IEC 14496-12."""
+    return struct.pack(">I4s", 8 + sum(map(len, bodies)), name) + b"".join(bodies)
+
+
+def heif_of_tiles(brand: bytes = b"heic") -> bytes:
+    """A HEIF picture of 128 x 128 pixels: a grid of four tiles, red, green, blue and white (ISO/IEC 23008-12)."""
+    tiles, configuration = [], b""
+    for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)):
+        data = still_clip(np.full((64, 64, 3), colour, np.uint8), codec="libsvtav1")
+        with av.open(io.BytesIO(data)) as container:
+            configuration = container.streams.video[0].codec_context.extradata
+            tiles.append(bytes(next(container.demux(video=0))))
+    kinds = [b"av01"] * 4 + [b"grid"]
+    infos = [box(b"infe", struct.pack(">IHH4sx", 2 << 24, n, 0, kind)) for n, kind in enumerate(kinds, 1)]
+    sizes = [box(b"ispe", struct.pack(">III", 0, side, side)) for side in (64, 128)]
+    linked = b"".join(struct.pack(">HBBB", n, 2, 0x81, 2) for n in range(1, 5)) + struct.pack(">HBB", 5, 1, 3)
+    grid = struct.pack(">BBBBHH", 0, 0, 1, 1, 128, 128)
+
+    def meta(start: int) -> bytes:
+        places = b""
+        for number, tile in enumerate(tiles, 1):
+            places += struct.pack(">HHHHII", number, 0, 0, 1, start, len(tile))
+            start += len(tile)
+        places += struct.pack(">HHHHII", 5, 1, 0, 1, 0, len(grid))
+        return box(
+            b"meta",
+            bytes(4),
+            box(b"hdlr", bytes(8), b"pict", bytes(13)),
+            box(b"pitm", struct.pack(">IH", 0, 5)),
+            box(b"iloc", struct.pack(">IBBH", 1 << 24, 0x44, 0, 5), places),
+            box(b"iinf", struct.pack(">IH", 0, 5), *infos),
+            box(b"iref", bytes(4), box(b"dimg", struct.pack(">HH4H", 5, 4, 1, 2, 3, 4))),
+            box(
+                b"iprp",
+                box(b"ipco", box(b"av1C", configuration), *sizes),
+                box(b"ipma", struct.pack(">II", 0, 5), linked),
+            ),
+            box(b"idat", grid),
+        )
+
+    head = box(b"ftyp", brand, bytes(4), b"mif1avif")
+    return head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", *tiles)
 
 
 def photograph(format: str) -> bytes:

@@ -8,26 +8,37 @@ import os
 import struct
 import subprocess
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from engine import wire
 from server.backends.fake import FakeBackend
 from server.errors import ApiError
 from server.uploads import decode_worker, images
 from tests.server.uploads.samples import (
+    DISPLAY_P3,
+    LIGHTNESS_CMYK,
+    LINEAR_GREY,
     animation,
+    apng,
     chunk,
     clip,
     clip_with_sound,
     gif_of_nothing,
+    heif_of_tiles,
     jpeg_2000_in_mp4,
     mp4_that_lies,
     photograph,
     picture,
+    plain_png,
     png,
+    saved,
+    still_clip,
     webp_bomb,
 )
 
@@ -39,6 +50,7 @@ POLYGLOT = b"\xff\xd8\xff\xe0ftyp" + picture(format="JPEG")[8:]
 """A JPEG whose first segment's length is the name of MP4's first box."""
 
 
+PIXELS = np.full((64, 64, 4), 99, np.uint8)
 APNG_FRAMES = chunk(b"acTL", struct.pack("!II", 1_000_000, 0))
 APNG_PIXELS = chunk(b"acTL", struct.pack("!II", 200, 0))
 
@@ -60,6 +72,10 @@ APNG_PIXELS = chunk(b"acTL", struct.pack("!II", 200, 0))
         (picture()[:60], "invalid_image", "PNG"),
         (clip(4, 8)[:300], "invalid_image", "MP4"),
         (b"\x00\x00\x00\x18ftypmp42" + bytes(100), "invalid_image", "MP4"),
+        (heif_of_tiles(), "invalid_image", "HEIC"),
+        (saved(Image.new("L", (16, 16)), "AVIF"), "invalid_image", "AVIF"),
+        (png(8192, 4097), "image_too_large", "pixels"),
+        (saved(Image.new("L", (8200, 8200)), "JPEG"), "image_too_large", "pixels"),
         (png(50_000, 50_000), "image_too_large", "pixels"),
         (png(4096, 4096, pixels=b"\0" * 1000), "invalid_image", "PNG"),
         (png(16, 16, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(20 << 20)))), "invalid_image", "PNG"),
@@ -97,20 +113,59 @@ async def test_bad_uploads_are_refused_with_a_reason(data: bytes, code: str | No
     [
         *[picture(format=format) for format in ("PNG", "JPEG", "WEBP", "GIF")],
         *[photograph(format) for format in ("PNG", "MPO", "WEBP")],
+        *[saved(Image.new("RGB", (32, 32), 99), format, icc_profile=DISPLAY_P3) for format in ("PNG", "JPEG", "WEBP")],
+        saved(Image.new("CMYK", (32, 32), 99), "JPEG", icc_profile=LIGHTNESS_CMYK),
+        saved(Image.new("L", (32, 32), 99), "PNG", icc_profile=LINEAR_GREY),
+        saved(Image.new("I;16", (32, 32), 99), "PNG", transparency=99),
+        apng(16, [1, 2, 3], (1, 8)),
+        plain_png((1, 2, 3), chunk(b"gAMA", struct.pack("!I", 100_000))),
         clip(8, 8),
         clip(8, 8, format="webm"),
         clip_with_sound(),
+        still_clip(PIXELS[..., :3], aspect=Fraction(2), turn=(90, True)),
+        still_clip(PIXELS[..., :3], code_points=(12, 13)),
+        still_clip(PIXELS, "libvpx-vp9", "webm", "yuva420p"),
     ],
-    ids=["png", "jpeg", "webp", "gif", "turned apng", "turned mpo", "turned webp", "mp4", "webm", "mp4 with sound"],
+    ids=[
+        *["png", "jpeg", "webp", "gif", "turned apng", "turned mpo", "turned webp"],
+        *["p3 png", "p3 jpeg", "p3 webp", "cmyk", "linear grey", "16-bit grey", "16-bit apng", "gamma"],
+        *["mp4", "webm", "mp4 with sound", "turned mp4", "p3 mp4", "webm with alpha"],
+    ],
 )
 async def test_every_kind_is_decoded_within_the_limits(data: bytes) -> None:
     """No module is imported once the process can open no files."""
     assert await images.frames(data, 16, 16, 16) == decode_worker.decode(data, 16, 16, 16)
 
 
-async def test_the_largest_picture_fits_into_its_memory() -> None:
-    data = picture((4096, 4096), (1, 2, 3, 255))
+@pytest.mark.parametrize(
+    ("size", "mode", "format", "options"),
+    [
+        ((8192, 8192), "RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+        ((8192, 8192), "CMYK", "JPEG", {"icc_profile": LIGHTNESS_CMYK}),
+        ((8192, 4096), "RGBA", "PNG", {"icc_profile": DISPLAY_P3, "compress_level": 1}),
+        ((8192, 4096), "I;16", "PNG", {"transparency": 1, "compress_level": 1}),
+        ((8192, 4096), "RGBA", "WEBP", {"lossless": True, "method": 0, "quality": 0}),
+        ((4096, 4096), "RGBA", "PNG", {}),
+    ],
+)
+async def test_the_largest_picture_fits_into_its_memory(
+    size: tuple[int, int], mode: str, format: str, options: dict[str, Any]
+) -> None:
+    data = saved(Image.new(mode, size), format, **options)
     assert len(await images.frames(data, 832, 480, 16)) == 832 * 480 * 3
+
+
+async def test_a_photograph_of_24_megapixels_is_read() -> None:
+    """In the sizes of telephones, upright by EXIF and in Display-P3."""
+    image = Image.new("RGB", (6000, 4000), (0, 0, 0))
+    image.paste((200, 60, 60), (2000, 0, 4000, 4000))  # upright: the middle third of its height
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(image, "JPEG", exif=exif, icc_profile=DISPLAY_P3, quality=90)
+    rgb = await images.frames(data, 480, 720, 16)
+    rows = [tuple(rgb[3 * (480 * y + 240) :][:3]) for y in (60, 360, 660)]
+    assert rows[0] == rows[2] == (0, 0, 0)
+    assert all(abs(one - other) <= 3 for one, other in zip(rows[1], (217, 42, 52), strict=True))
 
 
 @pytest.mark.parametrize(
