@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from server.auth.keys import read_keys
-from server.egress.destination import ENTRY
+from server.egress.destination import LISTED, is_listable
 from server.library.store import check_folder
 from server.options import A_FOLDER, Bounds, above, at_least, between, check_options, option, parse_options
 
@@ -126,9 +126,7 @@ class Config:
         (),
         "hosts that streams may be pushed to by RTMP and WHIP, separated by commas: live.example,10.0.0.5:1936",
         metavar="HOSTS",
-        bounds=Bounds(
-            "a host in lower case, or HOST:PORT: live.example:1936", lambda x: ENTRY.fullmatch(x) is not None
-        ),
+        bounds=Bounds(LISTED, is_listable),
         unset="none",
     )
     data: Path | None = option(

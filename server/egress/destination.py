@@ -24,8 +24,9 @@ CONNECT_SECONDS = 15.0
 """From the first packet until the server accepts the stream."""
 OUTPUT_URL = "an address of rtmp://, rtmps:// or, for WHIP, https://, of at most 1024 ASCII characters"
 HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?|\[[0-9a-f:.]{2,45}\]")
-ENTRY = re.compile(rf"(?:{HOST.pattern})(?::\d{{1,5}})?")
+ENTRY = re.compile(rf"({HOST.pattern})(?::(\d{{1,5}}))?")
 """An entry of the operator's list: a host (at its scheme's default port) or a host and a port."""
+LISTED = "a host in lower case, or HOST:PORT: live.example:1936"
 
 
 class UnreachableError(Exception):
@@ -63,6 +64,21 @@ class Destination:
         return f"{self.scheme}://{self.authority}/***"
 
 
+def is_listable(entry: str) -> bool:
+    """Whether an entry of the operator's list can ever match a URL that can be connected to."""
+    match = ENTRY.fullmatch(entry)
+    if match is None or (match[2] and not 1 <= int(match[2]) <= 65535):
+        return False
+    host = match[1]
+    # As browsers have it (WHATWG URL, "ends in a number checker"): such a host is an IPv4 address or nothing.
+    if host.startswith("[") or re.fullmatch(r"\d+|0x[0-9a-f]*", host.rpartition(".")[2]):
+        try:
+            ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            return False
+    return True
+
+
 def parse_destination(url: str, allowed: Collection[str]) -> Destination:
     """Parse a URL. `allowed` is the operator's list. Raises `ApiError` if the URL is invalid or not allowed."""
     if not allowed:
@@ -82,7 +98,7 @@ def parse_destination(url: str, allowed: Collection[str]) -> Destination:
     path = (match[3] or "/") + (match[4] or "")
     if not HOST.fullmatch(host) or port == 0:
         raise _invalid("its host is no host")
-    if scheme != "https" and not path.strip("/"):
+    if scheme != "https" and not re.match(r"/[^/?]", path):
         raise _invalid("the application and the key are missing: rtmp://HOST/APPLICATION/KEY")
     found = Destination(scheme, host, port or DEFAULT_PORTS[scheme], path)
     names = {f"{host}:{found.port}"} | ({host} if found.port == DEFAULT_PORTS[scheme] else set())
@@ -100,9 +116,11 @@ async def resolve(target: Destination) -> str:
     """The address to connect to. Raises `UnreachableError`.
 
     An IP address that the operator listed is used as it is. A name must resolve to public addresses only, because its
-    DNS records may be under somebody else's control.
+    DNS records may be under somebody else's control; `localhost` has none (RFC 6761, section 6.3).
     """
     host = target.host.strip("[]")
+    if host == "localhost":
+        return "127.0.0.1"
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
@@ -114,7 +132,9 @@ async def resolve(target: Destination) -> str:
         raise UnreachableError("not_resolved", f"{target.host} cannot be looked up") from None
     addresses = [ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found]
     if not addresses or not all(is_public(address) for address in addresses):
-        raise UnreachableError("address_not_public", f"{target.host} leads to an address that is not public")
+        raise UnreachableError(
+            "address_not_public", f"{target.host} leads to an address that is not public: list the address"
+        )
     return str(addresses[0])
 
 
@@ -138,9 +158,6 @@ async def connect(target: Destination, address: str) -> tuple[asyncio.StreamRead
 
 class Feed(Protocol):
     """The stream's side of a push: where its frames come from, and whom it tells that it is live."""
-
-    @property
-    def fps(self) -> int: ...
 
     async def attach(self, viewer: Viewer) -> None:
         """Start queueing the stream's frames for this viewer. Raises `ApiError` if the stream has too many viewers."""

@@ -14,6 +14,7 @@ from server.egress.destination import (
     Destination,
     UnreachableError,
     connect,
+    is_listable,
     is_public,
     parse_destination,
     resolve,
@@ -52,6 +53,9 @@ def test_listed_destinations_are_allowed(url: str, expected: tuple[str, str, int
         ("data:text/plain,x", "invalid_url"),
         ("rtmp://live.example/", "invalid_url"),
         ("rtmp://live.example", "invalid_url"),
+        ("rtmp://live.example?x", "invalid_url"),
+        ("rtmp://live.example/?x=/a/k", "invalid_url"),
+        ("rtmp://live.example//key", "invalid_url"),
         ("rtmp:///app/key", "invalid_url"),
         ("https://user@live.example/", "invalid_url"),
         ("https://live.example\\@169.254.169.254/", "invalid_url"),
@@ -81,6 +85,34 @@ def test_other_urls_are_refused(url: str, code: str) -> None:
         parse_destination(url, ALLOWED)
     assert refused.value.code == code
     assert refused.value.status_code == (400 if code == "invalid_url" else 403)
+
+
+@pytest.mark.parametrize("entry", ["live.example", "live.example:1936", "10.0.0.5", "[2001:db8::1]:1", "localhost:9"])
+def test_what_the_operator_may_list(entry: str) -> None:
+    assert is_listable(entry)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "Live.Example",
+        "live.example:0",
+        "live.example:65536",
+        "live.example/app",
+        "rtmp://live.example",
+        "live.example.",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "10.0.0.0.5",
+        "10.0.0.256",
+        "[::1",
+        "[1::2::3]",
+        "[:::]:9",
+    ],
+)
+def test_what_can_never_be_connected_to_is_refused_at_start(entry: str) -> None:
+    assert not is_listable(entry)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +154,8 @@ async def test_every_address_of_a_name_must_be_public(monkeypatch: pytest.Monkey
         await resolve(target)
     # An address that the operator listed needs no lookup, and may be private.
     assert await resolve(parse_destination("rtmp://10.0.0.5:1936/a/k", ALLOWED)) == "10.0.0.5"
+    # No DNS record decides what localhost is (RFC 6761, section 6.3).
+    assert await resolve(parse_destination("rtmp://LocalHost/a/k", ("localhost",))) == "127.0.0.1"
 
 
 async def test_rtmps_checks_the_certificate(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

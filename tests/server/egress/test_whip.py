@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from server.egress.whip import MAX_REDIRECTS
 from tests.server.egress.harness import SECRET, free_port, get, post, reached
 
 pytestmark = pytest.mark.anyio
@@ -29,14 +30,16 @@ class Receiver:
         self.requests: list[tuple[str, str, str]] = []
         self.pictures: list[Any] = []
         self.peers: list[RTCPeerConnection] = []
-        self.redirect = ""
+        self.redirects: list[str] = []
+        """Where the first requests are sent on to."""
+        self.location = "/session/1"
         self.tasks: list[asyncio.Task[None]] = []
         self.port = 0
 
     async def publish(self, request: Request) -> Response:
         self.requests.append((request.method, request.url.path, request.headers.get("authorization", "")))
-        if self.redirect:
-            return RedirectResponse(self.redirect, 307)
+        if self.redirects:
+            return RedirectResponse(self.redirects.pop(0), 307)
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.peers.append(peer)
         peer.on("track", lambda track: self.tasks.append(asyncio.create_task(self.take(track))))
@@ -46,7 +49,7 @@ class Receiver:
         await peer.setRemoteDescription(RTCSessionDescription(without(offer, other), "offer"))
         await peer.setLocalDescription(await peer.createAnswer())
         answer = peer.localDescription.sdp
-        return Response(answer, 201, {"Location": "/session/1"}, media_type="application/sdp")
+        return Response(answer, 201, {"Location": self.location}, media_type="application/sdp")
 
     async def hang_up(self, request: Request) -> Response:
         self.requests.append((request.method, request.url.path, request.headers.get("authorization", "")))
@@ -80,8 +83,8 @@ async def whip_receiver(certificate: tuple[Path, Path], codec: str = "H264") -> 
     receiver = Receiver(codec)
     app = Starlette(
         routes=[
-            Route("/whip/{key}", receiver.publish, methods=["POST"]),
-            Route("/session/1", receiver.hang_up, methods=["DELETE"]),
+            Route("/{path:path}", receiver.publish, methods=["POST"]),
+            Route("/{path:path}", receiver.hang_up, methods=["DELETE"]),
         ]
     )
     receiver.port = free_port()
@@ -143,7 +146,7 @@ async def test_whip(
 
 
 @pytest.mark.usefixtures("loopback")
-async def test_whip_follows_no_redirect_and_trusts_no_certificate(
+async def test_whip_connects_to_no_other_server_and_trusts_no_certificate(
     run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with whip_receiver(certificate) as receiver, run_gateway(outputs=(f"127.0.0.1:{receiver.port}",)) as gateway:
@@ -155,7 +158,7 @@ async def test_whip_follows_no_redirect_and_trusts_no_certificate(
         assert output["error"]["code"] == "certificate_refused"
         assert receiver.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-        receiver.redirect = f"https://127.0.0.1:{receiver.port}/whip/elsewhere"
+        receiver.redirects = [f"https://localhost:{receiver.port}/whip/elsewhere"] * 50
         output = (await post(gateway, stream, url=url)).json()
 
         async def failed() -> bool:
@@ -166,3 +169,57 @@ async def test_whip_follows_no_redirect_and_trusts_no_certificate(
         assert error["code"] == "not_accepted" and "redirects" in error["message"]
         assert {each[1] for each in receiver.requests} == {f"/whip/{SECRET}"}
         assert SECRET not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("redirects", "location", "paths"),
+    [
+        ([], "../session/1", ["/whip/KEY", "/session/1"]),
+        ([], "session", ["/whip/KEY", "/whip/session"]),
+        ([], "?session=1", ["/whip/KEY", "/whip/KEY"]),
+        ([], "//127.0.0.1:{port}/session/1", ["/whip/KEY", "/session/1"]),
+        ([], "HTTPS://127.0.0.1:{port}/session/1", ["/whip/KEY", "/session/1"]),
+        (["https://127.0.0.1:{port}/whip/b/c", "d"], "1", ["/whip/KEY", "/whip/b/c", "/whip/b/d", "/whip/b/1"]),
+        ([], "https://localhost:{port}/session/1", ["/whip/KEY"]),
+        ([], "//live.example/session/1", ["/whip/KEY"]),
+    ],
+)
+@pytest.mark.usefixtures("loopback")
+async def test_whip_locations_are_resolved_against_the_request(
+    run_gateway: Any,
+    certificate: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    redirects: list[str],
+    location: str,
+    paths: list[str],
+) -> None:
+    """RFC 9725: the endpoint may redirect with 307, and names the session by `Location`, which RFC 9110 (10.2.2) lets
+    be relative. The session is ended by DELETE."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    async with whip_receiver(certificate) as receiver, run_gateway(outputs=(f"127.0.0.1:{receiver.port}",)) as gateway:
+        receiver.redirects = [each.format(port=receiver.port) for each in redirects]
+        receiver.location = location.format(port=receiver.port)
+        stream = await gateway.open()
+        made = await post(gateway, stream, url=f"https://127.0.0.1:{receiver.port}/whip/KEY", token="tok")
+        await reached(gateway, made.json(), "live")
+        await gateway.http.delete(made.headers["location"])
+        methods = ["POST"] * (1 + len(redirects)) + ["DELETE"]
+        assert [each[:2] for each in receiver.requests] == list(zip(methods, paths, strict=False))
+        assert {each[2] for each in receiver.requests} == {"Bearer tok"}
+
+
+@pytest.mark.usefixtures("loopback")
+async def test_endless_redirects_are_not_followed(
+    run_gateway: Any, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    async with whip_receiver(certificate) as receiver, run_gateway(outputs=(f"127.0.0.1:{receiver.port}",)) as gateway:
+        receiver.redirects = [f"/whip/{SECRET}"] * 50
+        stream = await gateway.open()
+        url = f"https://127.0.0.1:{receiver.port}/whip/{SECRET}"
+        output = (await post(gateway, stream, url=url)).json()
+        while output["error"] is None:
+            await asyncio.sleep(0.02)
+            output = await get(gateway, output)
+        assert output["error"]["code"] == "not_accepted"
+        assert len(receiver.requests) == 1 + MAX_REDIRECTS
