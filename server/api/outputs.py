@@ -22,7 +22,8 @@ async def create_output(request: Request, response: Response, id: str, body: sch
     """Push the stream to another server, over RTMP or WHIP. The operator must have listed its host."""
     key = principal_of(request).key
     stream = streams_of(request).get(id)
-    output = outputs_of(request).open(stream, body.url, body.token or "", key.serial if key else None)
+    serial = key.serial if key else None
+    output = outputs_of(request).open(stream, body.url, body.token or "", serial, audio=body.audio)
     response.headers["Location"] = f"/v1/streams/{id}/outputs/{output.id}"
     return output.snapshot()
 

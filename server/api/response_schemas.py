@@ -115,9 +115,8 @@ class OutputObject(BaseModel):
     stream_id: str
     url: str = Field(description="Scheme and host; the rest is not shown.")
     kind: Literal["rtmp", "whip"]
-    state: Literal["waiting", "connecting", "live", "ended", "failed"] = Field(
-        description="`waiting` for the stream's first picture or the next attempt; `failed` after eight attempts "
-        "in a row."
+    state: Literal["waiting", "connecting", "live", "ended"] = Field(
+        description="`waiting` for the stream's first picture or the next attempt: it is tried until the stream ends."
     )
     attempts: int
     created_at: float = Field(description="Unix time.")

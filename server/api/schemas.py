@@ -341,6 +341,11 @@ class CreateOutput(Request):
         description=f"{OUTPUT_URL[0].upper()}{OUTPUT_URL[1:]}. It contains the stream key; no response shows it.",
         examples=["rtmps://live.example:443/app/KEY"],
     )
+    audio: Literal["silent", "none"] = Field(
+        "silent",
+        description="For RTMP: the audio track. Some services take no stream without one, so by default it is silence, "
+        "as AAC; `none` sends the video alone. WHIP has none.",
+    )
     token: Annotated[StrictStr, Field(pattern=r"^[!-~]{1,1024}$")] | None = Field(
         None, description="For WHIP: sent as `Authorization: Bearer`. No response shows it again."
     )

@@ -28,14 +28,13 @@ logger = logging.getLogger("livereel.outputs")
 
 MAX_OUTPUTS = 4
 """Per stream, including those that have ended."""
-MAX_FAILURES = 8
-"""After this many failed attempts in a row an output is given up."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
 STABLE_SECONDS = 30.0
 """An attempt that was live for this long resets the count of failures."""
 POLL_SECONDS = 0.25
 
-State = Literal["waiting", "connecting", "live", "ended", "failed"]
+State = Literal["waiting", "connecting", "live", "ended"]
+Audio = Literal["silent", "none"]
 
 
 @dataclass(slots=True)
@@ -43,15 +42,14 @@ class RetryPolicy:
     """When to retry: exponential backoff with jitter. Pure."""
 
     failures: int = 0
+    """In a row, counted up to 32: by then the delay has long been the longest, and more would overflow it."""
 
-    def next_delay(self, live_seconds: float, jitter: float) -> float | None:
-        """Seconds to wait after a failed attempt that was live for `live_seconds`; None to give up.
+    def next_delay(self, live_seconds: float, jitter: float) -> float:
+        """Seconds to wait after a failed attempt that was live for `live_seconds`.
 
         `jitter` is a random number from 0 to 1, which spreads the retries of many outputs.
         """
-        self.failures = 1 if live_seconds >= STABLE_SECONDS else self.failures + 1
-        if self.failures >= MAX_FAILURES:
-            return None
+        self.failures = 1 if live_seconds >= STABLE_SECONDS else min(self.failures + 1, 32)
         return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** (self.failures - 1)) * (0.75 + jitter / 2)
 
 
@@ -64,6 +62,8 @@ class Output:
     target: Destination
     token: str = field(repr=False)
     created_at: float
+    audio: Audio = "silent"
+    """For RTMP: the audio track that is sent."""
     key: int | None = None
     """Serial of the API key that created it."""
     state: State = "waiting"
@@ -76,7 +76,7 @@ class Output:
 
     @property
     def over(self) -> bool:
-        return self.state in ("ended", "failed")
+        return self.state == "ended"
 
     def snapshot(self) -> dict[str, Any]:
         """The API's output object."""
@@ -102,10 +102,6 @@ class _AttemptFeed:
         self._outputs, self._output = outputs, output
         self._viewer: Viewer | None = None
         self._live_at: float | None = None
-
-    @property
-    def fps(self) -> int:
-        return self._output.stream.session.fps or 1
 
     @property
     def live_seconds(self) -> float:
@@ -136,10 +132,11 @@ class Outputs:
         self._metrics = metrics
         self._outputs: dict[str, Output] = {}
 
-    def open(self, stream: Stream, url: str, token: str, key: int | None = None) -> Output:
-        """Start pushing the stream to `url`. `key` is the serial of the API key that asks for it.
+    def open(self, stream: Stream, url: str, token: str, key: int | None = None, *, audio: Audio = "silent") -> Output:
+        """Start pushing the stream to `url`, by RTMP with this audio track.
 
-        Raises `ApiError` if the URL is not allowed, the stream has ended, or it has too many outputs.
+        `key` is the serial of the API key that asks for it. Raises `ApiError` if the URL is not allowed, the stream has
+        ended, or it has too many outputs.
         """
         target = parse_destination(url, self._config.outputs)
         if stream.session.state.over:
@@ -147,7 +144,7 @@ class Outputs:
         if len(self.all(stream)) >= MAX_OUTPUTS:
             message = f"A stream has at most {MAX_OUTPUTS} outputs: remove one first."
             raise ApiError(409, "too_many_outputs", message)
-        output = Output(f"out_{secrets.token_hex(8)}", stream, target, token, time.time(), key)
+        output = Output(f"out_{secrets.token_hex(8)}", stream, target, token, time.time(), audio, key)
         self._outputs[output.id] = output
         self._metrics.outputs.labels(output.state).inc()
         output.task = asyncio.create_task(self._run(output), name=f"output {output.id}")
@@ -224,17 +221,14 @@ class Outputs:
                     break
                 assert output.error is not None
                 logger.info("output %s: %s", output.id, output.error["message"])
-                if (delay := retries.next_delay(live_seconds, random.random())) is None:
-                    self.set_state(output, "failed")
-                    return
+                delay = retries.next_delay(live_seconds, random.random())
                 self.set_state(output, "waiting", delay)
                 until = time.monotonic() + delay
                 while time.monotonic() < until and not over():
                     await asyncio.sleep(POLL_SECONDS)
             output.error = None
         finally:
-            if output.state != "failed":
-                self.set_state(output, "ended")
+            self.set_state(output, "ended")
             stream.audience.release()
 
     async def _attempt(self, output: Output) -> float:
@@ -243,7 +237,7 @@ class Outputs:
         try:
             address = await resolve(target)
             if target.kind == "rtmp":
-                await push_rtmp(target, address, feed)
+                await push_rtmp(target, address, feed, silent_audio=output.audio == "silent")
             else:
                 servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
                 await push_whip(target, address, output.token, servers, feed)

@@ -24,15 +24,15 @@ EXIT_SECONDS, FLUSH_SECONDS = 1.0, 3.0
 """Time for the process to exit, and for the rest of what it sent to arrive."""
 
 
-async def push_rtmp(target: Destination, address: str, feed: Feed) -> None:
-    """Push until the stream ends. Raises `UnreachableError` if the server cannot be reached or ends the connection."""
+async def push_rtmp(target: Destination, address: str, feed: Feed, *, silent_audio: bool) -> None:
+    """Push until the stream ends, with a silent audio track if asked for. Raises `UnreachableError` if the server
+    cannot be reached or ends the connection."""
     viewer = Viewer("h264", events=False)
     async with _relay(target, address) as port:
         process = await sandbox.start(Path(rtmp_worker.__file__))
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(
-            rtmp_worker.pack(rtmp_worker.Opening(f"rtmp://127.0.0.1:{port}{target.path}", feed.fps)),
-        )
+        opening = rtmp_worker.Opening(f"rtmp://127.0.0.1:{port}{target.path}", tc_url(target), silent_audio)
+        process.stdin.write(rtmp_worker.pack(opening))
         writing = asyncio.create_task(_write_frames(viewer, process.stdin))
         keys = asyncio.create_task(_request_keys(feed, viewer))
         try:
@@ -50,6 +50,17 @@ async def push_rtmp(target: Destination, address: str, feed: Feed) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
             await process.wait()
+
+
+def tc_url(target: Destination) -> str:
+    """The `tcUrl` of RTMP's `connect` command (RTMP 1.0, section 7.2.1.1): scheme, host, port and application.
+
+    The application is what libav takes for it: the path's first name, or its first two of three or more.
+    """
+    first, _, rest = target.path[1:].partition("/")
+    second, more, _ = rest.partition("/")
+    application = f"{first}/{second}" if more and ":" not in second else first
+    return f"{target.scheme}://{target.host}:{target.port}/{application}"
 
 
 @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ It is run by its path and imports nothing from this project.
 """
 
 import io
+import re
 import struct
 import sys
 from fractions import Fraction
@@ -16,15 +17,25 @@ from typing import BinaryIO
 
 import av
 import msgspec
+from av.container import OutputContainer
 
 LENGTH = struct.Struct("!I")
 
+AUDIO_RATE = 44_100
+"""Samples per second of the silent track. FLV's audio tags can state this rate and fractions of it only."""
+AUDIO_SAMPLES = 1024
+"""Samples per AAC frame."""
+
 
 class Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first message. The URL is sent here because other users can read a command line."""
+    """The first message. The URLs are sent here because other users can read a command line."""
 
     url: str
-    fps: int
+    """Of the relay, with the path of the URL that was asked for."""
+    tc_url: str
+    """What the server is told to be connected to: scheme, host, port and application of the URL that was asked for."""
+    silent_audio: bool
+    """Send a silent AAC track."""
 
 
 class AccessUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,19 +59,59 @@ def read(pipe: BinaryIO) -> bytes:
     return pipe.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
 
 
+def tee_target(opening: Opening) -> str:
+    """The name to open with libav's `tee` muxer, which writes FLV to one URL.
+
+    PyAV gives a protocol no options; `tee` does. Its options are unescaped twice, the URL that follows them once.
+    """
+    options = {"f": "flv", "flvflags": "no_duration_filesize", "rtmp_tcurl": opening.tc_url}
+    listed = ":".join(f"{name}={escape(escape(value))}" for name, value in options.items())
+    return f"[{listed}]{escape(opening.url)}"
+
+
+def escape(text: str) -> str:
+    """Escape for libav's `av_get_token`."""
+    return re.sub(r"[^A-Za-z0-9_]", r"\\\g<0>", text)
+
+
+class Silence:
+    """A silent AAC track, sent alongside the video."""
+
+    def __init__(self, out: OutputContainer) -> None:
+        self._out = out
+        self._stream = out.add_stream("aac", rate=AUDIO_RATE, layout="stereo", bit_rate=32_000)
+        self._clock = 0
+        """Of the samples encoded, in 1/44100 s."""
+        self._sent = -1
+        """Time of the last packet sent, in 1/44100 s. The encoder is a frame behind."""
+
+    def send_past(self, time: int) -> None:
+        """Send audio until it is past `time`, in 1/90000 s: libav keeps a video frame until there is later audio."""
+        while self._sent * 90_000 <= time * AUDIO_RATE:
+            self._clock += AUDIO_SAMPLES  # the encoder puts a frame of priming first, which then starts at 0
+            frame = av.AudioFrame(format="fltp", layout="stereo", samples=AUDIO_SAMPLES)
+            for plane in frame.planes:
+                plane.update(bytes(plane.buffer_size))
+            frame.pts, frame.sample_rate, frame.time_base = self._clock, AUDIO_RATE, Fraction(1, AUDIO_RATE)
+            for packet in self._stream.encode(frame):
+                self._sent = packet.pts or 0
+                self._out.mux(packet)
+
+
 def push(pipe: BinaryIO) -> None:
     """Push frames until the pipe ends. Raises what libav raises when the connection breaks."""
     opening = msgspec.msgpack.decode(read(pipe), type=Opening)
     start: int | None = None
     decode = msgspec.msgpack.Decoder(AccessUnit).decode
-    out, stream = None, None
+    out, stream, silence = None, None, None
     while body := read(pipe):
         unit = decode(body)
         if out is None or stream is None:
             # The demuxer extracts size and parameter sets, which RTMP sends before the frames.
             with av.open(io.BytesIO(unit.data), format="h264") as template:
-                out = av.open(opening.url, "w", format="flv", container_options={"flvflags": "no_duration_filesize"})
+                out = av.open(tee_target(opening), "w", format="tee")
                 stream = out.add_stream_from_template(template.streams.video[0], time_base=Fraction(1, 1000))
+                silence = Silence(out) if opening.silent_audio else None
                 out.start_encoding()
             print("live", flush=True)
             start = unit.time
@@ -68,6 +119,8 @@ def push(pipe: BinaryIO) -> None:
         packet.stream, packet.time_base = stream, Fraction(1, 90_000)
         packet.pts = packet.dts = unit.time - (start or 0)
         packet.is_keyframe = unit.key
+        if silence is not None:
+            silence.send_past(packet.pts)
         out.mux(packet)
         print("frame", flush=True)
     if out is not None:
