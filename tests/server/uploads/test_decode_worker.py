@@ -194,6 +194,8 @@ SRGB_POINTS = chromaticities(31270, 32900, 64000, 33000, 30000, 60000, 15000, 60
         ([chunk(b"cICP", bytes((12, 13, 0, 1)))], (200, 60, 60), (217, 42, 52)),
         ([chunk(b"cICP", bytes((1, 13, 0, 1))), gamma(100_000)], (128, 64, 10), (128, 64, 10)),
         ([chunk(b"cICP", bytes((9, 16, 0, 1)))], (148, 148, 148), (255, 255, 255)),
+        ([chunk(b"cICP", bytes((1, 16, 0, 1)))], (128, 128, 128), (181, 181, 181)),
+        ([chunk(b"cICP", bytes((1, 18, 0, 1)))], (128, 128, 128), (138, 138, 138)),
         ([chunk(b"cICP", bytes((9, 18, 0, 1)))], (191, 191, 191), (255, 255, 255)),
         ([gamma(0)], (128, 64, 10), (128, 64, 10)),
         ([chromaticities(*[0] * 8)], (128, 64, 10), (128, 64, 10)),
@@ -204,7 +206,8 @@ def test_the_colour_space_of_a_png(
 ) -> None:
     """PNG (third edition), 4.3: cICP goes before iCCP, that before sRGB, that before gAMA and cHRM.
 
-    Samples 148 of PQ and 191 of HLG are reference white, 203 cd/m2 (ITU-R BT.2408, table 1).
+    Samples 148 of PQ and 191 of HLG are reference white, 203 cd/m2 (ITU-R BT.2408, table 1); samples 128 are 94 and
+    51 cd/m2.
     """
     assert near(middle(plain_png(stored, *chunks)), shown, 2)
 
