@@ -1,10 +1,11 @@
 """Watching over WebRTC by WHEP (draft-ietf-wish-whep): a viewer posts an SDP offer and gets the stream.
 
-Each session is a resource with an unguessable URL. ICE restart is not supported, so sessions have no ETag.
+Each session is a resource with an unguessable URL, and its ETag names its one ICE session: ICE is not restarted.
 """
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,13 @@ class WhepSession:
     peer: Peer
     key: int | None
     """Serial of the API key that it was opened with; None where no keys are configured."""
+    etag: str
+    """Strong, as RFC 9725 (WHIP, section 4.3.1) wants it: it names the ICE session."""
     task: asyncio.Task[None] | None = None
+
+    def matches(self, if_match: str) -> bool:
+        """Whether an `If-Match` header means this session (RFC 9110, section 13.1.1: by strong comparison)."""
+        return if_match.strip() == "*" or self.etag in re.findall(r'(?:W/)?"[^"]*"', if_match)
 
 
 class WhepSessions:
@@ -57,8 +64,8 @@ class WhepSessions:
 
     async def open(
         self, stream: Stream, offer: str, *, local: bool, alpha: bool = False, key: int | None = None
-    ) -> tuple[str, str]:
-        """Open a session for a viewer's SDP offer; returns the session's id and the SDP answer.
+    ) -> tuple[str, WhepSession]:
+        """Open a session for a viewer's SDP offer; returns its id and the session.
 
         `local` says that the viewer is on this machine, `alpha` that it wants frames stacked on their mattes; `key` is
         the serial of the API key that it was authorized with. Raises `ApiError` if the session cannot be opened.
@@ -72,9 +79,10 @@ class WhepSessions:
             raise ApiError(503, "too_many_connecting", message, headers={"Retry-After": "2"})
         config = self._config
         servers = ice_servers(config.ice_servers, config.turn_secret, "gateway", time.time())
-        peer = Peer(servers, config.public_address, local=local)
+        level = stream.h264_level(alpha=alpha)
+        peer = Peer(servers, config.public_address, local=local, level=level)
         id = secrets.token_urlsafe(24)
-        session = self._sessions[id] = WhepSession(stream, peer, key)
+        session = self._sessions[id] = WhepSession(stream, peer, key, f'"{secrets.token_hex(8)}"')
         try:
             await peer.negotiate(offer)
         except BaseException:
@@ -83,7 +91,7 @@ class WhepSessions:
             raise
         peer.viewer.alpha = alpha
         session.task = asyncio.create_task(self._serve(id, session), name=f"whep {stream.session.id}")
-        return id, peer.answer
+        return id, session
 
     def get(self, stream: str, id: str) -> WhepSession:
         """The session `id` of the stream with the id `stream`. Raises `ApiError` 404."""
@@ -151,12 +159,16 @@ async def offer(request: Request, id: str) -> Response:
     local = request.client is not None and is_loopback(request.client.host)
     key = principal_of(request).key
     alpha = wants_alpha(request)
-    session, answer = await whep_sessions_of(request).open(
+    id_of_session, session = await whep_sessions_of(request).open(
         stream, text, local=local, alpha=alpha, key=key.serial if key else None
     )
-    response = Response(answer, 201, media_type=SDP)
-    response.headers["Location"] = f"/v1/streams/{id}/whep/{session}"
-    add_links(request, response, session[:8])
+    headers = {
+        "Location": f"/v1/streams/{id}/whep/{id_of_session}",
+        "ETag": session.etag,
+        "Accept-Patch": FRAGMENT,
+    }
+    response = Response(session.peer.answer, 201, headers, SDP)
+    add_links(request, response, id_of_session[:8])
     return response
 
 
@@ -216,15 +228,13 @@ def add_links(request: Request, response: Response, user: str) -> None:
 
 
 async def trickle(request: Request, id: str, session: str) -> Response:
-    """Add ICE candidates of the viewer (trickle ICE). ICE restart is not supported: 422."""
-    peer = whep_sessions_of(request).get(id, session).peer
-    match = request.headers.get("if-match")
-    if match == "*":
-        message = "The server does not restart ICE: open a new session instead."
-        raise ApiError(422, "ice_restart_unsupported", message)
-    if match is not None:
-        raise ApiError(412, "no_such_etag", "Sessions have no ETag here: leave `If-Match` out.")
-    await peer.trickle(await read_sdp(request))
+    """Add ICE candidates of the viewer (trickle ICE). ICE restart is not supported: another `ice-ufrag` gets 422."""
+    found = whep_sessions_of(request).get(id, session)
+    # Players made from MediaMTX's send `*` with every fragment, as RFC 9725 has it for restarts; the fragment decides.
+    if not found.matches(request.headers.get("if-match", "*")):
+        message = "The session has another ETag, which came with the answer: send that, or leave `If-Match` out."
+        raise ApiError(412, "no_such_etag", message)
+    await found.peer.trickle(await read_sdp(request))
     return Response(status_code=204)
 
 
@@ -253,6 +263,12 @@ SESSION = ENDPOINT + "/{session}"
 
 ROUTES = [
     Route("POST", ENDPOINT, offer, None, 201, (400, 404, 409, 413, 415, 503), text_body(SDP), SDP),
+    Route(
+        "POST", ENDPOINT + "/", offer, None, 201, options={**text_body(SDP), "include_in_schema": False}, accepts=SDP
+    ),
+    Route("OPTIONS", ENDPOINT + "/", options, options=DISCOVERY),
+    Route("HEAD", ENDPOINT + "/", head, None, 200, options=DISCOVERY),
+    Route("GET", ENDPOINT + "/", get, None, 204, options=DISCOVERY),
     Route("OPTIONS", ENDPOINT, options, options=DISCOVERY),
     Route("HEAD", ENDPOINT, head, None, 200, options=DISCOVERY),
     Route("GET", ENDPOINT, get, None, 204, (404, 409), EMPTY),

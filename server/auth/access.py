@@ -228,8 +228,8 @@ class Access:
         if origin not in self.origins:
             return [("vary", "Origin")]
         exposed = (
-            "Location, Link, Retry-After, Idempotent-Replayed, X-Request-Id, X-Ratelimit-Limit-Requests, "
-            "X-Ratelimit-Remaining-Requests, X-Ratelimit-Reset-Requests"
+            "Location, Link, ETag, Accept-Patch, Retry-After, Idempotent-Replayed, X-Request-Id, "
+            "X-Ratelimit-Limit-Requests, X-Ratelimit-Remaining-Requests, X-Ratelimit-Reset-Requests"
         )
         return [("vary", "Origin"), ("access-control-allow-origin", origin), ("access-control-expose-headers", exposed)]
 

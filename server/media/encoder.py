@@ -16,6 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from engine.wire import CLOCK_RATE
+from server.media.h264 import level_idc
 
 Codec = Literal["h264", "vp8"]
 
@@ -24,6 +25,8 @@ MAX_KEY_INTERVAL_SECONDS = 10
 """The longest interval between keyframes when nobody requests one."""
 KEY_SHARE = 3
 """How many frames' share of the bitrate a keyframe may use."""
+FILE_BITS_PER_PIXEL = 2
+"""A file's ceiling, which only noise meets at this quality: without one, no level of H.264 could be promised."""
 BT601 = 6
 """SMPTE 170M by its code in H.273: VP8 always uses it, and players assume it for an unlabelled picture."""
 LIMITED_RANGE = 1
@@ -42,12 +45,18 @@ class VideoEncoder:
     """Encodes RGB24 frames. For one thread at a time."""
 
     def __init__(self, codec: Codec, width: int, height: int, fps: int, kbps: int | None) -> None:
-        """`kbps` is the ceiling in kbit/s. None (H.264 only) is for a file, which no connection limits."""
+        """`kbps` is the ceiling in kbit/s. None (H.264 only) is for a file, which no connection limits.
+
+        H.264's level is that of `h264.level_idc` for this size, rate and ceiling.
+        """
         if codec == "vp8":
             assert kbps is not None
             self._context = _vp8(fps, kbps)
         else:
-            self._context = _h264_file(fps) if kbps is None else _h264(fps, kbps)
+            bits = FILE_BITS_PER_PIXEL * width * height * fps
+            self._context = (
+                _h264_file(width, height, fps, -(-bits // 1000)) if kbps is None else _h264(width, height, fps, kbps)
+            )
         self._context.width, self._context.height = width, height
         self._converter = Yuv420Converter()
 
@@ -116,7 +125,7 @@ def _context(name: str, fps: int, options: dict[str, str]) -> VideoCodecContext:
     return context
 
 
-def _h264(fps: int, kbps: int) -> VideoCodecContext:
+def _h264(width: int, height: int, fps: int, kbps: int) -> VideoCodecContext:
     context = _context(
         "libx264",
         fps,
@@ -125,9 +134,9 @@ def _h264(fps: int, kbps: int) -> VideoCodecContext:
             "tune": "zerolatency",
             "crf": "20",
             "maxrate": f"{kbps}k",
-            "bufsize": f"{KEY_SHARE * kbps // fps}k",
+            "bufsize": f"{min(kbps, KEY_SHARE * kbps // fps)}k",
             "forced-idr": "1",
-            "x264-params": "scenecut=0",
+            "x264-params": f"scenecut=0:level={level_idc(width, height, fps, kbps)}",
         },
     )
     # Every browser decodes the Baseline profile and offers it in WebRTC: no B-frames, no CABAC.
@@ -135,9 +144,17 @@ def _h264(fps: int, kbps: int) -> VideoCodecContext:
     return _set_colors(context)
 
 
-def _h264_file(fps: int) -> VideoCodecContext:
+def _h264_file(width: int, height: int, fps: int, kbps: int) -> VideoCodecContext:
     # Zero latency here too: each frame is in the file at once, for clients that read it while it grows.
-    options = {"preset": "veryfast", "tune": "zerolatency", "crf": "17", "forced-idr": "1"}
+    options = {
+        "preset": "veryfast",
+        "tune": "zerolatency",
+        "crf": "17",
+        "maxrate": f"{kbps}k",
+        "bufsize": f"{kbps}k",
+        "forced-idr": "1",
+        "x264-params": f"level={level_idc(width, height, fps, kbps)}",
+    }
     context = _context("libx264", fps, options)
     context.profile = "Main"
     return _set_colors(context)

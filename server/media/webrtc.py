@@ -35,6 +35,7 @@ from av.packet import Packet
 
 from server.errors import ApiError
 from server.media.encoder import Codec, EncodedFrame
+from server.media.sdp import InvalidOfferError, NoCommonCodecError, Offer, Served
 from server.media.viewer import Viewer
 from server.rate_limit import TokenBucket
 
@@ -182,23 +183,28 @@ def _ice_of(transport: RTCDtlsTransport) -> Connection:
 class Peer(SendingConnection):
     """A connection to a viewer, who makes the offer: call `negotiate`."""
 
-    def __init__(self, servers: Sequence[IceServer], public_address: str | None, *, local: bool) -> None:
+    def __init__(
+        self, servers: Sequence[IceServer], public_address: str | None, *, local: bool, level: int | None = 31
+    ) -> None:
+        """`level` is the stream's level_idc in H.264; None while the model's size is not known."""
         # With a configured public address there is no need for STUN or TURN.
         super().__init__([] if public_address else servers, "vp8", local=local)
         self._public_address = public_address
+        self._level = level
         self._candidates = 0
-        self._first_mid = ""
-        self._user_fragment = ""
+        self._offer: Offer | None = None
+        self._served: Served | None = None
         self.answer = ""
         """The answer's SDP, after `negotiate`."""
         self._retransmissions = TokenBucket(RETRANSMISSIONS_PER_MINUTE, time.monotonic())
 
     async def negotiate(self, offer: str) -> None:
         """Answer the offer: sets `answer` and `viewer`. Raises `ApiError` if it cannot be answered."""
-        offer = self._check_offer(offer)
+        whole, served = self._offer, self._served = self._check_offer(offer)
+        alone = self._for_aiortc(whole.alone(served))
         try:
             async with asyncio.timeout(NEGOTIATION_SECONDS):
-                await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+                await self._connection.setRemoteDescription(RTCSessionDescription(alone, "offer"))
                 self._patch_transport()
                 await self._connection.setLocalDescription()
         except TimeoutError:
@@ -206,18 +212,15 @@ class Peer(SendingConnection):
             raise ApiError(503, "gathering_timeout", message, headers={"Retry-After": "5"}) from None
         except OSError:  # out of file descriptors, which is not the offer's fault
             raise
-        except Exception as error:  # aiortc's parser and checks raise nearly anything
-            if "send parameters" in str(error):
-                message = "The offer has no codec that the server sends: offer VP8 or H.264 with packetization-mode=1."
-                raise ApiError(400, "no_common_codec", message) from None
+        except Exception:  # aiortc's parser and checks raise nearly anything
             raise invalid_sdp("WebRTC cannot be set up from it") from None
         answer = self._connection.localDescription.sdp
-        video = next(media for media in SessionDescription.parse(answer).media if media.kind == "video")
-        if video.direction != "sendonly":
-            raise invalid_sdp("its video must be recvonly")
+        [video] = SessionDescription.parse(answer).media
         if not video.ice_candidates:
             raise ApiError(503, "no_address", "The server has no address that it could offer for WebRTC.")
-        self.answer = with_public_address(answer, self._public_address) if self._public_address else answer
+        if self._public_address:
+            answer = with_public_address(answer, self._public_address)
+        self.answer = whole.answer(answer, served)
         self._set_codec(MIME_CODECS[video.rtp.codecs[0].mimeType.lower()])
 
     async def trickle(self, fragment: str) -> None:
@@ -225,14 +228,17 @@ class Peer(SendingConnection):
         lines = fragment.splitlines()
         if len(lines) > MAX_LINES or any(not re.match(r"[a-z]=", line) for line in lines if line):
             raise invalid_sdp("it is no SDP fragment", "invalid_sdpfrag")
-        for line in lines:
-            if line.startswith("a=ice-ufrag:") and line.removeprefix("a=ice-ufrag:").strip() != self._user_fragment:
-                message = "The server does not restart ICE: open a new session instead."
-                raise ApiError(422, "ice_restart_unsupported", message)
-        for line in lines:
-            if line.startswith("a=candidate:") and self._accept_candidate(line):
+        if self._offer is None or self._served is None:
+            return
+        try:
+            candidates = self._offer.candidates(lines, self._served)
+        except ValueError:
+            message = "The server does not restart ICE: open a new session instead."
+            raise ApiError(422, "ice_restart_unsupported", message) from None
+        for line in candidates:
+            if self._accept_candidate(line):
                 candidate = candidate_from_sdp(line.removeprefix("a=candidate:"))
-                candidate.sdpMid = self._first_mid
+                candidate.sdpMid = self._served.section.mid
                 with contextlib.suppress(ValueError):  # a kind that aioice does not know
                     await self._connection.addIceCandidate(candidate)
 
@@ -255,29 +261,32 @@ class Peer(SendingConnection):
         ice.data_received = receive_nonempty  # type: ignore[method-assign]
         self._sender._retransmit = retransmit_limited  # type: ignore[method-assign]
 
-    def _check_offer(self, offer: str) -> str:
-        """Validate the offer; returns it in the form that aiortc gets. Raises `ApiError`."""
-        lines = offer.splitlines()
-        if len(lines) > MAX_LINES:
+    def _check_offer(self, text: str) -> tuple[Offer, Served]:
+        """Validate the offer, and choose the section that is served. Raises `ApiError`."""
+        if text.count("\n") > MAX_LINES:
             raise invalid_sdp(f"it has more than {MAX_LINES} lines")
-        if not offer.startswith("v=0") or "\0" in offer:
+        if not text.startswith("v=0") or "\0" in text:
             raise invalid_sdp("it does not start with `v=0`, or has a NUL")
         try:
-            description = SessionDescription.parse(offer)
+            offer = Offer(text)
+            return offer, offer.serve(self._level)
+        except InvalidOfferError as error:
+            raise invalid_sdp(str(error)) from None
+        except NoCommonCodecError as error:
+            if self._level is None:
+                message = "The size of the stream is not known yet: offer VP8, or try again when it is live."
+                raise ApiError(409, "stream_starting", message, headers={"Retry-After": "2"}) from None
+            raise ApiError(400, "no_common_codec", str(error)) from None
+
+    def _for_aiortc(self, offer: str) -> str:
+        """The offer of one section in the form that aiortc gets. Raises `ApiError`."""
+        try:
+            [video] = SessionDescription.parse(offer).media
         except Exception:  # the parser raises nearly anything
             raise invalid_sdp("it cannot be parsed") from None
-        media = description.media
-        if any(len(set(group.items)) < len(group.items) for group in description.group):
-            raise invalid_sdp("a group names a section twice")
-        kinds = sorted(each.kind for each in media)
-        if kinds not in (["video"], ["audio", "video"]):
-            raise invalid_sdp("it must have one video section, and at most one for audio beside it")
-        if not all(each.ice and each.ice.usernameFragment and each.dtls and each.dtls.fingerprints for each in media):
+        if not (video.ice and video.ice.usernameFragment and video.dtls and video.dtls.fingerprints):
             raise invalid_sdp("`ice-ufrag`, `fingerprint` or `setup` is missing")
-        if next(each for each in media if each.kind == "video").direction not in (None, "recvonly", "sendrecv"):
-            raise invalid_sdp("its video must be recvonly")
-        self._first_mid = media[0].rtp.muxId
-        self._user_fragment = (media[0].ice and media[0].ice.usernameFragment) or ""
+        lines = offer.splitlines()
         kept = [line for line in lines if not line.startswith("a=candidate:") or self._accept_candidate(line)]
         # More candidates may be trickled. If the viewer can take either DTLS role, make it the client: as a client,
         # aiortc would offer cipher suites that peers with an RSA certificate cannot use, were it not for `CIPHERS`.

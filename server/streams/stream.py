@@ -20,6 +20,7 @@ from server.errors import ApiError, engine_unavailable, stream_ended
 from server.library.recorder import Recorder, Recording
 from server.library.recording_writer import FilmFormat
 from server.media.frames import PictureEncoder
+from server.media.h264 import level_idc
 from server.media.matte import Matte
 from server.media.viewer import Viewer
 from server.metrics import Metrics
@@ -229,6 +230,13 @@ class Stream:
     def publish(self, type: str, **fields: Any) -> None:
         """Send an event to every viewer."""
         self.audience.publish([self.session.event(type, time.time(), **fields)])
+
+    def h264_level(self, *, alpha: bool) -> int | None:
+        """The level_idc of the stream's H.264, with `alpha` stacked on its matte; None until its size is known."""
+        width, height, fps = self.session.width, self.session.height, self.session.fps
+        if width is None or height is None or fps is None:
+            return None
+        return level_idc(width, 2 * height if alpha else height, fps, self._services.config.bitrate_kbps)
 
     # life, as the registry decides
 

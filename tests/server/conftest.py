@@ -204,7 +204,7 @@ class RtcViewer:
         video.setCodecPreferences([*wanted, *[codec for codec in known if codec.name == "rtx"]])
         self.receiver = video.receiver
         self.answer = ""
-        self.session = ""
+        self.session = self.etag = self.accept_patch = ""
         self._track: asyncio.Future[MediaStreamTrack] = asyncio.get_running_loop().create_future()
         self.peer.on("track", lambda track: track.kind == "video" and self._track.set_result(track))
 
@@ -216,6 +216,7 @@ class RtcViewer:
         response = await self.http.post(self.url, content=offer, headers=SDP)
         assert response.status_code == 201, response.text
         self.answer, self.session = response.text, response.headers["location"]
+        self.etag, self.accept_patch = response.headers["etag"], response.headers["accept-patch"]
         await self.peer.setRemoteDescription(RTCSessionDescription(self.answer, "answer"))
 
     async def __aenter__(self) -> Self:

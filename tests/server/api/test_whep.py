@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from aiortc import RTCSessionDescription
 from aiortc.rtp import RTCP_PSFB_FIR, RTCP_PSFB_PLI
 from PIL import Image, ImageChops, ImageStat
 
@@ -18,6 +19,7 @@ from server.backends.fake import FakeBackend
 from server.media.broadcast import Broadcast
 from server.media.encoder import VideoEncoder
 from server.media.frames import Frame
+from server.media.h264 import level_idc
 from server.media.webrtc import Peer
 
 pytestmark = pytest.mark.anyio
@@ -90,6 +92,7 @@ async def test_an_offer_of_sound_too_gets_video_alone(run_gateway: Any, rtc_view
     async with run_gateway() as gateway:
         stream = await live(gateway)
         async with rtc_viewer(gateway, stream, "VP8", audio=True) as viewer:
+            assert "m=audio 0 " in viewer.answer
             assert re.findall(r"m=(\w+)|a=(inactive|sendonly)", viewer.answer) == [
                 ("audio", ""),
                 ("", "inactive"),
@@ -97,6 +100,88 @@ async def test_an_offer_of_sound_too_gets_video_alone(run_gateway: Any, rtc_view
                 ("", "sendonly"),
             ]
             await viewer.frames(3)
+
+
+async def test_an_offer_with_a_data_channel_and_two_videos(run_gateway: Any, rtc_viewer: Any) -> None:
+    """RFC 8829, section 5.3.1: what is not wanted is rejected, with port 0."""
+    async with run_gateway() as gateway:
+        stream = await live(gateway)
+        viewer = rtc_viewer(gateway, stream, "VP8")
+        viewer.peer.addTransceiver("video", "recvonly")
+        viewer.peer.createDataChannel("data")
+        async with viewer:
+            assert re.findall(r"m=(\w+) (\d+)", viewer.answer)[1:] == [("video", "0"), ("application", "0")]
+            assert re.findall(r"a=group:.*", viewer.answer) == ["a=group:BUNDLE 0\r"]
+            await viewer.frames(3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda offer: re.sub(r"a=group:BUNDLE.*\r\n", "", offer),
+        lambda offer: re.sub(r"a=(group:BUNDLE.*|mid:.*)\r\n", "", offer),
+        lambda offer: offer.replace("a=recvonly\r\n", ""),
+        lambda offer: offer.replace("a=recvonly", "a=sendrecv"),
+    ],
+    ids=["no BUNDLE", "no mid", "no direction", "sendrecv"],
+)
+@pytest.mark.parametrize("audio", [False, True])
+async def test_offers_that_leave_something_out(
+    run_gateway: Any, rtc_viewer: Any, change: Callable[[str], str], audio: bool
+) -> None:
+    """RFC 5888, section 9.1: no group where none was offered. RFC 8866, section 6.7: the direction is sendrecv."""
+    async with run_gateway() as gateway:
+        stream = await live(gateway)
+        viewer = rtc_viewer(gateway, stream, "VP8", audio=audio)
+        offer = await viewer.offer()
+        response = await gateway.http.post(viewer.url, content=change(offer), headers=SDP)
+        assert response.status_code == 201, response.text
+        answer = response.text
+        assert ("a=group" in answer) == ("a=group" in change(offer))
+        assert ("a=mid" in answer) == ("a=mid" in change(offer))
+        # aiortc itself bundles what has no group, and knows its own sections by their mids.
+        mids = iter(re.findall(r"a=mid:.*\r\n", offer))
+        if "a=mid" not in answer:
+            answer = re.sub(r"(?=a=(sendonly|inactive)\r\n)", lambda _: next(mids), answer)
+        await viewer.peer.setRemoteDescription(RTCSessionDescription(answer, "answer"))
+        await viewer.frames(2)
+        await viewer.peer.close()
+
+
+@pytest.mark.parametrize(("settings", "alpha"), [({}, False), ({"bitrate_kbps": 20_000}, False), ({}, True)])
+async def test_answer_stream_and_init_segment_state_one_level(
+    run_gateway: Any, rtc_viewer: Any, settings: dict[str, Any], alpha: bool
+) -> None:
+    async with run_gateway(FakeBackend(width=1280, height=704, fps=24, chunk_seconds=0.02), **settings) as gateway:
+        stream = await live(gateway)
+        level = level_idc(1280, 1408 if alpha else 704, 24, settings.get("bitrate_kbps", 2500))
+        query = "?alpha=stacked" if alpha else ""
+        viewer = rtc_viewer(gateway, {**stream, "whep_url": stream["whep_url"] + query}, "H264")
+        response = await gateway.http.post(viewer.url, content=await viewer.offer(), headers=SDP)
+        answered = set(re.findall(r"profile-level-id=42[0-9a-f]{2}([0-9a-f]{2})", response.text))
+        assert answered == {f"{level:02x}"}
+        await viewer.peer.close()
+        query = "?format=fmp4" + ("&alpha=stacked" if alpha else "")
+        seen = await gateway.watch(stream, query, until=lambda seen: len(seen.frames) > 1)
+        init = seen.frames[0][1]
+        assert init[init.index(b"avcC") + 5 :][:3] == bytes([0x42, 0xC0, level])
+
+
+async def test_a_level_that_cannot_be_kept(run_gateway: Any, rtc_viewer: Any) -> None:
+    """RFC 6184, section 8.2.2: without level-asymmetry-allowed the stream may not exceed the offer's level."""
+    async with run_gateway(FakeBackend(width=256, height=256, chunk_seconds=0.02)) as gateway:
+        stream = await live(gateway)
+        viewer = rtc_viewer(gateway, stream, "H264")
+        offer = (await viewer.offer()).replace("level-asymmetry-allowed=1", "level-asymmetry-allowed=0")
+        low = re.sub("profile-level-id=(42..)1f", r"profile-level-id=\g<1>0d", offer)
+        response = await gateway.http.post(viewer.url, content=low, headers=SDP)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "no_common_codec")
+        assert "level 2.1" in response.json()["error"]["message"]
+        response = await gateway.http.post(viewer.url, content=offer, headers=SDP)
+        assert response.status_code == 201
+        assert set(re.findall("profile-level-id=42..(..)", response.text)) == {"15"}
+        assert "level-asymmetry-allowed" not in response.text
+        await viewer.peer.close()
 
 
 async def test_one_encoder_serves_every_viewer_of_a_codec(
@@ -317,11 +402,6 @@ BAD_OFFERS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "cut": (lambda offer: offer[: offer.index("m=")] + "m=video", "invalid_sdp"),
     "no media": (lambda offer: offer[: offer.index("m=")], "invalid_sdp"),
     "sound alone": (lambda offer: offer.replace("m=video", "m=audio"), "invalid_sdp"),
-    "two videos": (lambda offer: offer + offer[offer.index("m=") :].replace("a=mid:0", "a=mid:1"), "invalid_sdp"),
-    "data": (
-        lambda offer: offer + "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=mid:1\r\na=sctp-port:5000\r\n",
-        "invalid_sdp",
-    ),
     "sends": (lambda offer: offer.replace("a=recvonly", "a=sendonly"), "invalid_sdp"),
     "inactive": (lambda offer: offer.replace("a=recvonly", "a=inactive"), "invalid_sdp"),
     "no codec of ours": (lambda offer: offer.replace("VP8/", "AV1/"), "no_common_codec"),
@@ -434,9 +514,20 @@ async def test_what_a_session_can_be_told(run_gateway: Any, rtc_viewer: Any) -> 
             assert await patch(candidate + "a=end-of-candidates\r\n") == (204, None)
             assert await patch("a=candidate:1 1 sctp 99 10.0.0.1 50000 typ host\r\n") == (204, None)
             assert await patch("a=candidate:nonsense\r\n") == (204, None)
+            # RFC 9725, section 4.3: a fragment of the same ICE session is trickle, of another a restart.
+            own = f"a=ice-ufrag:{user}\r\na=ice-pwd:x\r\n{candidate}"
+            assert await patch(own, if_match="*") == (204, None)
+            assert await patch(candidate, if_match="*") == (204, None)
+            for if_match in ("*", viewer.etag):
+                restart = "a=ice-ufrag:other\r\na=ice-pwd:x\r\n"
+                assert await patch(restart, if_match=if_match) == (422, "ice_restart_unsupported")
             assert await patch("a=ice-ufrag:other\r\na=ice-pwd:x\r\n") == (422, "ice_restart_unsupported")
-            assert await patch(candidate, if_match="*") == (422, "ice_restart_unsupported")
-            assert await patch(candidate, if_match='"1"') == (412, "no_such_etag")
+            # RFC 9110, section 13.1.1: any of a list, by strong comparison.
+            assert re.fullmatch(r'"[!#-~]+"', viewer.etag)
+            assert await patch(own, if_match=viewer.etag) == (204, None)
+            assert await patch(own, if_match=f'"1", {viewer.etag}') == (204, None)
+            for if_match in ('"1"', f"W/{viewer.etag}", "1", viewer.etag.strip('"')):
+                assert await patch(own, if_match=if_match) == (412, "no_such_etag")
             assert await patch("hello") == (400, "invalid_sdpfrag")
             assert await patch(b"a=\xff") == (400, "invalid_sdp")
             assert await patch("a=x\r\n" * 2000) == (400, "invalid_sdpfrag")
@@ -461,6 +552,20 @@ async def test_what_the_endpoint_says_of_itself(run_gateway: Any, rtc_viewer: An
                 {"PATCH", "DELETE", "OPTIONS"},
             )
             assert (await gateway.http.options(viewer.session)).headers["accept-patch"] == FRAGMENT["content-type"]
+            assert viewer.accept_patch == FRAGMENT["content-type"]
+
+
+async def test_the_endpoint_with_a_slash(run_gateway: Any, rtc_viewer: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await live(gateway)
+        slashed = {**stream, "whep_url": stream["whep_url"] + "/"}
+        for method, status in (("OPTIONS", 200), ("HEAD", 200), ("GET", 204)):
+            assert (await gateway.http.request(method, slashed["whep_url"])).status_code == status
+        wrong = await gateway.http.post(slashed["whep_url"], content="v=0", headers={"content-type": "text/plain"})
+        assert wrong.status_code == 415
+        async with rtc_viewer(gateway, slashed, "VP8") as viewer:
+            assert re.fullmatch(rf"/v1/streams/{stream['id']}/whep/[\w-]{{32}}", viewer.session)
+            await viewer.frames(2)
 
 
 # finding a way
