@@ -239,7 +239,7 @@ def test_in_a_graph():
     always = torch.zeros(74, dtype=torch.bool, device=DEVICE)
     always[36:] = True
 
-    def attend():
+    def run():
         index = kernels.choose_blocks(kernels.pool_blocks(q), kernels.pool_blocks(k), always, 7, 38)
         scale = torch.full((1, 2), 0.01, device=DEVICE)
         packed = kernels.pack_values(v, None, 0, scale)
@@ -248,14 +248,14 @@ def test_in_a_graph():
         eight = attend(kernels, q8, k8, packed, index, k_scale=k_scale, v_scale=scale, packed=True)
         return attend(kernels, q, k, v, index), attend(kernels, q, k, v), eight
 
-    attend()
+    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = attend()
+        outs = run()
     q.normal_()
     graph.replay()
-    for out, right in zip(outs, attend(), strict=True):
+    for out, right in zip(outs, run(), strict=True):
         assert torch.equal(out, right)
 
 
