@@ -14,6 +14,7 @@ PURE = [
     "server/streams/admission.py",
     "server/streams/playback.py",
     "server/streams/quality.py",
+    "server/streams/vocabulary.py",
     "server/rate_limit.py",
     "engine/scheduler.py",
 ]
