@@ -1,4 +1,4 @@
-const H264 = 'video/mp4; codecs="avc1.42c01f"';
+const AVCC = [0x61, 0x76, 0x63, 0x43]; // the box that holds the decoder's configuration
 const LAG_SECONDS = 1; // further behind than this, a player jumps to the newest fragment
 const KEPT_SECONDS = 10; // of video that was played
 
@@ -23,6 +23,21 @@ export function decodeJpeg(data) {
   return createImageBitmap(new Blob([data], { type: "image/jpeg" }));
 }
 
+/**
+ * The media type of fragmented MP4 for Media Source Extensions, with the profile and level that its init segment states
+ * (RFC 6381, section 3.3).
+ *
+ * @param {Uint8Array} init
+ * @returns {string} Such as `video/mp4; codecs="avc1.42c015"`.
+ * @throws {Error} When it is no init segment with H.264.
+ */
+export function mediaType(init) {
+  const at = init.findIndex((_, start) => AVCC.every((byte, index) => init[start + index] === byte));
+  if (at < 0 || init.length < at + 8) throw new Error("This is no init segment with H.264.");
+  const profile = Array.from(init.subarray(at + 5, at + 8), (byte) => byte.toString(16).padStart(2, "0"));
+  return `video/mp4; codecs="avc1.${profile.join("")}"`;
+}
+
 /** Plays fragmented MP4 (H.264) in a video element through Media Source Extensions, close to the newest fragment. */
 export class FragmentPlayer {
   video;
@@ -36,10 +51,9 @@ export class FragmentPlayer {
 
   /**
    * @param {HTMLVideoElement} video
-   * @throws {Error} When the browser has no Media Source Extensions, or no H.264.
+   * @throws {Error} When the browser has no Media Source Extensions.
    */
   constructor(video) {
-    if (!MediaSource.isTypeSupported(H264)) throw new Error("This browser does not play H.264.");
     this.video = video;
     this.#url = URL.createObjectURL(this.#source);
     video.src = this.#url;
@@ -48,12 +62,17 @@ export class FragmentPlayer {
   /** Wait until fragments can be appended. */
   async open() {
     await new Promise((opened) => this.#source.addEventListener("sourceopen", opened, { once: true }));
-    this.#buffer = this.#source.addSourceBuffer(H264);
-    this.#buffer.addEventListener("updateend", () => this.#update());
   }
 
-  /** @param {Uint8Array<ArrayBuffer>} fragment The init segment first. */
+  /**
+   * @param {Uint8Array<ArrayBuffer>} fragment The init segment first.
+   * @throws {DOMException} When the browser does not play H.264 of this level.
+   */
   append(fragment) {
+    if (!this.#buffer) {
+      this.#buffer = this.#source.addSourceBuffer(mediaType(fragment));
+      this.#buffer.addEventListener("updateend", () => this.#update());
+    }
     this.#fragments.push(fragment);
     this.#update();
     this.video.play().catch(() => {});

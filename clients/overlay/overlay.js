@@ -183,7 +183,13 @@ const TRANSPORTS = {
     current.cleanups.push(() => player.close());
     player.video.addEventListener("error", () => current.fail());
     await player.open();
-    listen(current, "fmp4", ({ data }) => player.append(data));
+    listen(current, "fmp4", ({ data }) => {
+      try {
+        player.append(data);
+      } catch {
+        current.fail();
+      }
+    });
   },
 
   async mjpeg(current) {

@@ -14,10 +14,10 @@ Open a stream with `POST /v1/streams` and connect to its `ws_url`. Text messages
 stream is paused: `asked` or `unwatched`. Binary messages are one frame each: a 16-byte header in network order (u8
 version = 1, u8 format: 1 JPEG, 2 RGB24 or 3 fragmented MP4, u16 width, u16 height, u16 flags, u64 presentation time in
 1/90000 s), then the payload. `?format=` is `mjpeg` (the default), `rgb24`, `fmp4` (H.264 for Media Source Extensions as
-`video/mp4; codecs="avc1.42c01f"`; flags: 1 discontinuity, 2 keyframe, 4 the init segment, which comes first) or
-`events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` is for an `<img>`. With
-`?alpha=stacked` each of them shows every frame above its matte, in a picture of twice the height (see `PUT
-/v1/streams/{id}/matte`); `/overlay/{id}` is a page for OBS that shows it with transparency.
+`video/mp4; codecs="avc1.42c0LL"`, with the level LL that `avcC` states; flags: 1 discontinuity, 2 keyframe, 4 the init
+segment, which comes first) or `events` (no frames). `whep_url` is the stream over WebRTC, `/v1/streams/{id}/mjpeg` is
+for an `<img>`. With `?alpha=stacked` each of them shows every frame above its matte, in a picture of twice the height
+(see `PUT /v1/streams/{id}/matte`); `/overlay/{id}` is a page for OBS that shows it with transparency.
 
 Where the server has keys, send one as `Authorization: Bearer KEY`. A viewer that cannot or must not have the key gets a
 token for one stream from `POST /v1/streams/{id}/tokens`, and sends it in the same header or as `?token=`. `ws_url`

@@ -89,9 +89,9 @@ async function fmp4(url) {
   const element = video(), source = new MediaSource(), waiting = [];
   element.src = URL.createObjectURL(source);
   await new Promise((open) => { source.onsourceopen = open; });
-  const buffer = source.addSourceBuffer('video/mp4; codecs="avc1.42c01f"');
+  let buffer = null;
   const append = () => { if (!buffer.updating && waiting.length) buffer.appendBuffer(waiting.shift()); };
-  buffer.onupdateend = () => {
+  const onAppended = () => {
     const { buffered } = element;
     // Jump to the newest frame, at the start and whenever playback has fallen behind it.
     if (buffered.length && (element.paused || buffered.end(buffered.length - 1) - element.currentTime > 0.3)) {
@@ -102,7 +102,21 @@ async function fmp4(url) {
   };
   const socket = new WebSocket(url);
   socket.binaryType = "arraybuffer";
-  socket.onmessage = ({ data }) => { if (typeof data !== "string") { waiting.push(data.slice(16)); append(); } };
+  socket.onmessage = ({ data }) => {
+    if (typeof data === "string") return;
+    waiting.push(data.slice(16));
+    if (!buffer) {
+      buffer = source.addSourceBuffer(mediaType(new Uint8Array(waiting[0])));
+      buffer.onupdateend = onAppended;
+    }
+    append();
+  };
+}
+// As in clients/js/video.js: the profile and level that the init segment states after the name of the avcC box.
+function mediaType(init) {
+  const at = String.fromCharCode(...init).indexOf("avcC") + 5;
+  const profile = Array.from(init.subarray(at, at + 3), (byte) => byte.toString(16).padStart(2, "0"));
+  return `video/mp4; codecs="avc1.${profile.join("")}"`;
 }
 function mjpeg(url) {
   const image = new Image();

@@ -159,6 +159,10 @@ async def connect(target: Destination, address: str) -> tuple[asyncio.StreamRead
 class Feed(Protocol):
     """The stream's side of a push: where its frames come from, and whom it tells that it is live."""
 
+    @property
+    def h264_level(self) -> int:
+        """The stream's level_idc in H.264."""
+
     async def attach(self, viewer: Viewer) -> None:
         """Start queueing the stream's frames for this viewer. Raises `ApiError` if the stream has too many viewers."""
 

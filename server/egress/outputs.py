@@ -104,6 +104,12 @@ class _AttemptFeed:
         self._live_at: float | None = None
 
     @property
+    def h264_level(self) -> int:
+        level = self._output.stream.h264_level(alpha=False)
+        assert level is not None, "there is a frame, so its size is known"
+        return level
+
+    @property
     def live_seconds(self) -> float:
         return time.monotonic() - self._live_at if self._live_at is not None else 0.0
 

@@ -30,7 +30,7 @@ MAX_REDIRECTS = 5
 
 async def push_whip(target: Destination, address: str, token: str, servers: Sequence[IceServer], feed: Feed) -> None:
     """Push until the stream ends. Raises `UnreachableError` if the server cannot be reached or ends the connection."""
-    publisher = Publisher(servers, local=ipaddress.ip_address(address).is_loopback)
+    publisher = Publisher(servers, local=ipaddress.ip_address(address).is_loopback, level=feed.h264_level)
     session: Destination | None = None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:

@@ -262,6 +262,11 @@ def parse_sections(text: str) -> tuple[tuple[str, ...], list[Section]]:
     ]
 
 
+def with_level(text: str, level: int) -> str:
+    """A description of one sender of H.264, which states this level_idc for every format of it."""
+    return re.sub(r"(?i)(profile-level-id=[0-9a-f]{4})[0-9a-f]{2}\b", rf"\g<1>{level:02x}", text)
+
+
 def attribute_name(line: str) -> str:
     """The name of the attribute in a line; empty in any other line."""
     return line.removeprefix("a=").partition(":")[0].strip() if line.startswith("a=") else ""

@@ -35,7 +35,7 @@ from av.packet import Packet
 
 from server.errors import ApiError
 from server.media.encoder import Codec, EncodedFrame
-from server.media.sdp import InvalidOfferError, NoCommonCodecError, Offer, Served
+from server.media.sdp import InvalidOfferError, NoCommonCodecError, Offer, Served, with_level
 from server.media.viewer import Viewer
 from server.rate_limit import TokenBucket
 
@@ -302,8 +302,10 @@ class Peer(SendingConnection):
 class Publisher(SendingConnection):
     """A connection to a server that receives the stream (WHIP). The gateway makes the offer."""
 
-    def __init__(self, servers: Sequence[IceServer], *, local: bool) -> None:
+    def __init__(self, servers: Sequence[IceServer], *, local: bool, level: int) -> None:
+        """`level` is the stream's level_idc in H.264."""
         super().__init__(servers, "h264", local=local)
+        self._level = level
         known = RTCRtpSender.getCapabilities("video").codecs
         # Only codecs that the gateway encodes; H.264 first, because RTMP outputs use it too.
         order = ["video/h264", "video/vp8", "video/rtx"]
@@ -315,7 +317,7 @@ class Publisher(SendingConnection):
     async def offer(self) -> str:
         """Create the offer, with all of this machine's candidates; returns its SDP."""
         await self._connection.setLocalDescription(await self._connection.createOffer())
-        return self._connection.localDescription.sdp
+        return with_level(self._connection.localDescription.sdp, self._level)
 
     async def accept(self, answer: str) -> None:
         """Apply the server's answer: sets `viewer`. Raises `ValueError` if it cannot be used."""

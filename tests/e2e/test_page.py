@@ -252,7 +252,7 @@ def test_fragments_play_through_media_source(page: Any, browser: Any) -> None:
         const source = new MediaSource();
         video.src = URL.createObjectURL(source);
         await new Promise((open) => source.onsourceopen = open);
-        const buffer = source.addSourceBuffer('video/mp4; codecs="avc1.42c01f"');
+        const buffer = source.addSourceBuffer('video/mp4; codecs="avc1.42c015"');
         const socket = new WebSocket(url);
         socket.binaryType = "arraybuffer";
         const waiting = [];

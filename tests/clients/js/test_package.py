@@ -46,7 +46,7 @@ def test_what_the_package_has_is_written_once(path: Path) -> None:
 
 CHECKS = """
 import assert from "node:assert";
-import { iceServers, parseFrame, retryDelay, HEADER_BYTES } from "./index.js";
+import { iceServers, mediaType, parseFrame, retryDelay, HEADER_BYTES } from "./index.js";
 
 assert.deepEqual([0, 1, 2, 3, 4, 5].map((n) => retryDelay(n, 8000)), [500, 1000, 2000, 4000, 8000, 8000]);
 
@@ -63,6 +63,10 @@ assert.deepEqual(iceServers({ headers: new Headers({ Link: link }) }), [
   { urls: "turn:b.example?transport=udp", username: "u", credential: "c" },
 ]);
 assert.deepEqual(iceServers({ headers: new Headers() }), []);
+
+const init = new Uint8Array([0, 0, 0, 9, ...new TextEncoder().encode("avcC"), 1, 0x42, 0xc0, 0x15, 0xff]);
+assert.equal(mediaType(init), 'video/mp4; codecs="avc1.42c015"');
+assert.throws(() => mediaType(init.subarray(0, 11)), /init segment/);
 """
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Receiver:
         peer.on("track", lambda track: self.tasks.append(asyncio.create_task(self.take(track))))
         offer = (await request.body()).decode()
         assert "a=sendonly" in offer
+        assert set(re.findall("profile-level-id=42..(..)", offer)) == {"15"}  # 2.1, by the bit rate of 2500 kbit/s
         other = {"H264": "VP8", "VP8": "H264"}[self.codec]
         await peer.setRemoteDescription(RTCSessionDescription(without(offer, other), "offer"))
         await peer.setLocalDescription(await peer.createAnswer())

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from server.media.sdp import InvalidOfferError, NoCommonCodecError, Offer
+from server.media.sdp import InvalidOfferError, NoCommonCodecError, Offer, with_level
 
 TRANSPORT = (
     "a=ice-ufrag:{user}\r\na=ice-pwd:secretsecretsecretsecret\r\na=fingerprint:sha-256 AB:CD\r\na=setup:actpass\r\n"
@@ -177,3 +177,9 @@ def test_candidates_of_the_served_section_alone() -> None:
 def test_offers_that_cannot_be_answered(text: str, why: str) -> None:
     with pytest.raises(InvalidOfferError, match=why):
         Offer(text).serve(31)
+
+
+def test_our_own_offer_states_the_level() -> None:
+    """RFC 6184, section 8.2.2: the parameters of a sendonly section are those of the stream."""
+    lines = "a=fmtp:99 profile-level-id=42001f\r\na=fmtp:101 packetization-mode=1;profile-level-id=42e01f\r\n"
+    assert with_level(lines, 21) == lines.replace("1f", "15")
