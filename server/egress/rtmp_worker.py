@@ -86,8 +86,12 @@ class Silence:
         """Time of the last packet sent, in 1/44100 s. The encoder is a frame behind."""
 
     def send_past(self, time: int) -> None:
-        """Send audio until it is past `time`, in 1/90000 s: libav keeps a video frame until there is later audio."""
-        while self._sent * 90_000 <= time * AUDIO_RATE:
+        """Send audio until it is past `time`, in 1/90000 s.
+
+        libav holds back a video frame until there is later audio, and `tee` holds back the last audio packet: so the
+        last two are past.
+        """
+        while (self._sent - AUDIO_SAMPLES) * 90_000 <= time * AUDIO_RATE:
             self._clock += AUDIO_SAMPLES  # the encoder puts a frame of priming first, which then starts at 0
             frame = av.AudioFrame(format="fltp", layout="stereo", samples=AUDIO_SAMPLES)
             for plane in frame.planes:
@@ -109,7 +113,9 @@ def push(pipe: BinaryIO) -> None:
         if out is None or stream is None:
             # The demuxer extracts size and parameter sets, which RTMP sends before the frames.
             with av.open(io.BytesIO(unit.data), format="h264") as template:
-                out = av.open(tee_target(opening), "w", format="tee")
+                # Without the option, `tee` would hold back all audio that is later than the last video frame.
+                options = {"max_interleave_delta": "1"}
+                out = av.open(tee_target(opening), "w", format="tee", container_options=options)
                 stream = out.add_stream_from_template(template.streams.video[0], time_base=Fraction(1, 1000))
                 silence = Silence(out) if opening.silent_audio else None
                 out.start_encoding()
