@@ -19,6 +19,7 @@ from aiortc import (
 from aiortc.rtcdtlstransport import generate_certificate
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from server.errors import ApiError
 from server.media.webrtc import CREDENTIAL_SECONDS, Certificate, IceServer, Peer, ice_servers, with_public_address
 
 pytestmark = pytest.mark.anyio
@@ -86,6 +87,23 @@ async def test_no_server_is_asked_that_nobody_named() -> None:
     ice = peer._sender.transport.transport.iceGatherer._connection
     assert (ice.turn_server, ice.turn_username, ice.turn_password) == (("turn.example.org", 3478), "a", "b")
     await peer.close()
+
+
+async def test_before_the_size_is_known_there_is_no_level_to_promise() -> None:
+    client = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+    client.addTransceiver("video", "recvonly")
+    await client.setLocalDescription(await client.createOffer())
+    both = client.localDescription.sdp
+    peer = Peer([], None, local=True, level=None)
+    await peer.negotiate(both)
+    assert set(re.findall(r"a=rtpmap:\d+ (\w+)/", peer.answer)) == {"VP8", "rtx"}
+    await peer.close()
+    peer = Peer([], None, local=True, level=None)
+    with pytest.raises(ApiError) as refused:
+        await peer.negotiate(both.replace("VP8/", "AV1/"))
+    assert (refused.value.status_code, refused.value.code) == (409, "stream_starting")
+    await peer.close()
+    await client.close()
 
 
 @pytest.mark.parametrize("local", [True, False])
