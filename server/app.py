@@ -15,7 +15,7 @@ from server.api import mjpeg, outputs, recordings, server, streams, videos, webs
 from server.api.idempotency import Idempotency
 from server.api.openapi import DESCRIPTION, GatewayApp
 from server.api.response_schemas import ErrorBody
-from server.api.routing import Route
+from server.api.routing import GetRoute, Route
 from server.auth.access import Access
 from server.auth.keys import Keys
 from server.backends.base import Backend
@@ -103,6 +103,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     app.state.outputs = stream_outputs
     app.state.idempotency = idempotency
     app.state.routes = ROUTES
+    app.router.route_class = GetRoute
     for route in ROUTES:
         add_route(app, route)
     app.add_api_websocket_route("/v1/streams/{id}/ws", websocket.watch)

@@ -35,7 +35,8 @@ class MjpegResponse(LongLivedResponse):
             self._viewer.clear()
 
     async def send_all(self, scope: Scope, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if not await self.start(scope, send):
+            return
         try:
             while (item := await self._viewer.next()) is not None:
                 assert isinstance(item, bytes)
@@ -59,7 +60,10 @@ async def watch(request: Request, id: str) -> Response:
     if stream.session.state.over:
         raise stream_ended(stream.session.ended_reason)
     viewer = Viewer("mjpeg", events=False, alpha=wants_alpha(request))
-    await stream.attach(viewer)
+    if request.method == "HEAD":
+        await stream.audience.packet_on_screen(viewer)  # fails as GET does, but does not count as watching
+    else:
+        await stream.attach(viewer)
     return MjpegResponse(stream, viewer)
 
 

@@ -29,7 +29,15 @@ class LongLivedResponse(Response, ABC):
 
     @abstractmethod
     async def send_all(self, scope: Scope, send: Send) -> None:
-        """Send the whole response: its headers and its body."""
+        """Send the whole response: its headers by `start`, then its body unless the request was HEAD."""
+
+    async def start(self, scope: Scope, send: Send) -> bool:
+        """Send the headers; returns whether a body follows them. There is none for HEAD, whose response ends here."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if scope.get("method") == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return False
+        return True
 
 
 class GrowingFileResponse(LongLivedResponse):
@@ -49,7 +57,8 @@ class GrowingFileResponse(LongLivedResponse):
             raise not_found(self._kind)
         descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if not await self.start(scope, send):
+                return
             while await growth.wait_beyond(position):
                 size = min(READ_BYTES, growth.size - position)
                 data = await asyncio.to_thread(os.pread, descriptor, size, position)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi.routing import APIRoute
 from starlette.requests import HTTPConnection
-from starlette.types import Scope
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from server.auth.access import Access, Principal
 from server.errors import ApiError
@@ -35,6 +37,34 @@ def routes_at(scope: Scope) -> Sequence[Route]:
     """The application's routes for the path of a request, one for each method."""
     routes: Sequence[Route] = scope["app"].state.routes
     return [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route.path), scope["path"])]
+
+
+def methods_at(scope: Scope) -> list[str]:
+    """The methods that the path of a request answers, for an `Allow` header."""
+    methods = [route.method for route in routes_at(scope)]
+    if "GET" in methods and "HEAD" not in methods:
+        methods.insert(methods.index("GET") + 1, "HEAD")
+    return methods
+
+
+class GetRoute(APIRoute):
+    """FastAPI's route, except that one for GET answers HEAD too: the same status and headers (RFC 9110, 9.3.2).
+
+    The endpoint sees the method HEAD. The HTTP protocol discards the body, so only endpoints whose body is large,
+    endless or has an effect need to look at it.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_head(scope):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
+
+    def _is_head(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
 
 
 def streams_of(connection: HTTPConnection) -> Registry:

@@ -50,7 +50,7 @@ REQUIREMENTS = {
     "softness": "a number from 0 to 1",
     "url": OUTPUT_URL,
     "token": "1 to 1024 ASCII characters without spaces",
-    "seconds": f'a string of a number of seconds above 0 and at most {MAX_CLIP_SECONDS}, such as "4"',
+    "seconds": f'an integer of seconds, or a string such as "2.5": above 0 and at most {MAX_CLIP_SECONDS}',
     "size": "the size that the model draws, as WIDTHxHEIGHT: see /v1/models",
     "input_reference": f"{WANTED}: a file in a form, in JSON a data URL or an object with one as `image_url`",
     "extra": "an object; of a clip `seed` (an integer from 0) and `prompts` (a list of at most "
@@ -203,6 +203,12 @@ class ImageReference(Request):
 SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,3})?$"
 
 
+def integer_as_text(number: Any) -> Any:
+    """Turn the JSON integers 4 and 4.0 into "4"; anything else is returned as it is."""
+    number = integral(number)
+    return str(number) if isinstance(number, int) and not isinstance(number, bool) else number
+
+
 def check_seconds(seconds: str) -> str:
     """Return `seconds`. Raises `ValueError` if it is not a number above 0 and within the limit."""
     if not re.fullmatch(SECONDS, seconds) or not 0 < float(seconds) <= MAX_CLIP_SECONDS:
@@ -210,13 +216,24 @@ def check_seconds(seconds: str) -> str:
     return seconds
 
 
+def allow_integer_seconds(schema: dict[str, Any]) -> None:
+    """Describe both forms of `seconds` in its JSON schema, in place. Forms have the first only."""
+    del schema["type"]
+    schema["anyOf"] = [
+        {"type": "string", "pattern": SECONDS},
+        {"type": "integer", "minimum": 1, "maximum": MAX_CLIP_SECONDS},
+    ]
+
+
 class CreateVideo(Request):
     """A clip to make."""
 
     prompt: Prompt
     model: StrictStr | None = Field(None, description="Name of a model; the server's default when absent.")
-    seconds: Annotated[StrictStr, AfterValidator(check_seconds)] = Field(
-        "4", description=f"Its length: {REQUIREMENTS['seconds']}.", json_schema_extra={"pattern": SECONDS}
+    seconds: Annotated[StrictStr, AfterValidator(check_seconds), BeforeValidator(integer_as_text)] = Field(
+        "4",
+        description=f"Its length: {REQUIREMENTS['seconds']}.",
+        json_schema_extra=allow_integer_seconds,
     )
     size: StrictStr | None = Field(None, description=f"{REQUIREMENTS['size']}. The model's when absent.")
     input_reference: StrictStr | ImageReference | None = Field(

@@ -8,8 +8,9 @@ from starlette.responses import FileResponse, Response
 
 from engine import wire
 from server.api import schemas
-from server.api.response_schemas import MODEL_FIELDS, Alive, ErrorBody, LoraList, ModelList, Readiness
+from server.api.response_schemas import MODEL_FIELDS, Alive, ErrorBody, LoraList, ModelList, ModelObject, Readiness
 from server.api.routing import Route, access_of, streams_of
+from server.errors import engine_unavailable
 from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import admission
 
@@ -20,20 +21,29 @@ WEB, OVERLAY, JS = CLIENTS / "web", CLIENTS / "overlay", CLIENTS / "js"
 async def list_models(request: Request) -> dict[str, Any]:
     """The models that the engine serves; empty until the engine has started."""
     streams = streams_of(request)
-    data = []
-    for info in streams.engine.models.values():
-        share = admission.cost(info.chunk_seconds, info.chunk_frames, info.fps)
-        data.append(
-            {
-                "id": info.name,
-                "object": "model",
-                **{name: getattr(info, name) for name in MODEL_FIELDS},
-                "real_time_factor": share,
-                "capacity": admission.capacity(share, info.promised),
-                "default": info.name == streams.default_model,
-            }
-        )
+    data = [model_object(info, streams.default_model) for info in streams.engine.models.values()]
     return {"object": "list", "data": data}
+
+
+async def get_model(request: Request, model: str) -> dict[str, Any]:
+    """One model that the engine serves."""
+    streams = streams_of(request)
+    if not streams.engine.models and model == streams.default_model:
+        raise engine_unavailable()
+    return model_object(streams.model_info(model), streams.default_model)
+
+
+def model_object(info: wire.ModelInfo, default: str) -> dict[str, Any]:
+    """The API's object of a model. `default` is the name of the default model."""
+    share = admission.cost(info.chunk_seconds, info.chunk_frames, info.fps)
+    return {
+        "id": info.name,
+        "object": "model",
+        **{name: getattr(info, name) for name in MODEL_FIELDS},
+        "real_time_factor": share,
+        "capacity": admission.capacity(share, info.promised),
+        "default": info.name == default,
+    }
 
 
 async def list_loras(request: Request) -> dict[str, Any]:
@@ -93,6 +103,7 @@ async def overlay(request: Request, id: str) -> Response:
 
 ROUTES = [
     Route("GET", "/v1/models", list_models, ModelList),
+    Route("GET", "/v1/models/{model}", get_model, ModelObject, 200, (404, 503)),
     Route("GET", "/v1/loras", list_loras, LoraList, 200, (503, 504)),
     Route("PUT", "/v1/loras", change_loras, LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
     Route("GET", "/livez", livez, Alive),

@@ -235,11 +235,12 @@ class Access:
 
 
 def required_scope(method: str, path: str) -> Scope:
-    """The scope that a request needs. A WebSocket handshake counts as GET."""
+    """The scope that a request needs. HEAD and a WebSocket handshake count as GET."""
+    method = "GET" if method == "HEAD" else method
     for methods, paths, scope in RULES:
         if re.fullmatch(methods, method) and re.fullmatch(paths, path, re.DOTALL):
             return scope
-    return "view" if method in ("GET", "HEAD", "OPTIONS") else "control"
+    return "view" if method in ("GET", "OPTIONS") else "control"
 
 
 def is_public(method: str, path: str) -> bool:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import schemas
-from server.api.routing import routes_at
+from server.api.routing import methods_at
 from server.auth.access import Access
 from server.errors import ApiError, exhausted, request_id
 from server.logs import redact
@@ -142,7 +142,7 @@ async def on_http_exception(request: Request, exception: Exception) -> Response:
         error = ApiError(404, "not_found", "There is nothing at this path: see /docs.")
     elif status == 405:
         # The framework reports the methods of one route only, and a path can have several routes.
-        headers["Allow"] = ", ".join(route.method for route in routes_at(request.scope)) or headers.get("allow", "GET")
+        headers["Allow"] = ", ".join(methods_at(request.scope)) or headers.get("allow", "GET")
         headers.pop("allow", None)
         error = ApiError(405, "method_not_allowed", f"Use {headers['Allow']} here.", headers=headers)
     elif status == 400:

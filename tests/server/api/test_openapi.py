@@ -45,6 +45,7 @@ async def test_openapi_lists_the_contract(run_gateway: Any) -> None:
             ("post", "/v1/videos/{id}/remix"),
             ("get", "/v1/videos/{id}/content"),
             ("get", "/v1/models"),
+            ("get", "/v1/models/{model}"),
             ("get", "/v1/loras"),
             ("put", "/v1/loras"),
             ("get", "/livez"),

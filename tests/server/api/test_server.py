@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from server.backends.fake import FakeBackend
+
 pytestmark = pytest.mark.anyio
 
 
@@ -44,3 +46,14 @@ async def test_the_page_and_the_reference_come_from_here_alone(run_gateway: Any)
             assert "innerHTML" not in response.text
         assert (await gateway.http.get("/assets/../app.py")).status_code == 404
         assert (await gateway.http.get("/assets/%2e%2e/%2e%2e/server/app.py")).status_code == 404
+
+
+async def test_one_model(run_gateway: Any, error_of: Any) -> None:
+    async with run_gateway() as gateway:
+        [listed] = (await gateway.http.get("/v1/models")).json()["data"]
+        assert (await gateway.http.get(f"/v1/models/{listed['id']}")).json() == listed
+        error = error_of(await gateway.http.get("/v1/models/maxi"), 404)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+    async with run_gateway(FakeBackend(ready_after=60), ready=False) as gateway:
+        error = error_of(await gateway.http.get("/v1/models/mini"), 503)
+        assert error["code"] == "engine_unavailable"
