@@ -9,12 +9,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.staticfiles import StaticFiles
 
 from server.api import mjpeg, outputs, recordings, server, streams, videos, websocket, whep
 from server.api.idempotency import Idempotency
 from server.api.openapi import DESCRIPTION, GatewayApp
 from server.api.response_schemas import ErrorBody
+from server.api.responses import StoredFiles
 from server.api.routing import GetRoute, Route
 from server.auth.access import Access
 from server.auth.keys import Keys
@@ -107,9 +107,9 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     for route in ROUTES:
         add_route(app, route)
     app.add_api_websocket_route("/v1/streams/{id}/ws", websocket.watch)
-    app.mount("/assets/overlay", StaticFiles(directory=server.OVERLAY))
-    app.mount("/assets/js", StaticFiles(directory=server.JS))
-    app.mount("/assets", StaticFiles(directory=server.WEB))
+    app.mount("/assets/overlay", StoredFiles(directory=server.OVERLAY))
+    app.mount("/assets/js", StoredFiles(directory=server.JS))
+    app.mount("/assets", StoredFiles(directory=server.WEB))
     return app
 
 

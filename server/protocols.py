@@ -5,9 +5,12 @@ deadline: the headers, the whole request, and a write that makes no progress. Co
 """
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
 import json
+import socket
+import struct
 
 import h11
 from starlette.types import Receive, Scope, Send
@@ -19,7 +22,7 @@ from websockets.http11 import Request
 from server.errors import ApiError
 
 ABORT = "livereel.abort"
-"""ASGI extension that these protocols offer: drops the connection without waiting for the peer."""
+"""ASGI extension that these protocols offer: drops the connection at once, over HTTP with a reset."""
 
 HEAD_SECONDS = 10.0
 """Deadline for the headers of a request, from the moment that they are expected."""
@@ -54,8 +57,8 @@ class HttpProtocol(H11Protocol):
         app = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
-            """Add the `ABORT` extension, to end a response whose peer does not read: closing would wait for it."""
-            scope.setdefault("extensions", {})[ABORT] = {"call": transport.abort}
+            """Add the `ABORT` extension, to break off a response so that the peer sees an error."""
+            scope.setdefault("extensions", {})[ABORT] = {"call": functools.partial(reset, transport)}
             await app(scope, receive, send)
 
         self.app = with_abort
@@ -91,7 +94,7 @@ class HttpProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_deadline = self._write_deadline or self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write_deadline = self._write_deadline or self.loop.call_later(WRITE_SECONDS, reset, self.transport)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -135,12 +138,19 @@ class HttpProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(408, "request_timeout", "The request took too long to arrive.")
         else:
+            self._break_off()
+
+    def _break_off(self) -> None:
+        """Drop the connection, by a reset unless the response is complete: that would take it from the peer."""
+        if self.conn.our_state is h11.SEND_BODY:
+            reset(self.transport)
+        else:
             self.transport.abort()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Send an error response without calling the application, and close the connection."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.abort()  # another response has begun
+            self._break_off()  # another response has begun
             return
         body = json.dumps({"error": ApiError(status, code, message).error}).encode()
         headers = [
@@ -167,7 +177,19 @@ class HttpProtocol(H11Protocol):
     def _abort_if_unread(self) -> None:
         """Bound how long a closing connection waits for its peer to read what was sent."""
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+            self.loop.call_later(WRITE_SECONDS, reset, self.transport)
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Drop a connection with a TCP reset, without waiting for the peer.
+
+    A response over HTTP/1.0 may end with its connection (RFC 9112, section 6.3), so after an orderly close a truncated
+    film would look complete. A reset is an error to every client and proxy.
+    """
+    if connection := transport.get_extra_info("socket"):
+        with contextlib.suppress(OSError):  # it is closed already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def too_many_connections(protocol: H11Protocol) -> bool:
@@ -221,6 +243,21 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.abort()
         else:
             super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        """Pass a message on; text that is not UTF-8 closes the connection with 1007 (RFC 6455, section 8.1).
+
+        uvicorn does so too, but logs a traceback for what is the peer's fault.
+        """
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.send_close(1007)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
 
     def handle_parser_exception(self) -> None:
         """Abort after a malformed handshake, which cannot be answered with a close frame."""

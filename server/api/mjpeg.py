@@ -17,6 +17,9 @@ BOUNDARY = "frame"
 SEND_SECONDS = 10.0
 """A viewer is disconnected if one picture takes longer than this to send."""
 
+REPEAT_SECONDS = 5.0
+"""While a stream shows nothing new, its last picture is sent again this often: proxies cut silent connections."""
+
 
 class MjpegResponse(LongLivedResponse):
     """One viewer's JPEGs, until the stream ends."""
@@ -38,20 +41,32 @@ class MjpegResponse(LongLivedResponse):
         if not await self.start(scope, send):
             return
         try:
-            while (item := await self._viewer.next()) is not None:
-                assert isinstance(item, bytes)
-                picture = item[HEADER.size :]
-                pts = HEADER.unpack_from(item)[5]
-                fields = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\nX-Pts: {pts}"
-                head = f"--{BOUNDARY}\r\n{fields}\r\n\r\n"
+            part = b""
+            while True:
+                try:
+                    async with asyncio.timeout(REPEAT_SECONDS):
+                        item = await self._viewer.next()
+                except TimeoutError:
+                    if not part:
+                        continue
+                else:
+                    if item is None:
+                        break
+                    assert isinstance(item, bytes)
+                    part = part_of(item)
                 async with asyncio.timeout(SEND_SECONDS):
-                    await send(
-                        {"type": "http.response.body", "body": head.encode() + picture + b"\r\n", "more_body": True}
-                    )
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": f"--{BOUNDARY}--\r\n".encode()})
         except TimeoutError:
             self._stream.audience.drop(self._viewer)
             await abort_and_wait(scope)
+
+
+def part_of(packet: bytes) -> bytes:
+    """One part of the multipart body: a JPEG packet of `server.media.frames` without its header."""
+    picture, pts = packet[HEADER.size :], HEADER.unpack_from(packet)[5]
+    fields = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\nX-Pts: {pts}"
+    return f"--{BOUNDARY}\r\n{fields}\r\n\r\n".encode() + picture + b"\r\n"
 
 
 async def watch(request: Request, id: str) -> Response:

@@ -91,5 +91,7 @@ ROUTES = [
     Route("GET", "/v1/recordings/{id}", get_recording, RecordingObject, 200, (404,)),
     Route("POST", "/v1/recordings/{id}/stop", stop_recording, RecordingObject, 200, (404,), accepts=""),
     Route("DELETE", "/v1/recordings/{id}", delete_recording, None, 204, (404,)),
-    Route("GET", "/v1/recordings/{id}/content", content, None, 200, (404, 409), {"response_class": FileResponse}),
+    Route(
+        "GET", "/v1/recordings/{id}/content", content, None, 200, (404, 409, 412, 416), {"response_class": FileResponse}
+    ),
 ]

@@ -2,14 +2,18 @@
 
 import asyncio
 import os
+import re
 from abc import ABC, abstractmethod
+from email.utils import parsedate
 from pathlib import Path
 
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from server.aio import first_of
-from server.errors import not_found
+from server.errors import ApiError, not_found
 from server.library.mp4 import Growth
 from server.protocols import ABORT
 
@@ -74,10 +78,96 @@ class GrowingFileResponse(LongLivedResponse):
             os.close(descriptor)
 
 
+RANGE = r"(?:\d{1,30}-\d{0,30}|-\d{1,30})"
+BYTE_RANGES = re.compile(rf"bytes=[ \t]*{RANGE}(?:[ \t]*,[ \t]*{RANGE})*[ \t]*", re.IGNORECASE)
+MAX_RANGES = 100
+
+
+class StoredFileResponse(FileResponse):
+    """A complete file, with the preconditions and ranges of RFC 9110 (sections 13 and 14).
+
+    A range unit other than bytes, a malformed `Range` and one with too many ranges are ignored. Raises `ApiError` 412
+    or 416.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.stat_result is None and await asyncio.to_thread(os.path.isfile, self.path):
+            self.stat_result = await asyncio.to_thread(os.stat, self.path)
+            self.set_stat_headers(self.stat_result)
+        if self.stat_result is not None:
+            headers = Headers(scope=scope)
+            self._check_preconditions(headers)
+            if self._is_not_modified(headers):
+                await NotModifiedResponse(self.headers)(scope, receive, send)
+                return
+            others = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+            if scope["method"] == "GET" and (ranges := self._ranges(headers, self.stat_result.st_size)):
+                others.append((b"range", ranges.encode()))
+            scope = {**scope, "headers": others}
+        await super().__call__(scope, receive, send)
+
+    def _check_preconditions(self, headers: Headers) -> None:
+        """Evaluate `If-Match`, or else `If-Unmodified-Since`. Raises `ApiError` 412."""
+        if "if-match" in headers:
+            tags = tags_of(headers["if-match"])
+            holds = "*" in tags or self.headers["etag"] in tags
+        else:
+            holds = not modified_since(self.headers["last-modified"], headers.get("if-unmodified-since"))
+        if not holds:
+            raise ApiError(412, "precondition_failed", "The file is not the one that the request's precondition names.")
+
+    def _is_not_modified(self, headers: Headers) -> bool:
+        """Evaluate `If-None-Match`, or else `If-Modified-Since`."""
+        if "if-none-match" in headers:
+            tags = [tag.removeprefix("W/") for tag in tags_of(headers["if-none-match"])]
+            return "*" in tags or self.headers["etag"] in tags
+        since = headers.get("if-modified-since")
+        return since is not None and modified_since(self.headers["last-modified"], since) is False
+
+    def _ranges(self, headers: Headers, size: int) -> str:
+        """The `Range` header without what lies past the end; empty to send the whole file. Raises `ApiError` 416."""
+        given, condition = headers.get("range", ""), headers.get("if-range")
+        if condition is not None and condition not in (self.headers["etag"], self.headers["last-modified"]):
+            return ""
+        if not BYTE_RANGES.fullmatch(given) or given.count(",") >= MAX_RANGES:
+            return ""
+        kept = []
+        for each in given.partition("=")[2].split(","):
+            first, _, last = each.strip().partition("-")
+            if first and last and int(last) < int(first):
+                return ""  # invalid, and with it the whole header
+            if int(first) < size if first else int(last) > 0 < size:
+                kept.append(each.strip())
+        if not kept:
+            headers_of_error = {"Content-Range": f"bytes */{size}"}
+            raise ApiError(416, "range_not_satisfiable", f"The file has {size} bytes.", headers=headers_of_error)
+        return f"bytes={','.join(kept)}"
+
+
+class StoredFiles(StaticFiles):
+    """A folder of files, each served as `StoredFileResponse`."""
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        return StoredFileResponse(full_path, status_code, stat_result=stat_result)
+
+
+def tags_of(header: str) -> list[str]:
+    """The entity tags of a precondition."""
+    return [tag.strip() for tag in header.split(",")]
+
+
+def modified_since(modified: str, since: str | None) -> bool | None:
+    """Whether a file was modified after `since`, both HTTP dates; None if `since` is absent or no date."""
+    then, now = parsedate(since or ""), parsedate(modified)
+    return None if then is None or now is None else now > then
+
+
 def film_response(kind: str, path: Path, growth: Growth | None, media_type: str, name: str) -> Response:
     """The file of a video or a recording, as a download called `name`. `growth` is None when it is complete."""
     if growth is None:
-        return FileResponse(path, media_type=media_type, filename=name)
+        return StoredFileResponse(path, media_type=media_type, filename=name)
     return GrowingFileResponse(
         kind, growth, {"content-type": media_type, "content-disposition": f'attachment; filename="{name}"'}
     )

@@ -406,6 +406,11 @@ def read(kind: type[R], fields: Any) -> R:
         raise explain([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
 
 
+def path_of(location: Sequence[str | int]) -> str:
+    """The path of a field within a body: `extra.prompts[0].at_s`."""
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in location).lstrip(".")
+
+
 def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's validation errors as an API error that names the field and says what it must be."""
     error = errors[0]
@@ -415,7 +420,7 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if field is None:
         return ApiError(400, "invalid_body", "The body must be a JSON object whose field names are valid Unicode.")
     if kind == "extra_forbidden":
-        name = printable(field)
+        name = printable(path_of(error["loc"][1:]))
         return ApiError(400, "unknown_field", f"There is no field `{name}`: remove it.", param=name)
     requirement = REQUIREMENTS.get(field, "left out")
     if kind == "missing" and len(error["loc"]) == 2:

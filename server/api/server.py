@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from engine import wire
 from server.api import schemas
 from server.api.response_schemas import MODEL_FIELDS, Alive, ErrorBody, LoraList, ModelList, ModelObject, Readiness
+from server.api.responses import StoredFileResponse
 from server.api.routing import Route, access_of, streams_of
 from server.errors import engine_unavailable
 from server.metrics import CONTENT_TYPE, Metrics
@@ -88,17 +89,17 @@ async def metrics(request: Request) -> Response:
 
 async def page(request: Request) -> Response:
     """The studio: a page to open, watch and steer streams."""
-    return FileResponse(WEB / "index.html")
+    return StoredFileResponse(WEB / "index.html")
 
 
 async def docs(request: Request) -> Response:
     """The API reference."""
-    return FileResponse(WEB / "docs.html")
+    return StoredFileResponse(WEB / "docs.html")
 
 
 async def overlay(request: Request, id: str) -> Response:
     """A page that shows only the stream, with its transparency, for OBS and the like."""
-    return FileResponse(OVERLAY / "index.html")
+    return StoredFileResponse(OVERLAY / "index.html")
 
 
 ROUTES = [

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 from server.api import idempotency, schemas
 from server.api.forms import read_fields, read_image
 from server.api.response_schemas import VideoDeleted, VideoList, VideoObject
-from server.api.responses import film_response
+from server.api.responses import StoredFileResponse, film_response
 from server.api.routing import Route, principal_of, streams_of
 from server.errors import ApiError
 from server.library import clip_maker
@@ -171,7 +171,7 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
         message = f"The video is {clip.status.value} and has no frame yet: try again soon."
         raise ApiError(409, "video_not_ready", message, headers={"Retry-After": "2"})
     if variant == "thumbnail":
-        return FileResponse(owned.file(clip, clip_maker.STILL), media_type="image/webp")
+        return StoredFileResponse(owned.file(clip, clip_maker.STILL), media_type="image/webp")
     return film_response("video", owned.file(clip, clip_maker.FILM), growth, "video/mp4", f"{id}.mp4")
 
 
@@ -223,5 +223,13 @@ ROUTES = [
         (400, 404, 409, 413, 415, 422, 429, 503, 507),
         {"openapi_extra": {"parameters": [idempotency.PARAMETER]}},
     ),
-    Route("GET", "/v1/videos/{id}/content", content, None, 200, (400, 404, 409), {"response_class": FileResponse}),
+    Route(
+        "GET",
+        "/v1/videos/{id}/content",
+        content,
+        None,
+        200,
+        (400, 404, 409, 412, 416),
+        {"response_class": FileResponse},
+    ),
 ]

@@ -67,6 +67,9 @@ def check_headers(scope: Scope, headers: Headers, origin_allowed: bool) -> None:
     length, limit = headers.get("content-length", "0"), max_body_bytes(scope)
     if length.isdecimal() and int(length[:20]) > limit:
         raise body_too_large(limit)
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        message = "Send the body without `Content-Encoding`: it is not decompressed here."
+        raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
     route = next((route for route in routes_at(scope) if route.method == scope["method"]), None)
     if route is None or route.accepts in ("", media_type(headers)):
         return

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import schemas
+from server.api.responses import abort_connection
 from server.api.routing import methods_at
 from server.auth.access import Access
 from server.errors import ApiError, exhausted, request_id
@@ -89,6 +90,7 @@ class RequestMiddleware:
             else:
                 logger.exception("request %s failed", id)
             if started:
+                abort_connection(scope)  # the response must not look complete
                 raise
             await failure.response(scope, receive, send_with_headers)
 

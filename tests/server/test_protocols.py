@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server import protocols
+from server.backends.fake import FakeBackend
 
 pytestmark = pytest.mark.anyio
 
@@ -47,3 +48,31 @@ async def test_connections_are_bounded(run_gateway: Start, monkeypatch: pytest.M
             writer.close()
         assert sum(b"too_many_connections" in answer for answer in answers) >= 3
         assert any(b" 200 " in answer for answer in answers)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_film_that_is_broken_off_ends_in_an_error(run_gateway: Start, version: str) -> None:
+    """Over HTTP/1.0 the end of the connection is the end of the film, unless it is a reset (RFC 9112, 8)."""
+    async with run_gateway(FakeBackend(width=64, height=48, chunk_seconds=0.3)) as gateway:
+        made = await gateway.http.post("/v1/videos", json={"prompt": "a", "seconds": "600"})
+        path = f"/v1/videos/{made.json()['id']}"
+        await gateway.until(lambda: gateway.streams.clips.get(made.json()["id"]).recorded > 0)
+        reader, writer = await asyncio.open_connection(*gateway.address.split(":"))
+        writer.write(f"GET {path}/content HTTP/{version}\r\nHost: localhost\r\n\r\n".encode())
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
+        assert await asyncio.wait_for(reader.readuntil(b"moof"), 20)
+        assert (await gateway.http.delete(path)).status_code == 200
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+
+
+async def test_text_that_is_not_utf8_closes_the_socket_and_logs_nothing(
+    run_gateway: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RFC 6455, section 8.1: the connection is closed with 1007."""
+    async with run_gateway() as gateway, gateway.connect(await gateway.open(), "?format=events") as socket:
+        await socket.send(b"\xff\xfe", text=True)
+        await asyncio.wait_for(socket.wait_closed(), 10)
+        assert socket.close_code == 1007
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from server.api import mjpeg
 from server.backends.fake import FakeBackend
 from tests.server.media.samples import original
 
@@ -70,3 +71,14 @@ async def test_pictures_that_are_refused(run_gateway: Any, monkeypatch: pytest.M
         await gateway.http.delete(f"/v1/streams/{stream['id']}")
         over = await gateway.http.get(f"/v1/streams/{stream['id']}/mjpeg")
         assert (over.status_code, over.json()["error"]["code"]) == (409, "stream_ended")
+
+
+async def test_a_paused_stream_repeats_its_picture(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mjpeg, "REPEAT_SECONDS", 0.1)
+    async with run_gateway() as gateway:
+        stream = await gateway.live()
+        await gateway.until(lambda: gateway.stream_of(stream).audience.on_screen is not None)
+        await gateway.patch(stream, paused=True)
+        async with gateway.http.stream("GET", f"/v1/streams/{stream['id']}/mjpeg") as response:
+            found = await parts(response, 12)
+        assert found[-1] == found[-2] == found[-3]

@@ -164,3 +164,15 @@ async def test_a_refused_change_leaves_the_stream_as_it_was(run_gateway: Any, er
         assert (await gateway.get(stream))["prompt"] == "a red ball"
         seen = await gateway.watch(stream, until=lambda seen: len(seen.frames) > 20)
         assert not seen.of("prompt.applied")
+
+
+async def test_an_unknown_field_is_named_by_its_path(run_gateway: Any, error_of: Any) -> None:
+    async with run_gateway() as gateway:
+        for extra, path in (
+            ({"sed": 1}, "extra.sed"),
+            ({"prompts": [{"at_s": 1, "prompt": "a", "when": 2}]}, "extra.prompts[0].when"),
+        ):
+            answer = await gateway.http.post("/v1/videos", json={"prompt": "a", "extra": extra})
+            error = error_of(answer, 400)
+            assert (error["code"], error["param"]) == ("unknown_field", path)
+            assert f"`{path}`" in error["message"]

@@ -1,6 +1,7 @@
 """Limits on request bodies: type, size and duration."""
 
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
@@ -68,3 +69,16 @@ async def test_an_upload_that_drips_is_let_go(run_gateway: Any, monkeypatch: pyt
         async with asyncio.timeout(4):
             response = await gateway.http.post("/v1/streams", content=dripping(), headers=headers)
         assert error_of(response, 408)["code"] == "body_timeout"
+
+
+async def test_a_compressed_body_is_an_unsupported_media_type(run_gateway: Any) -> None:
+    """RFC 9110, section 15.5.16: 415, with the encodings that are accepted."""
+    async with run_gateway() as gateway:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        body = gzip.compress(b'{"prompt": "a"}')
+        answer = await gateway.http.post("/v1/streams", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert answer.headers["accept-encoding"] == "identity"
+        headers["content-encoding"] = "identity"
+        plain = await gateway.http.post("/v1/streams", content=b'{"prompt": "a"}', headers=headers)
+        assert plain.status_code == 201

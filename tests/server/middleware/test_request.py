@@ -25,11 +25,11 @@ async def test_paths_and_methods(run_gateway: Any, error_of: Any) -> None:
         response = await gateway.http.patch(f"/v1/streams/{unknown}", json={"paused": True})
         assert error_of(response, 404)["code"] == "stream_not_found"
         for method, path, allow in (
-            ("PUT", "/v1/streams", "POST, GET"),
-            ("DELETE", "/v1/streams", "POST, GET"),
-            ("POST", f"/v1/streams/{unknown}", "GET, PATCH, DELETE"),
-            ("POST", "/v1/models", "GET"),
-            ("BREW", "/v1/streams", "POST, GET"),
+            ("PUT", "/v1/streams", "POST, GET, HEAD"),
+            ("DELETE", "/v1/streams", "POST, GET, HEAD"),
+            ("POST", f"/v1/streams/{unknown}", "GET, HEAD, PATCH, DELETE"),
+            ("POST", "/v1/models", "GET, HEAD"),
+            ("BREW", "/v1/streams", "POST, GET, HEAD"),
         ):
             response = await gateway.http.request(method, path)
             assert error_of(response, 405)["code"] == "method_not_allowed"
