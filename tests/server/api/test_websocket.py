@@ -38,8 +38,10 @@ async def test_a_late_joiner_gets_a_snapshot_and_the_frame_on_screen(run_gateway
 
 
 async def test_viewers_share_one_encoding_and_one_clock(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded, real = [], frames.encode
-    monkeypatch.setattr(frames, "encode", lambda frame, format: encoded.append(frame.index) or real(frame, format))
+    encoded, real = [], frames.encode_picture
+    monkeypatch.setattr(
+        frames, "encode_picture", lambda frame, format: encoded.append(frame.index) or real(frame, format)
+    )
     async with run_gateway() as gateway:
         stream = await gateway.open(duration_s=1)
         all_seen = await asyncio.gather(*(gateway.watch(stream) for _ in range(5)))
