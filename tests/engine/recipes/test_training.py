@@ -186,7 +186,7 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         "student 1 [probe-a]",
     } <= set(rows)
     assert any(name.startswith("drift, ") for name in rows)
-    assert (tmp_path / "student-2.png").exists()
+    assert (tmp_path / "student-2-sink-3context_sigma-0.1.png").exists()
 
 
 def test_accuracy_counts_only_what_is_there() -> None:
