@@ -6,6 +6,12 @@
 #   bash engine/recipes/train_mini.sh distil FOLDER     # the student, then the evaluation with ten minutes' drift
 #   python -m engine.recipes.export --folder FOLDER     # into engine/weights
 #
+# Or on from the shipped weights, in two calls. Teachers are not shipped, so this one begins as the student; the new
+# student is then distilled from it anew:
+#
+#   bash engine/recipes/train_mini.sh continue FOLDER
+#   bash engine/recipes/train_mini.sh distil FOLDER
+#
 # Every call resumes from the checkpoints in FOLDER and stops itself in time. SECONDS_PER_CALL (590) bounds a call.
 set -euo pipefail
 stage=$1 folder=$2 limit=${SECONDS_PER_CALL:-590}
@@ -30,12 +36,17 @@ teach)
     # importing takes some 15 s, saving some 10 s
     mini --seconds $(($(left) - 25)) --distill-share 0
     ;;
+continue)
+    [ -e "$folder/teacher-0.safetensors" ] || on 0 engine.recipes.export --restore
+    mini --seconds $(($(left) - 25)) --distill-share 0 --finish --pool 8000 --firsts 44000
+    rm -f "$folder"/student-*.safetensors
+    ;;
 distil)
     mini --seconds $(($(left) - 150)) --distill-share 1 --seed 17
-    on 0 engine.recipes.evaluate --prompts 192 --drift-minutes 10 --json "$folder/evaluation.json" --pictures "$folder"
+    on 0 engine.recipes.evaluate --prompts 192 --drift-minutes 10 --endless 800 --json "$folder/evaluation.json" --pictures "$folder"
     ;;
 *)
-    echo "stage must be prepare, teach or distil" >&2
+    echo "stage must be prepare, teach, continue or distil" >&2
     exit 2
     ;;
 esac

@@ -232,15 +232,15 @@ def train(run: Run, preset: Preset, clips: int = CLIPS, *, decoders_only: bool =
     bundle.load_state_dict(bundle.state_dict() | serving.averages | decoder.averages)
     fresh = [next(batches) for _ in range(16)]
     if not decoders_only:
-        settle(bundle, fresh)
+        measure_statistics(bundle, fresh)
     run.save("vae", bundle.state_dict(), torch.float16)
     psnr, energy = quality(bundle, fresh)
     run.say(f"{step} steps: {psnr.mean():.1f} dB, worst clip {psnr.min():.1f}, gradient energy {energy.mean():.2f}")
 
 
 @torch.no_grad()
-def settle(bundle: Bundle, batches: list[Tensor]) -> None:
-    """The statistics of the finished encoder, in place of those of its last steps."""
+def measure_statistics(bundle: Bundle, batches: list[Tensor]) -> None:
+    """Replace the running statistics by those of the finished encoder."""
     with torch.autocast(batches[0].device.type, torch.bfloat16):
         latents = torch.cat([bundle.vae.encode(to_pixels(frames)).float() for frames in batches])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))

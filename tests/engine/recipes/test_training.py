@@ -138,6 +138,7 @@ def coarse(params: torch.Tensor, size: int = world.SIZE) -> torch.Tensor:
 def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student from nothing in half a minute: it draws nothing, but the whole line holds together."""
     monkeypatch.setattr(teacher, "LENGTH", 5)
+    monkeypatch.setattr(evaluate, "LATE", 3)
     monkeypatch.setattr(world, "render", coarse)
     config = replace(probe.PROBES["probe-a"], widths=(8, 8, 8, 8), size=64)
     monkeypatch.setattr(probe, "PROBES", {"probe-a": config})
