@@ -185,7 +185,7 @@ MINI = Preset(
     chunk=3,
     window=9,
     sink=3,
-    context_sigma=0.1,
+    context_sigma=0.2,
     soft_chunks=2,
 )
 
