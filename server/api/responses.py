@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.aio import first_of
 from server.errors import ApiError, not_found
-from server.library.mp4 import Growth
+from server.library.mp4 import GrowingFile
 from server.protocols import ABORT
 
 READ_BYTES = 256 * 1024
@@ -51,7 +51,7 @@ class GrowingFileResponse(LongLivedResponse):
     if there is no file.
     """
 
-    def __init__(self, kind: str, growth: Growth, headers: dict[str, str]) -> None:
+    def __init__(self, kind: str, growth: GrowingFile, headers: dict[str, str]) -> None:
         super().__init__(headers=headers)
         self._kind, self._growth = kind, growth
 
@@ -164,7 +164,7 @@ def modified_since(modified: str, since: str | None) -> bool | None:
     return None if then is None or now is None else now > then
 
 
-def film_response(kind: str, path: Path, growth: Growth | None, media_type: str, name: str) -> Response:
+def film_response(kind: str, path: Path, growth: GrowingFile | None, media_type: str, name: str) -> Response:
     """The file of a video or a recording, as a download called `name`. `growth` is None when it is complete."""
     if growth is None:
         return StoredFileResponse(path, media_type=media_type, filename=name)

@@ -33,7 +33,6 @@ class Health:
     """Number of the current engine process: 0 before the first one, then counting from 1."""
 
 
-Lost = EngineLost
 EngineEvent = wire.ToGateway | EngineLost
 Deliver = Callable[[EngineEvent, bytes], None]
 """Called on the event loop for every event, in order. The second argument holds the pixels of a `wire.Frames`."""

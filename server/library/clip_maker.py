@@ -21,7 +21,7 @@ from server.auth.keys import Key
 from server.backends.base import EngineEvent, EngineLost
 from server.errors import ApiError, busy, not_found, shutting_down
 from server.library.clip import Attempt, Clip, Failure, Status, UnexpectedError
-from server.library.mp4 import ClipFile, Growth, webp
+from server.library.mp4 import ClipWriter, GrowingFile, webp
 from server.library.store import Store, no_room
 from server.metrics import Metrics
 from server.streams import admission
@@ -65,7 +65,7 @@ class _LostError(Exception):
 class _Job:
     """A clip that is being made."""
 
-    growth: Growth
+    growth: GrowingFile
     task: asyncio.Task[None] | None = None
     inbox: asyncio.Queue[tuple[EngineEvent, bytes]] = field(default_factory=asyncio.Queue)
     """Messages of the engine and their pixels. It holds one chunk at most: credit for the next is sent when one is
@@ -170,7 +170,7 @@ class ClipMaker:
         queued = self._admission.positions(time.monotonic()).get(clip.id)
         return queued.position if queued else None
 
-    def growth(self, clip: Clip) -> Growth | None:
+    def growth(self, clip: Clip) -> GrowingFile | None:
         """The growing file of a clip that is being made; None for any other clip."""
         job = self._jobs.get(clip.id)
         return job.growth if job else None
@@ -234,19 +234,19 @@ class ClipMaker:
         for id in self._admission.admit():
             clip = self._clips[id]
             clip.status = Status.IN_PROGRESS
-            job = self._jobs[id] = _Job(Growth(self._store.path(id, FILM)))
+            job = self._jobs[id] = _Job(GrowingFile(self._store.path(id, FILM)))
             job.task = asyncio.create_task(self._make(clip, job), name=f"clip {id}")
             self._tasks.add(job.task)
             job.task.add_done_callback(self._tasks.discard)
 
     async def _make(self, clip: Clip, job: _Job) -> None:
         """Make the clip, and finish it however that ends."""
-        film: ClipFile | None = None
+        film: ClipWriter | None = None
         failure: Failure | None = None
         began = time.monotonic()
         try:
             film = await self._in_thread(
-                lambda: ClipFile(self._store.create(clip.id, FILM), clip.width, clip.height, clip.fps)
+                lambda: ClipWriter(self._store.create(clip.id, FILM), clip.width, clip.height, clip.fps)
             )
             await self._record(clip, job, film)
             await self._in_thread(film.finish)
@@ -267,7 +267,7 @@ class ClipMaker:
             job.growth.size = film.size if film else 0
         self._finish(clip, failure)
 
-    async def _record(self, clip: Clip, job: _Job, film: ClipFile) -> None:
+    async def _record(self, clip: Clip, job: _Job, film: ClipWriter) -> None:
         """Write every frame of the clip, in as many attempts as that takes."""
         picture = await asyncio.to_thread(self.picture, clip)
         for number in range(ATTEMPTS):
@@ -279,7 +279,7 @@ class ClipMaker:
                 logger.warning("clip %s lost its engine, in attempt %d of %d", clip.id, number + 1, ATTEMPTS)
         raise _FailedError(LOST)
 
-    async def _attempt(self, clip: Clip, job: _Job, film: ClipFile, picture: bytes) -> None:
+    async def _attempt(self, clip: Clip, job: _Job, film: ClipWriter, picture: bytes) -> None:
         """Generate the clip from its start. Frames that are in the file already come out the same and are skipped."""
         attempt, size = Attempt(clip, self._engine.models[clip.model]), clip.width * clip.height * 3
         self._engine.open(attempt.open(picture), lambda message, pixels: job.inbox.put_nowait((message, pixels)))
@@ -312,7 +312,7 @@ class ClipMaker:
         for message in attempt.next():
             self._engine.send(message)
 
-    async def _write(self, clip: Clip, job: _Job, film: ClipFile, frames: list[memoryview]) -> None:
+    async def _write(self, clip: Clip, job: _Job, film: ClipWriter, frames: list[memoryview]) -> None:
         """Add frames of height x width x 3 bytes to the film; the first of the clip becomes its still as well."""
         if frames and not clip.recorded:
             still = await self._in_thread(lambda: webp(frames[0], clip.width, clip.height))

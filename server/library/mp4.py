@@ -146,7 +146,3 @@ class GrowingFile:
     def _wake_readers(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-Growth = GrowingFile
-ClipFile = ClipWriter

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.wire import CLOCK_RATE
 from server.errors import ApiError, not_found
-from server.library.mp4 import Growth
+from server.library.mp4 import GrowingFile
 from server.library.recording_writer import FilmFormat, Reason, RecordingWriter
 from server.library.store import Store, no_room
 from server.metrics import Metrics
@@ -113,7 +113,9 @@ class Recorder:
         except OSError as error:
             self._store.remove(id)
             raise no_room(error) from None
-        writer = self._writers[id] = RecordingWriter(format, fps, Growth(path), lambda: self._store.full, alpha=alpha)
+        writer = self._writers[id] = RecordingWriter(
+            format, fps, GrowingFile(path), lambda: self._store.full, alpha=alpha
+        )
         self._recordings[id] = recording
         self._metrics.recordings.inc()
         self._tasks[id] = asyncio.create_task(self._run(recording, writer), name=f"recording {id}")
@@ -138,7 +140,7 @@ class Recorder:
             _update_figures(recording, writer)
         return recording
 
-    def growth(self, recording: Recording) -> Growth | None:
+    def growth(self, recording: Recording) -> GrowingFile | None:
         """The growing file of a running recording; None for any other."""
         writer = self._writers.get(recording.id)
         return writer.growth if writer else None

@@ -189,6 +189,3 @@ def _write(
         else:
             assert isinstance(writer, WebmWriter)
             writer.add(frame, pts, matte)
-
-
-Tape = RecordingWriter

@@ -87,7 +87,6 @@ class StackedFrame:
 
 
 AnyFrame = Frame | StackedFrame
-Picture = AnyFrame
 
 
 Image.preinit()  # loads the JPEG encoder now; later there might be no free file descriptor for it
@@ -115,9 +114,6 @@ class PictureEncoder:
         frame.encode_period = frame.encode_period or (start, end)
         self._metrics.encode_seconds.labels(format).observe(end - start)
         return picture
-
-
-Encoder = PictureEncoder
 
 
 def encode_picture(frame: AnyFrame, format: PictureFormat) -> bytes:

@@ -17,13 +17,13 @@ from functools import partial
 
 from engine import wire
 from server.auth.keys import Key
-from server.backends.base import Backend, Lost
+from server.backends.base import Backend, EngineLost
 from server.config import Config
 from server.errors import ApiError, busy, shutting_down, stream_not_found
 from server.library.clip_maker import ClipMaker
 from server.library.recorder import Recorder
 from server.library.store import Store
-from server.media.frames import Encoder
+from server.media.frames import PictureEncoder
 from server.metrics import Metrics
 from server.streams import admission
 from server.streams.engine_link import EngineLink
@@ -56,7 +56,7 @@ class Registry:
         self.clips = ClipMaker(self.engine, self._store, metrics)
         self.recorder = Recorder(self._store, metrics)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="encoder")
-        self._services = Services(config, self.engine, Encoder(self._executor, metrics), metrics, tracing)
+        self._services = Services(config, self.engine, PictureEncoder(self._executor, metrics), metrics, tracing)
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._housekeeper: asyncio.Task[None] | None = None
@@ -288,7 +288,7 @@ class Registry:
             stream.on_engine_ready(models.get(stream.session.model), generation)
         self._admit()
 
-    def on_lost(self, lost: Lost) -> None:
+    def on_lost(self, lost: EngineLost) -> None:
         """Fail every stream, unless a new engine process is on its way."""
         if not lost.retrying:
             self._admission.set_costs({})

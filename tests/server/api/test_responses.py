@@ -10,7 +10,7 @@ from starlette.responses import FileResponse
 
 from server.api.responses import LongLivedResponse, film_response
 from server.errors import ApiError
-from server.library.mp4 import Growth
+from server.library.mp4 import GrowingFile
 from server.protocols import ABORT
 
 pytestmark = pytest.mark.anyio
@@ -67,25 +67,25 @@ async def test_a_response_ends_when_its_client_disconnects() -> None:
 
 
 @pytest.fixture
-def growing(tmp_path: Path) -> Callable[[bytes], Growth]:
+def growing(tmp_path: Path) -> Callable[[bytes], GrowingFile]:
     """A file with this content that may still grow."""
 
-    def make(content: bytes) -> Growth:
+    def make(content: bytes) -> GrowingFile:
         path = tmp_path / "film"
         path.write_bytes(content)
-        growth = Growth(path)
+        growth = GrowingFile(path)
         growth.grow(len(content))
         return growth
 
     return make
 
 
-def download(growth: Growth) -> Any:
+def download(growth: GrowingFile) -> Any:
     return film_response("video", growth.path, growth, "video/mp4", "a.mp4")
 
 
 @pytest.mark.parametrize("whole", [True, False])
-async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], Growth], whole: bool) -> None:
+async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], GrowingFile], whole: bool) -> None:
     growth, client = growing(b"abc"), Client()
     request = asyncio.create_task(client.get(download(growth)))
     while client.body != b"abc":
@@ -100,7 +100,7 @@ async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], Grow
     assert client.aborted != whole
 
 
-async def test_a_file_that_was_never_begun_is_not_found(growing: Callable[[bytes], Growth]) -> None:
+async def test_a_file_that_was_never_begun_is_not_found(growing: Callable[[bytes], GrowingFile]) -> None:
     growth = growing(b"")
     growth.end(complete=False)
     with pytest.raises(ApiError) as caught:
