@@ -143,7 +143,7 @@ class Release(Message, frozen=True):
 
 
 class Serve(Message, frozen=True):
-    """For a spare, once: the engine before it is lost. It loads what is not loaded yet, and answers with `Ready`."""
+    """For a standby, once: the engine before it is lost. It loads what is not loaded yet, and answers with `Ready`."""
 
 
 class Shutdown(Message, frozen=True):
@@ -162,7 +162,7 @@ class Ready(Message, frozen=True):
 
 
 class Waiting(Message, frozen=True):
-    """A spare has prepared what it may, and waits for `Serve`; until then it says no more than that it lives."""
+    """A standby has prepared what it may, and waits for `Serve`; until then it says no more than that it lives."""
 
     warm: bool
     """Whether everything is loaded and warm, so that `Ready` follows at once. On a GPU it is not: see `--spare`."""
