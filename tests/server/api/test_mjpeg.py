@@ -77,7 +77,9 @@ async def test_a_paused_stream_repeats_its_picture(run_gateway: Any, monkeypatch
     monkeypatch.setattr(mjpeg, "REPEAT_SECONDS", 0.1)
     async with run_gateway() as gateway:
         stream = await gateway.live()
-        await gateway.until(lambda: gateway.stream_of(stream).audience.on_screen is not None)
+        # the first frame waits some seconds for a viewer: this one
+        async with gateway.http.stream("GET", f"/v1/streams/{stream['id']}/mjpeg"):
+            await gateway.until(lambda: gateway.stream_of(stream).audience.on_screen is not None)
         await gateway.patch(stream, paused=True)
         async with gateway.http.stream("GET", f"/v1/streams/{stream['id']}/mjpeg") as response:
             found = await parts(response, 12)
