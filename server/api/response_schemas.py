@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.schemas import MatteObject, PromptChange
+from server.api.schemas import MatteObject, PromptChange, ScheduledPrompt
 
 StateName = Literal["queued", "starting", "live", "paused", "ended", "failed"]
 
@@ -50,6 +50,7 @@ class StreamObject(BaseModel):
     state: StateName
     model: str
     prompt: str
+    prompts: list[ScheduledPrompt] = Field(description="Prompts that are still to come.")
     ignored_words: list[str] | None = IGNORED_WORDS
     seed: int
     width: int | None

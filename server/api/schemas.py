@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,7 +16,6 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -44,6 +43,8 @@ REQUIREMENTS = {
     "image": f"{WANTED}: a data URL in JSON, a file in a form",
     "transition": "one of soft, recache, cut",
     "paused": "true or false",
+    "prompts": f"a list of at most {MAX_CHANGES} objects of `at_s`, `prompt` and `transition`, `at_s` rising",
+    "at_s": f"a number of seconds from 0 to {MAX_DURATION_SECONDS}",
     "mode": "chroma or luma",
     "color": "a colour such as #00b140",
     "tolerance": "a number from 0 to 1",
@@ -149,6 +150,47 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+At = Annotated[float, Field(strict=True, ge=0, le=MAX_CLIP_SECONDS, allow_inf_nan=False)]
+
+
+class PromptChange(Request):
+    """A change of the prompt within a clip."""
+
+    at_s: At = Field(
+        description="Seconds from the start; the change takes effect at the chunk that begins nearest to it."
+    )
+    prompt: Prompt
+    transition: Transition = "recache"
+
+
+Later = Annotated[float, Field(strict=True, ge=0, le=MAX_DURATION_SECONDS, allow_inf_nan=False)]
+
+
+class ScheduledPrompt(Request):
+    """A change of the prompt at a given time of a stream."""
+
+    at_s: Later = Field(
+        description="Seconds of video from the start of the stream; the change takes effect at the chunk that begins "
+        "nearest to it."
+    )
+    prompt: Prompt
+    transition: Transition = "recache"
+
+
+C = TypeVar("C", bound=ScheduledPrompt | PromptChange)
+
+
+def check_rising(changes: list[C]) -> list[C]:
+    """Return `changes`. Raises `PydanticCustomError` if their times do not rise."""
+    times = [each.at_s for each in changes]
+    if times != sorted(set(times)):
+        raise PydanticCustomError("at_s_order", "`at_s` does not rise")
+    return changes
+
+
+Schedule = Annotated[list[ScheduledPrompt], Field(max_length=MAX_CHANGES), AfterValidator(check_rising)]
+
+
 class CreateStream(Request):
     """A stream to open."""
 
@@ -163,35 +205,19 @@ class CreateStream(Request):
         description=f"Image or clip that the video continues from: {WANTED}, as a data URL. Cropped to the model's "
         "proportions; of a clip, the last frames are used.",
     )
-
-
-At = Annotated[float, Field(strict=True, ge=0, le=MAX_CLIP_SECONDS, allow_inf_nan=False)]
-
-
-class PromptChange(Request):
-    """A change of the prompt within a clip."""
-
-    at_s: At = Field(
-        description="Seconds from the start; the change takes effect at the chunk that begins nearest to it."
+    prompts: Schedule = Field(
+        default=[],
+        description="How the prompt changes while the stream plays. The same seed and prompts give the same frames.",
     )
-    prompt: Prompt
-    transition: Transition = "recache"
 
 
 class VideoOptions(Request):
     """What OpenAI's API has no field for."""
 
     seed: Seed | None = Field(None, description="Random when absent.")
-    prompts: Annotated[list[PromptChange], Field(max_length=MAX_CHANGES)] = Field(
+    prompts: Annotated[list[PromptChange], Field(max_length=MAX_CHANGES), AfterValidator(check_rising)] = Field(
         default=[], description="How the prompt changes while the clip runs."
     )
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        times = [each.at_s for each in self.prompts]
-        if times != sorted(set(times)):
-            raise PydanticCustomError("at_s_order", "`at_s` does not rise")
-        return self
 
 
 class ImageReference(Request):
@@ -291,7 +317,7 @@ def body_schema(kind: type[Request], file: str) -> dict[str, Any]:
 
 
 class ChangeStream(Request):
-    """A change to a stream; at least one of `prompt` and `paused`."""
+    """A change to a stream; at least one of `prompt`, `prompts` and `paused`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -300,6 +326,10 @@ class ChangeStream(Request):
                 {
                     "required": ["paused"],
                     "properties": {"paused": {"type": "boolean"}, "transition": {"type": "null"}},
+                },
+                {
+                    "required": ["prompts"],
+                    "properties": {"prompts": {"type": "array"}, "transition": {"type": "null"}},
                 },
             ]
         }
@@ -312,6 +342,9 @@ class ChangeStream(Request):
         "default) keeps the scene, `cut` starts a new one. Only with `prompt`.",
     )
     paused: StrictBool | None = Field(None, description="Pause or resume playback.")
+    prompts: Schedule | None = Field(
+        None, description="Prompts that are still to come. They replace those that were scheduled; `[]` removes them."
+    )
 
 
 class ChangeLoras(Request):

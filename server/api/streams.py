@@ -1,6 +1,7 @@
 """Streams: create, list, change and end them; their mattes and tokens."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import HTTPConnection, Request
@@ -11,6 +12,7 @@ from server.api.forms import read_fields, read_image
 from server.api.response_schemas import StreamChanged, StreamList, StreamObject, TokenObject
 from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, with_token, ws_url
 from server.errors import ApiError
+from server.library.clip import Change
 from server.media.matte import Matte
 from server.streams.stream import Stream
 
@@ -18,7 +20,7 @@ from server.streams.stream import Stream
 async def create_stream(request: Request, response: Response) -> dict[str, Any]:
     """Open a stream. It starts at once, or waits in the queue until the engine has capacity."""
     streams = streams_of(request)
-    fields, upload = await read_fields(request, "image", ("seed", "duration_s"))
+    fields, upload = await read_fields(request, "image", ("seed", "duration_s", "at_s"))
     body = schemas.read(schemas.CreateStream, fields)
     with idempotency.claim(request, "POST /v1/streams", body.model_dump(), upload or b"") as claim:
         if claim.made is None:
@@ -26,13 +28,21 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
             if upload is not None or body.image is not None:
                 picture = await read_image(streams, streams.model_info(body.model), upload, body.image)
             key = principal_of(request).key
-            stream = streams.open(body.prompt, body.model, body.seed, body.duration_s, picture, key=key)
+            prompts = changes_of(body.prompts)
+            stream = streams.open(
+                body.prompt, body.model, body.seed, body.duration_s, picture, prompts=prompts, key=key
+            )
             claim.made = stream.session.id
         else:
             stream = streams.get(claim.made)
             response.headers.update(idempotency.REPLAYED)
     response.headers["Location"] = f"/v1/streams/{stream.session.id}"
     return stream_object(request, stream)
+
+
+def changes_of(prompts: Sequence[schemas.ScheduledPrompt]) -> list[Change]:
+    """The changes that a request schedules."""
+    return [Change(each.at_s, each.prompt, each.transition) for each in prompts]
 
 
 async def list_streams(request: Request) -> dict[str, Any]:
@@ -55,9 +65,10 @@ async def change_stream(request: Request, id: str, body: schemas.ChangeStream) -
         raise ApiError(
             400, "missing_field", "`transition` says how to get to a new prompt: send `prompt` too.", param="prompt"
         )
-    if body.prompt is None and body.paused is None:
-        raise ApiError(400, "nothing_to_change", "Send at least one of `prompt` and `paused`.")
-    chunk = await stream.change(body.prompt, body.transition, body.paused)
+    if body.prompt is None and body.paused is None and body.prompts is None:
+        raise ApiError(400, "nothing_to_change", "Send at least one of `prompt`, `prompts` and `paused`.")
+    prompts = None if body.prompts is None else changes_of(body.prompts)
+    chunk = await stream.change(body.prompt, body.transition, body.paused, prompts)
     return {**stream_object(request, stream), "chunk_index": chunk}
 
 

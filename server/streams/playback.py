@@ -213,10 +213,22 @@ class Playback:
         self._stalled_since = due
         return StallBegan(self.shown)
 
-    def grant(self, now: float) -> Grant | None:
+    @property
+    def next_length(self) -> int:
+        """Frames of the next chunk to arrive, unless it begins a new scene."""
+        return self._chunk_frames if self._next_chunk else self._first_chunk_frames
+
+    @property
+    def granted_frames(self) -> int:
+        """Frames that have arrived, or belong to chunks that the engine may be generating."""
+        chunks = max(0, self._granted - self._next_chunk)
+        return self.received + (self.next_length + (chunks - 1) * self._chunk_frames if chunks else 0)
+
+    def grant(self, now: float, *, one_chunk: bool = False) -> Grant | None:
         """The chunks that the engine may generate; None if it has been told the same before.
 
-        A paused stream grants nothing but its first chunks, without which there is no frame to pause on.
+        With `one_chunk` never more than the next one, so that something can be told the engine between two chunks. A
+        paused stream grants nothing but its first chunks, without which there is no frame to pause on.
         """
         if self.complete or (self.paused and self.received):
             return None
@@ -225,6 +237,8 @@ class Playback:
         while start <= self.shown + min(lead, MAX_LEAD_CHUNKS * self._chunk_frames):
             start += self._chunk_frames if start else self._first_chunk_frames
             limit += 1
+        if one_chunk:
+            limit = min(limit, self._next_chunk + 1)
         limit = max(limit, self._granted)
         if limit == self._granted and not self._due_moved:
             return None

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -20,6 +20,7 @@ from server.auth.keys import Key
 from server.backends.base import Backend, EngineLost
 from server.config import Config
 from server.errors import ApiError, busy, shutting_down, stream_not_found
+from server.library.clip import Change
 from server.library.clip_maker import ClipMaker
 from server.library.recorder import Recorder
 from server.library.store import Store
@@ -171,9 +172,12 @@ class Registry:
         duration_s: float | None,
         picture: bytes = b"",
         *,
+        prompts: Sequence[Change] = (),
         key: Key | None = None,
     ) -> Stream:
         """Create a stream, which starts when the engine has room for it. `picture` is as in `wire.Open`.
+
+        `prompts` are scheduled changes, `at_s` rising.
 
         Owners of keys share the engine fairly, and each key limits how many streams its owner may have at once. Raises
         `ApiError` if the owner has as many, or the queue is full.
@@ -198,6 +202,7 @@ class Registry:
         )
         if info := self.engine.models.get(session.model):
             stream.configure(info)
+        stream.schedule(prompts)
         self._admit()
         return stream
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from server.auth.keys import Key
 from server.backends.base import EngineEvent, EngineLost
 from server.config import Config
 from server.errors import ApiError, engine_unavailable, stream_ended
+from server.library.clip import Change
 from server.library.recorder import Recorder, Recording
 from server.library.recording_writer import FilmFormat
 from server.media.frames import PictureEncoder
@@ -28,9 +29,10 @@ from server.streams.admission import QueuePosition
 from server.streams.audience import Audience
 from server.streams.engine_link import EngineLink
 from server.streams.playback import Arrival, Playback
-from server.streams.player import Player, PromptChange
+from server.streams.player import Player
 from server.streams.quality import Quality
 from server.streams.session import Event, PauseReason, Session, State
+from server.streams.steering import Steering
 from server.streams.vocabulary import ignored_words
 from server.tracing import Chunks, Tracing
 
@@ -49,27 +51,6 @@ class Services:
     encoder: PictureEncoder
     metrics: Metrics
     tracing: Tracing
-
-
-@dataclass(frozen=True, slots=True)
-class _Steer:
-    """A prompt change that has no frame yet."""
-
-    prompt: str
-    transition: wire.Transition
-    asked_at: float
-    chunk: asyncio.Future[int]
-    """Becomes the index of the first chunk under the new prompt."""
-
-    def accept(self, chunk: int) -> None:
-        """The change takes effect with this chunk. Safe to call again."""
-        if not self.chunk.done():
-            self.chunk.set_result(chunk)
-
-    def reject(self, error: ApiError) -> None:
-        """The change will never take effect, unless it was accepted before."""
-        if not self.chunk.done():
-            self.chunk.set_exception(error)
 
 
 class Stream:
@@ -120,9 +101,7 @@ class Stream:
         """The engine process that held the stream has died, and no other holds it yet."""
         self._paused_by_client = False
         self._paused_unwatched = False
-        self._steers: dict[int, _Steer] = {}
-        """By number: the prompt changes that have no frame yet."""
-        self._steer_numbers = itertools.count(1)
+        self._steering = Steering(session.id, services.engine.send)
         self._chunks = Chunks(services.tracing, session.id)
 
     @property
@@ -144,6 +123,7 @@ class Stream:
             "state": session.state.value,
             "model": session.model,
             "prompt": session.prompt,
+            "prompts": msgspec.to_builtins(self._steering.scheduled),
             "ignored_words": ignored_words(self._services.engine.models.get(session.model), session.prompt),
             "seed": session.seed,
             "width": session.width,
@@ -174,13 +154,22 @@ class Stream:
 
     # what clients ask for
 
-    async def change(self, prompt: str | None, transition: wire.Transition | None, paused: bool | None) -> int:
+    async def change(
+        self,
+        prompt: str | None,
+        transition: wire.Transition | None,
+        paused: bool | None,
+        prompts: Sequence[Change] | None = None,
+    ) -> int:
         """Change the prompt, pause or resume; returns the index of the chunk where the change takes effect.
 
-        Raises `ApiError` if the stream is over, or the engine refuses the prompt or does not answer in time.
+        `prompts` replaces the changes that are scheduled. Raises `ApiError` if the stream is over, or the engine
+        refuses the prompt or does not answer in time.
         """
         if self.session.state.over:
             raise stream_ended(self.session.ended_reason)
+        if prompts is not None:
+            self.schedule(prompts)
         chunk = self.playback.chunk_on_screen if self.playback else 0
         if prompt is not None:
             chunk = await self._steer(prompt, transition or "recache")
@@ -188,6 +177,15 @@ class Stream:
             self.audience.touch()  # whoever resumes a stream wants it to play for a while, watched or not
             self._set_paused(by_client=paused, unwatched=False)
         return chunk
+
+    def schedule(self, changes: Sequence[Change]) -> None:
+        """Replace the prompt changes that are scheduled. Raises `ApiError` if one lies in what is generated."""
+        playback = self.playback
+        earliest = playback.granted_frames / playback.fps if playback else 0.0
+        if changes and changes[0].at_s < earliest:
+            message = f"`prompts[0].at_s` must be at least {earliest:.3f}: the video before it is being generated."
+            raise ApiError(409, "at_s_passed", message, param="prompts[0].at_s")
+        self._steering.schedule(changes)
 
     async def attach(self, viewer: Viewer, ws_url: str | None = None) -> None:
         """Add a viewer: it gets the frame on screen first, or the next keyframe, and then everything as it happens.
@@ -322,7 +320,7 @@ class Stream:
         self._services.engine.close(self.session.id)
         self.audience.publish(events)
         self.audience.close(self._close_code)
-        self._reject_steers()
+        self._steering.reject_all(stream_ended(self.session.ended_reason))
         self.context.copy().run(self._chunks.over)
         self._picture = b""
         if self.player is not None:
@@ -343,10 +341,9 @@ class Stream:
         playback = player.playback
         if session.state.over or engine.is_open(session.id) or not engine.health().ready:
             return  # `on_engine_ready` comes back to this
-        if self._steers:
-            newest = max(self._steers)
-            session.prompt = self._steers[newest].prompt
-            self._apply_steers(newest, playback.next_chunk, playback.received)
+        if newest := self._steering.newest():
+            number, session.prompt = newest
+            self._apply_steers(number, playback.next_chunk, playback.received)
         message = wire.Open(
             stream=session.id,
             model=session.model,
@@ -376,9 +373,8 @@ class Stream:
             case wire.Frames():
                 self._on_frames(message, pixels)
             case wire.Steered():
-                if steer := self._steers.get(message.event):
-                    self.session.prompt = steer.prompt
-                    steer.accept(message.chunk)
+                if prompt := self._steering.accept(message.event, message.chunk):
+                    self.session.prompt = prompt
             case wire.Ended(reason="finished"):
                 self._complete()
                 self._wake()
@@ -388,8 +384,8 @@ class Stream:
                 logger.error("stream %s failed in the engine: %s: %s", self.session.id, message.code, message.message)
                 self.fail(message.code, message.message)
             case wire.Fault(event=int(number)):
-                if steer := self._steers.pop(number, None):
-                    steer.reject(ApiError(409, message.code, f"The engine refused the change: {message.message}"))
+                error = ApiError(409, message.code, f"The engine refused the change: {message.message}")
+                self._steering.reject(number, error)
             case EngineLost():
                 self._interrupted = True
                 text = "The engine failed and is being restarted; the stream goes on when it is back."
@@ -447,8 +443,12 @@ class Stream:
 
     def _grant(self) -> None:
         """Tell the engine how many chunks it may generate, if that has changed."""
-        engine, id = self._services.engine, self.session.id
-        if self.playback and engine.is_open(id) and (grant := self.playback.grant(time.monotonic())):
+        engine, id, playback, now = self._services.engine, self.session.id, self.playback, time.monotonic()
+        if playback is None or not engine.is_open(id):
+            return
+        if grant := playback.grant(now, one_chunk=self._steering.exclusive):
+            if grant.limit == playback.next_chunk + 1:  # the engine has not begun this chunk
+                self._steering.ask_due(playback.received, playback.next_length, playback.fps, now)
             engine.send(wire.Credit(id, grant.limit, grant.due_in))
 
     def _complete(self) -> None:
@@ -456,7 +456,7 @@ class Stream:
         if self.playback is not None:
             self.playback.finish()
         self._services.engine.close(self.session.id)
-        self._reject_steers(stream_ended("finished"))
+        self._steering.reject_all(stream_ended("finished"))
 
     # prompt changes
 
@@ -468,14 +468,10 @@ class Stream:
         if session.state is State.QUEUED:
             session.prompt = prompt
             return 0
-        number = next(self._steer_numbers)
-        chunk: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._steers[number] = _Steer(prompt, transition, time.monotonic(), chunk)
-        # While no engine holds the stream this is dropped: `_open` applies the change in the next one.
-        self._services.engine.send(wire.Steer(session.id, number, prompt, transition))
         try:
             async with asyncio.timeout(STEER_SECONDS):
-                return await chunk
+                # While no engine holds the stream, `_open` applies the change in the next one.
+                return await self._steering.ask(prompt, transition, time.monotonic())
         except TimeoutError:
             message = "The engine has not said yet when the change takes effect; it may still do so."
             raise ApiError(504, "engine_timeout", message) from None
@@ -483,16 +479,8 @@ class Stream:
     def _apply_steers(self, newest: int, chunk: int, first_frame: int) -> None:
         """Prompt change `newest`, and every older one, takes effect with this chunk and frame."""
         assert self.player is not None
-        for number in sorted(number for number in self._steers if number <= newest):
-            steer = self._steers.pop(number)
-            steer.accept(chunk)
-            change = PromptChange(steer.prompt, steer.transition, steer.asked_at, chunk)
+        for change in self._steering.apply(newest, chunk):
             self.player.announce(first_frame, change)
-
-    def _reject_steers(self, error: ApiError | None = None) -> None:
-        for steer in self._steers.values():
-            steer.reject(error or stream_ended(self.session.ended_reason))
-        self._steers.clear()
 
     # playback
 

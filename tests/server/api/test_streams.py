@@ -263,3 +263,52 @@ async def test_a_stream_asked_for_before_the_engine_is_up(run_gateway: Any) -> N
         assert (await gateway.get(stream))["width"] == 64
         ready = await gateway.http.get("/readyz")
         assert (ready.status_code, ready.json()) == (200, {"ready": True, "reason": "ready"})
+
+
+SCHEDULE = [
+    {"at_s": 0.5, "prompt": "a cube", "transition": "cut"},
+    {"at_s": 2.0, "prompt": "a cone", "transition": "recache"},
+]
+
+
+async def test_scheduled_prompts_take_effect_at_their_chunks(run_gateway: Any) -> None:
+    """As the prompts of a clip: at the chunk that begins nearest. Twice, and the frames are the same."""
+    async with run_gateway() as gateway:
+        films = []
+        for _ in range(2):
+            stream = await gateway.open(seed=3, duration_s=3, prompts=SCHEDULE)
+            assert stream["prompts"] == SCHEDULE
+            seen = await gateway.watch(stream, "?format=rgb24")
+            changes = [
+                (event["chunk_index"], event["prompt"], event["transition"]) for event in seen.of("prompt.applied")
+            ]
+            # After the cut a scene begins anew, with a first chunk of 9 frames: 0, 9, 18, 30 are the chunks' first.
+            assert changes == [(1, "a cube", "cut"), (3, "a cone", "recache")]
+            assert seen.of("stall") == []
+            films.append([bytes(data) for _, data in seen.frames])
+            assert (await gateway.get(stream))["prompts"] == []
+        assert films[0] == films[1]
+
+
+async def test_the_schedule_can_be_replaced_ahead_of_playback(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await gateway.live(prompts=[{"at_s": 600, "prompt": "never"}])
+        later = [{"at_s": 3.0, "prompt": "a cube", "transition": "soft"}]
+        assert (await gateway.patch(stream, prompts=later)).json()["prompts"] == later
+        passed = (await gateway.patch(stream, prompts=[{"at_s": 0.1, "prompt": "a cone"}])).json()["error"]
+        assert (passed["code"], passed["param"]) == ("at_s_passed", "prompts[0].at_s")
+        assert (await gateway.get(stream))["prompts"] == later
+        assert (await gateway.patch(stream, prompts=[])).json()["prompts"] == []
+        falling = await gateway.patch(stream, prompts=[{"at_s": 9, "prompt": "a"}, {"at_s": 8, "prompt": "b"}])
+        assert (falling.status_code, falling.json()["error"]["param"]) == (400, "prompts")
+        missing = await gateway.patch(stream, prompts=[{"at_s": 9}])
+        assert (missing.status_code, missing.json()["error"]["param"]) == (400, "prompts")
+
+
+async def test_a_schedule_outlives_an_engine(run_gateway: Any) -> None:
+    async with run_gateway() as gateway:
+        stream = await gateway.live(duration_s=3, prompts=[{"at_s": 2.0, "prompt": "a cone"}])
+        gateway.backend.crash()
+        seen = await gateway.watch(stream)
+        assert [event["prompt"] for event in seen.of("prompt.applied")] == ["a cone"]
+        assert seen.of("ended")[0]["reason"] == "finished"
