@@ -6,15 +6,13 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Protocol
 
+import ftfy
 import tokenizers
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _CANDIDATES = (("ies", "y"), ("es", ""), ("s", ""), ("ing", "e"), ("ing", ""), ("ed", "e"), ("ed", ""), ("ly", ""))
-_STRAIGHT = str.maketrans(
-    {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
-)
 
 
 class PromptTokenizer(Protocol):
@@ -94,25 +92,30 @@ class SentencePieceTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._eos = tokenizer, eos
+        # SentencePiece's rule for UMT5, nmt_nfkc, is NFKC; a tokenizer.json that transformers 5 wrote has lost it
+        normalizer = tokenizer.normalizer
+        self._lacks_nfkc = normalizer is None or normalizer.normalize_str("\u2460") != "1"
 
     def encode(self, text: str, length: int) -> list[int]:
         """Exactly `length` ids: the cleaned text, `</s>`, zeros. Longer texts are truncated; `</s>` is always kept."""
         if length < 1:
             raise ValueError(f"length must be positive, not {length}")
-        found: list[int] = self._tokenizer.encode(clean(text), add_special_tokens=False).ids
+        plain = clean(text)
+        if self._lacks_nfkc:
+            plain = unicodedata.normalize("NFKC", plain)
+        found: list[int] = self._tokenizer.encode(plain, add_special_tokens=False).ids
         # a prompt may contain the padding token's text, which would leave a gap in what the encoder reads
         ids = [*[token for token in found if token != 0][: length - 1], self._eos]
         return ids + [0] * (length - len(ids))
 
 
 def clean(text: str) -> str:
-    """Clean text as in Wan's training: HTML entities resolved twice, white space collapsed and stripped.
+    """Clean text as in Wan's training: `basic_clean` and `whitespace_clean` of Wan2.1's `wan/modules/tokenizers.py`.
 
-    The steps are `basic_clean` and `whitespace_clean` of diffusers' `pipeline_wan.py`. Those begin with ftfy, which
-    repairs wrongly decoded text; of ftfy's steps only straight quotes and NFC are done here.
+    ftfy mends wrongly decoded text, straightens quotes, removes control characters and composes accents (NFC); HTML
+    entities are resolved twice; white space, line ends and tabs among it, collapses and is stripped.
     """
-    plain = html.unescape(html.unescape(text)).translate(_STRAIGHT)
-    return " ".join(unicodedata.normalize("NFC", plain).split())
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _split(text: str) -> list[str]:

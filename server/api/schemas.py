@@ -1,7 +1,6 @@
 """Request bodies as pydantic models: strict types, unknown fields rejected, every limit in the schema."""
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,8 +34,8 @@ MAX_LORAS = 16
 MAX_STRENGTH = 4.0
 
 REQUIREMENTS = {
-    "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without control characters "
-    "other than tabs and line ends, which count as spaces",
+    "prompt": f"a non-empty string of at most {MAX_PROMPT_BYTES} bytes of UTF-8, without NUL and lone "
+    "surrogates; tabs and line ends count as spaces",
     "model": "the name of a model in /v1/models",
     "seed": f"an integer from 0 to {MAX_SEED}",
     "duration_s": f"a number of seconds above 0 and at most {MAX_DURATION_SECONDS}",
@@ -76,31 +75,36 @@ def integral(number: Any) -> Any:
 
 LINE_END = re.compile(r"\r\n|[\n\r\u2028\u2029]")
 """A line end; the last two are Unicode's separators of lines and paragraphs."""
+VISIBLE = r"[^\x00-\x1f\x7f-\x9f\s]"
+"""A character that is neither white space nor a control character: a prompt needs one."""
 
 
 def check_prompt(prompt: str) -> str:
-    """The prompt on one line: each tab and line end becomes a space, and what surrounds the text is stripped.
+    """The prompt on one line: each tab and line end becomes a space, and spaces around the text are stripped.
 
-    Raises `PydanticCustomError` if the prompt is empty, too long or has other control characters. One line end after
-    the text, which an editor adds to a file, does not count towards the length.
+    All else is the model's to clean: `\\x85` and `\\xa0` may be letters of wrongly decoded text, which it mends.
+
+    Raises `PydanticCustomError` if the prompt is empty or too long, or has a NUL or a lone surrogate. One line end
+    after the text, which an editor adds to a file, does not count towards the length.
     """
     if ending := re.search(f"(?:{LINE_END.pattern})\\Z", prompt):
         prompt = prompt[: ending.start()]
     prompt = LINE_END.sub(" ", prompt).replace("\t", " ")
-    for position, character in enumerate(prompt):
-        category = unicodedata.category(character)
-        if category in ("Cc", "Cs"):
-            what = "control character" if category == "Cc" else "lone surrogate"
-            raise PydanticCustomError(
-                "prompt_character",
-                "it has the {what} U+{code} at position {position}",
-                {"what": what, "code": f"{ord(character):04X}", "position": position},
-            )
+    if refused := re.search("[\x00\ud800-\udfff]", prompt):
+        raise PydanticCustomError(
+            "prompt_character",
+            "it has the {what} U+{code} at position {position}",
+            {
+                "what": "control character" if refused[0] == "\x00" else "lone surrogate",
+                "code": f"{ord(refused[0]):04X}",
+                "position": refused.start(),
+            },
+        )
     if (size := len(prompt.encode())) > MAX_PROMPT_BYTES:
         raise PydanticCustomError("prompt_too_long", "it has {size} bytes", {"size": size})
-    if not (prompt := prompt.strip()):
+    if not re.search(VISIBLE, prompt):
         raise PydanticCustomError("prompt_empty", "it is empty")
-    return prompt
+    return prompt.strip(" ")
 
 
 def printable(name: str) -> str:
@@ -123,9 +127,6 @@ def check_loras(loras: dict[str, float]) -> dict[str, float]:
     return loras
 
 
-PROMPT_CHARACTER = r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-"""For the JSON schema: tabs, line ends and whatever is no control character."""
-
 Prompt = Annotated[
     StrictStr,
     AfterValidator(check_prompt),
@@ -135,7 +136,7 @@ Prompt = Annotated[
         json_schema_extra={
             "minLength": 1,
             "maxLength": MAX_PROMPT_BYTES,
-            "pattern": rf"^{PROMPT_CHARACTER}*[^\x00-\x1f\x7f-\x9f\s]{PROMPT_CHARACTER}*$",
+            "pattern": rf"^[^\x00]*{VISIBLE}[^\x00]*$",
         },
     ),
 ]

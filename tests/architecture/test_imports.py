@@ -47,7 +47,7 @@ ALLOWED: dict[str, Rule] = {
     "engine.wire": rule("msgspec"),
     "engine.scheduler": rule(pure=True),
     "engine.models.config": rule("torch", pure=True),
-    "engine.models.tokenizer": rule("tokenizers"),
+    "engine.models.tokenizer": rule("ftfy tokenizers"),
     "engine.models.text_encoder": rule("torch transformers engine.models"),
     "engine.models": rule("torch engine.ops engine.models.config", pure=True),
     "engine.stream.steps": rule(pure=True),

@@ -63,7 +63,7 @@ def test_errors_are_shown(page: Any) -> None:
     play(page, "é" * 2500)
     assert "too long" in page.inner_text("#alert")
     # What only the server can know: a character that it refuses.
-    play(page, "a\u0001b")
+    play(page, "a\u0000b")
     state(page, "failed")
     assert "control character" in page.inner_text("#alert")
     assert page.inner_text("#message-title") == "That did not start"

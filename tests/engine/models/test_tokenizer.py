@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tokenizers import normalizers
 
 from engine.checkpoints.tokenizer import load_sentencepiece
 from engine.models.tokenizer import clean
@@ -57,7 +59,28 @@ def test_settings_in_the_file_and_spelled_padding_change_nothing(tokenizer_folde
         ("e\u0301", "\u00e9"),
         ("\u3000a\u00a0b", "a b"),
         ("", ""),
+        ("sch\u00c3\u00b6n", "sch\u00f6n"),  # UTF-8 that was read as Latin-1
+        ("\u00e2\u20ac\u0153good\u00e2\u20ac\u009d", '"good"'),  # and as Windows-1252
+        ("\u00c3\x85ngstr\u00c3\u00b6m, voil\u00c3\xa0", "\u00c5ngstr\u00f6m, voil\u00e0"),
+        ("\ufb01lm\x07 \x1b[31mred\x1b[0m", "film red"),
+        ("a\u2028b\x0cc\rd", "a b c d"),
+        ("\ufeffa\ud800", "a\ufffd"),
+        ("\u2460", "\u2460"),  # NFKC is the tokenizer's part
     ],
 )
 def test_cleaning(text: str, cleaned: str) -> None:
     assert clean(text) == cleaned
+    assert prompt_clean(text) == cleaned  # diffusers' copy of what Wan does
+
+
+def test_ids_are_those_of_the_nfkc_text(tokenizer_folder: Path) -> None:
+    """As SentencePiece's nmt_nfkc has it, whether the file still has that rule or not."""
+    text = "\u24d0 \u1d63\u1d49\u1d48 \U0001d41b\U0001d41a\U0001d425\U0001d425"
+    assert clean(text) == text
+    assert load_sentencepiece(tokenizer_folder).encode(text, 6) == [3, 4, 5, 1, 0, 0]
+    path = str(tokenizer_folder / "tokenizer.json")
+    for rule in (normalizers.NFKC(), normalizers.Replace("x", "y")):
+        theirs = tokenizers.Tokenizer.from_file(path)
+        theirs.normalizer = rule
+        theirs.save(path)
+        assert load_sentencepiece(tokenizer_folder).encode(text, 6) == [3, 4, 5, 1, 0, 0]
