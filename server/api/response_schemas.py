@@ -150,9 +150,10 @@ class RecordingObject(BaseModel):
     ended_at: float | None
     expires_at: float | None = Field(description="When the recording is deleted; null until it has ended.")
     ended_reason: (
-        Literal["stopped", "stream_ended", "storage_full", "too_slow", "failed", "server_restarted"] | None
+        Literal["stopped", "stream_ended", "storage_full", "too_slow", "failed", "server_restarted", "file_removed"]
+        | None
     ) = Field(description="Why it ended. A completed recording is a whole film whatever the reason.")
-    frames: int
+    frames: int = Field(description="Frames recorded so far; after the end, those of the file.")
     frames_lost: int = Field(
         description="Frames that were shown but not recorded, because the encoder could not keep up."
     )

@@ -5,6 +5,7 @@ frames.
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from pathlib import Path
@@ -14,10 +15,13 @@ import msgspec
 
 from engine.wire import CLOCK_RATE
 from server.errors import ApiError, not_found
+from server.library.films import Film, FilmFormat, repair
 from server.library.mp4 import GrowingFile
-from server.library.recording_writer import FilmFormat, Reason, RecordingWriter
+from server.library.recording_writer import Reason, RecordingWriter
 from server.library.store import Store, no_room
 from server.metrics import Metrics
+
+logger = logging.getLogger("livereel.store")
 
 PREFIX = "rec_"
 MAX_RUNNING = 32
@@ -57,8 +61,8 @@ class Recording(msgspec.Struct, kw_only=True):
         return f".{self.format}"
 
     def finish(self, reason: Reason | Literal["server_restarted"], now: float, keep_seconds: float) -> None:
-        """End the recording, which is kept for `keep_seconds`. It has failed if it has no frames."""
-        self.status = "completed" if self.size and reason != "failed" else "failed"
+        """End the recording, which is kept for `keep_seconds`. It has failed if its file has no frames."""
+        self.status = "completed" if self.frames else "failed"
         self.reason, self.ended_at, self.expires_at = reason, now, now + keep_seconds
 
 
@@ -78,8 +82,8 @@ class Recorder:
         for id, recording in self._store.records(PREFIX, Recording):
             self._recordings[id] = recording
             if recording.status == "recording":
-                path = self._store.path(id, recording.suffix)
-                recording.size = path.stat().st_size if path.exists() else 0
+                film = self._repair(recording)
+                recording.frames, recording.seconds, recording.size = film.frames, film.seconds, film.size
                 recording.finish("server_restarted", time.time(), self._store.keep_seconds)
                 self._store.update_record(id, recording)
 
@@ -120,6 +124,13 @@ class Recorder:
         self._metrics.recordings.inc()
         self._tasks[id] = asyncio.create_task(self._run(recording, writer), name=f"recording {id}")
         return recording, writer
+
+    def _repair(self, recording: Recording) -> Film:
+        try:
+            return repair(self.path(recording), recording.format)
+        except OSError as error:
+            logger.error("the film of %s cannot be read: %s", recording.id, error)
+            return Film()
 
     async def _run(self, recording: Recording, writer: RecordingWriter) -> None:
         reason = await writer.run()
@@ -206,5 +217,8 @@ def recording_object(recording: Recording) -> dict[str, Any]:
 
 
 def _update_figures(recording: Recording, writer: RecordingWriter) -> None:
+    """What is recorded so far; after the end, what the file holds."""
     recording.frames, recording.lost, recording.size = writer.frames, writer.lost, writer.growth.size
     recording.seconds = (writer.ended_at - writer.began_at) / CLOCK_RATE
+    if writer.film and writer.film.frames != writer.frames:
+        recording.frames, recording.seconds = writer.film.frames, writer.film.seconds

@@ -6,6 +6,7 @@ restarted server finds what it has. Ids are made by the server, so no file name 
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -53,6 +54,11 @@ def remove_abandoned() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether this is the kernel's refusal to let a file grow: a full disk, a quota, or a limit of file sizes."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_room(error: OSError) -> ApiError:

@@ -1,5 +1,5 @@
-"""Builds fragmented MP4 with one H.264 track: an init segment, then fragments of one or more frames, and in files an
-index of keyframes at the end. All functions are pure.
+"""Builds and reads fragmented MP4 with one H.264 track: an init segment, then fragments of one or more frames, and in
+files an index of keyframes at the end. All functions are pure.
 
 Sources: ISO/IEC 14496-12 for the boxes, 14496-15 for `avcC`, and the byte stream format of Media Source Extensions for
 what browsers require. Times are in 1/90000 s.
@@ -72,6 +72,25 @@ def init_segment(sps: bytes, pps: bytes, width: int, height: int, duration: int 
     return _box("ftyp", b"isom", struct.pack("!I", 0x200), b"isomiso5avc1mp41") + _box("moov", mvhd, trak, mvex)
 
 
+def state_duration(init: bytes, duration: int) -> bytes:
+    """An init segment whose duration is unknown, with this duration; empty if `init_segment` has not made it."""
+    try:
+        at = init.index(b"avcC") + 4 + 6  # after the version, profile, level, and number of SPS
+        sps, at = _sized(init, at)
+        pps, _ = _sized(init, at + 1)
+        width, height = (side >> 16 for side in struct.unpack_from("!2I", init, init.index(b"tkhd") + 4 + 76))
+        known = init_segment(sps, pps, width, height) == init
+    except (ValueError, IndexError, struct.error):
+        return b""
+    return init_segment(sps, pps, width, height, duration) if known else b""
+
+
+def _sized(data: bytes, at: int) -> tuple[bytes, int]:
+    """The bytes whose 16-bit length is at `at`, and where they end."""
+    (size,) = struct.unpack_from("!H", data, at)
+    return data[at + 2 : at + 2 + size], at + 2 + size
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One frame, with length-prefixed NAL units."""
@@ -101,6 +120,19 @@ def fragment(number: int, time: int, samples: Sequence[Sample]) -> bytes:
     trun = _full_box("trun", 0, fields, struct.pack("!Ii", len(samples), size_of_moof + 8), *entries)
     moof = _box("moof", _full_box("mfhd", 0, 0, struct.pack("!I", number)), _box("traf", tfhd, tfdt, trun))
     return moof + _box("mdat", *(each.data for each in samples))
+
+
+def read_fragment(moof: bytes) -> tuple[int, list[int], bool]:
+    """Time of the first frame, duration of each, and whether the first is a keyframe, from a `moof` of `fragment`;
+    no frames if it is none."""
+    try:
+        (time,) = struct.unpack_from("!Q", moof, moof.index(b"tfdt") + 8)
+        at = moof.index(b"trun") + 8
+        (count,) = struct.unpack_from("!I", moof, at)
+        entries = list(struct.iter_unpack("!III", moof[at + 8 : at + 8 + 12 * count]))
+    except (ValueError, struct.error):
+        return 0, [], False
+    return time, [duration for duration, _, _ in entries], bool(entries) and entries[0][2] == KEY_FLAGS
 
 
 def index(keyframes: Sequence[tuple[int, int]]) -> bytes:

@@ -18,8 +18,8 @@ from server.backends.base import EngineEvent, EngineLost
 from server.config import Config
 from server.errors import ApiError, engine_unavailable, stream_ended
 from server.library.clip import Change
+from server.library.films import FilmFormat
 from server.library.recorder import Recorder, Recording
-from server.library.recording_writer import FilmFormat
 from server.media.frames import PictureEncoder
 from server.media.h264 import level_idc
 from server.media.matte import Matte

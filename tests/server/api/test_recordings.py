@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from server.backends.fake import FakeBackend
-from server.library.recording_writer import FilmFormat
+from server.library.films import FilmFormat
 from server.media import broadcast
 from server.media.encoder import VideoEncoder
 from server.media.matte import Matte
 from server.streams.stream import Stream
+from tests.server.library.disk import full_at
 
 pytestmark = pytest.mark.anyio
 FORMATS: list[FilmFormat] = ["mp4", "webm"]
@@ -317,8 +319,49 @@ async def test_a_disk_that_is_full_ends_it_with_what_there_is(run_gateway: Any, 
         made = await record(gateway, stream)
         finished = await done(gateway, made)
         assert (finished["status"], finished["ended_reason"]) == ("completed", "storage_full")
-        assert len(frames(await film(gateway, made))) > 0
+        assert len(frames(await film(gateway, made))) == finished["frames"] > 0
         assert (await gateway.get(stream))["state"] == "live"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+async def test_a_disk_that_the_kernel_calls_full_leaves_a_film_and_a_free_slot(
+    run_gateway: Any, tmp_path: Path, format: str
+) -> None:
+    async with run_gateway(data=tmp_path / "data") as gateway:
+        stream = await gateway.open()
+        with full_at(3_000):
+            made = await record(gateway, stream, format)
+            finished = await done(gateway, made)
+            stopped = await gateway.http.post(f"/v1/recordings/{made['id']}/stop")
+        assert stopped.json() == finished == await get(gateway, made)
+        assert (finished["status"], finished["ended_reason"]) == ("completed", "storage_full")
+        data = await film(gateway, made)
+        assert len(data) == finished["bytes"] <= 3_000
+        assert finished["frames"] == len(frames(data)) > 0
+        assert finished["duration_s"] == pytest.approx(finished["frames"] / 16, abs=0.001)
+        assert not gateway.streams.recorder._writers and (await gateway.get(stream))["state"] == "live"
+    async with run_gateway(data=tmp_path / "data") as gateway:
+        assert await get(gateway, made) == finished
+
+
+@pytest.mark.parametrize("format", FORMATS)
+async def test_a_killed_server_loses_a_second_of_its_films(run_gateway: Any, tmp_path: Path, format: str) -> None:
+    killed = tmp_path / "killed"
+    async with run_gateway(data=tmp_path / "data") as gateway:
+        stream = await gateway.open()
+        made = await record(gateway, stream, format)
+        await gateway.until(lambda: gateway.streams.recorder.get(made["id"]).frames > 50, 20)
+        recorded = gateway.streams.recorder.get(made["id"]).frames
+        shutil.copytree(tmp_path / "data", killed)  # as SIGKILL would leave it
+        killed.chmod(0o700)
+    async with run_gateway(data=killed) as gateway:
+        finished = await get(gateway, made)
+        assert (finished["status"], finished["ended_reason"]) == ("completed", "server_restarted")
+        data = await film(gateway, made)
+        assert finished["frames"] == len(frames(data)) >= recorded - 24
+        assert finished["bytes"] == len(data)
+        with av.open(io.BytesIO(data)) as container:
+            assert container.duration == pytest.approx(1e6 * finished["duration_s"], abs=1e3)
 
 
 async def test_recordings_of_others_do_not_exist(run_gateway: Any, holders: Any, tmp_path: Path) -> None:
