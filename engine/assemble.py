@@ -8,14 +8,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints import store
-from engine.checkpoints.tokenizer import load_tokenizer
+from engine.checkpoints import store, tokenizer, wan
 from engine.config import PRESETS, Preset, TextFormat, TextPlacement
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
 from engine.models.light_vae import LightDecoder
 from engine.models.text_encoder import TextEncoder
-from engine.models.tokenizer import Tokenizer
+from engine.models.tokenizer import PromptTokenizer, Tokenizer
 from engine.models.vae import CausalVAE
 from engine.offload.text import place_text_encoder
 from engine.pipeline import Pipeline
@@ -82,34 +81,31 @@ def assemble(
     device = device or best_device()
     speed = speed or fastest_exact(device)
     loader = _open_store(preset, weights, dtype or best_dtype(device))
+    loader.require("text_encoder", "dit", "statistics", tokenizer.FILE, "vae" if decoder == "full" else "light_vae")
 
-    text = loader.load("text_encoder", lambda: TextEncoder(preset.text))
+    on_device = text_encoder == "resident" and text_weights is None
+    text = loader.load("text_encoder", lambda: TextEncoder(preset.text), device if on_device else torch.device("cpu"))
     if text_weights is not None:
         quantise_weights(text, text_weights)
     encoder = place_text_encoder(text, text_encoder, device)
-    dit = loader.load("dit", lambda: CausalWan(preset.dit)).to(device)
-    statistics = loader.statistics()
+    dit = loader.load("dit", lambda: CausalWan(preset.dit), device)
+    statistics = loader.statistics(preset.vae.latent_channels)
     # a store for the light decoder may lack the VAE; no stream can then start from a picture
-    needs_vae = decoder == "full" or loader.holds("vae")
-    vae = loader.load("vae", lambda: CausalVAE(preset.vae)).to(device) if needs_vae else None
+    vae = loader.load("vae", lambda: CausalVAE(preset.vae), device) if loader.weights.shapes("vae") else None
     decoding: Decoder
     if decoder == "full":
         assert vae is not None
         decoding = FullDecoding(vae, statistics)
     else:
-        light = loader.load("light_vae", lambda: LightDecoder(preset.light_vae)).to(device)
+        light = loader.load("light_vae", lambda: LightDecoder(preset.light_vae), device)
         light.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         decoding = LightDecoding(light, statistics)
-    try:
-        tokenizer = load_tokenizer(loader.folder)
-    except ValueError as error:
-        raise store.StoreError(str(error)) from None
 
     served = accelerate(dit, decoding, preset, speed, keep_on_host=loras)
     for line in device_notes(served.policy, speed, device):
         print(f"engine: {line}", flush=True)
     pictures = None if vae is None else PictureEncoding(vae, statistics)
-    pipeline = Pipeline(preset, tokenizer, encoder, served, pictures)
+    pipeline = Pipeline(preset, loader.tokenizer(), encoder, served, pictures)
     if speed.fixed_scales:
         calibrate(served, preset, [pipeline.encode_prompt(prompt) for prompt in PROMPTS])
     return pipeline
@@ -122,44 +118,55 @@ def _open_store(preset: Preset, weights: Path | None, dtype: torch.dtype) -> "_L
             f"the weights of {preset.name} are not part of Livereel: give the folder that "
             f"`python -m engine convert {preset.name}` wrote as --weights"
         )
-    return _Loader(preset.name, folder, dtype, store.load(folder))
+    return _Loader(preset.name, dtype, store.open_store(folder))
 
 
 @dataclass(frozen=True)
 class _Loader:
-    """The tensors of a store, which networks take out of it."""
+    """Takes networks out of a store."""
 
     preset: str
-    folder: Path
     dtype: torch.dtype
-    tensors: dict[str, Tensor]
+    weights: store.Store
 
-    def holds(self, component: str) -> bool:
-        return any(key.startswith(component + ".") for key in self.tensors)
-
-    def load(self, component: str, network: Callable[[], T]) -> T:
-        """The network on the CPU, with its weights in `dtype`."""
-        prefix = component + "."
-        own = {key.removeprefix(prefix): self.tensors.pop(key) for key in list(self.tensors) if key.startswith(prefix)}
-        if not own:
+    def require(self, *parts: str) -> None:
+        """Raises StoreError, before any file is read, unless the store has all these components and text files."""
+        there = {*self.weights.components(), *self.weights.texts()}
+        if missing := [part for part in parts if part not in there]:
             raise store.StoreError(
-                f"{self.folder} holds no {component}, which {self.preset} needs: convert its weights too"
+                f"{self.weights.folder} holds no {', no '.join(missing)}, which {self.preset} needs: convert its "
+                f"weights again, from all of its networks"
             )
+
+    def load(self, component: str, network: Callable[[], T], device: torch.device) -> T:
+        """The network on `device`, with its weights in `dtype`."""
         with torch.device("meta"):
             module = network()
-        try:
-            module.load_state_dict(own, assign=True)
-        except RuntimeError as error:
-            raise store.StoreError(f"weights in {self.folder} do not fit preset {self.preset}: {error}") from None
+        tensors = self._read(
+            component, {name: tuple(value.shape) for name, value in module.state_dict().items()}, device
+        )
+        module.load_state_dict(tensors, assign=True)
         return module.to(dtype=self.dtype).requires_grad_(False).eval()
 
-    def statistics(self) -> LatentStatistics:
-        if not {"statistics.mean", "statistics.std"} <= self.tensors.keys():
+    def statistics(self, channels: int) -> LatentStatistics:
+        tensors = self._read("statistics", {"mean": (channels,), "std": (channels,)}, torch.device("cpu"))
+        return LatentStatistics(tuple(tensors["mean"].tolist()), tuple(tensors["std"].tolist()))
+
+    def _read(self, component: str, expected: dict[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        if differences := wan.compare(expected, self.weights.shapes(component)):
             raise store.StoreError(
-                f"{self.folder} holds no latent statistics, which {self.preset} needs: convert its weights again"
+                f"weights in {self.weights.folder} do not fit preset {self.preset}: {component}: "
+                + "; ".join(wan.sentences(differences))
             )
-        mean, std = (tuple(self.tensors[f"statistics.{part}"].tolist()) for part in ("mean", "std"))
-        return LatentStatistics(mean, std)
+        return self.weights.read(component, device)
+
+    def tokenizer(self) -> PromptTokenizer:
+        try:
+            return tokenizer.parse_tokenizer(
+                self.weights.read_text(tokenizer.FILE), self.weights.folder / tokenizer.FILE
+            )
+        except ValueError as error:
+            raise store.StoreError(str(error)) from None
 
 
 def device_notes(policy: Policy, speed: Speed, device: torch.device) -> Iterator[str]:

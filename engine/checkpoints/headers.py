@@ -141,7 +141,12 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
             )
         if length > MAX_HEADER:
             raise StoreError(f"{path} has a header of {length} bytes, more than the {MAX_HEADER} that are read")
-        content = _json_object(file.read(length), path)
+        return parse_header(file.read(length), size, path)
+
+
+def parse_header(header: bytes, size: int, path: Path) -> dict[str, Entry]:
+    """The tensors that a header lists, for a file of `size` bytes. Raises as `read_header` does."""
+    length, content = len(header), _json_object(header, path)
     entries, ranges = {}, []
     for name, value in content.items():
         if name == "__metadata__":

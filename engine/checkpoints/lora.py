@@ -105,7 +105,8 @@ def read(folder: Path, name: str, shapes: Shapes) -> Lora:
     try:
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            # copied, since the file may change later: what safe_open returns is mapped from it
+            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
         config = path.with_name(PEFT_CONFIG)
         if path.name == PEFT_FILE and config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))

@@ -1,29 +1,31 @@
 """The native store: a folder of safetensors files and a manifest with the name and hash of each file.
 
-All files are verified before any of them is loaded. Matrices may be stored as int8 with one scale per output row
-(`NAME` and `NAME_scale`), so that the embedded model fits into the repository.
+Each file is read once, into memory of its own: what was hashed is what is used, so whatever is written over the file
+later changes nothing. Matrices may be stored as int8 with one scale per output row (`NAME` and `NAME_scale`), so that
+the embedded model fits into the repository.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.checkpoints.headers import StoreError
+from engine.checkpoints import headers
+from engine.checkpoints.headers import Entry, StoreError
 from engine.checkpoints.sources import MANIFEST
 from engine.ops.quant import QuantTensor, quantise
 
-__all__ = ["MANIFEST", "StoreError", "StoredTensor", "Writer", "load", "save", "verify"]
+__all__ = ["MANIFEST", "Store", "StoreError", "StoredTensor", "Writer", "load", "open_store", "save", "verify"]
 
+T = TypeVar("T")
 SHARD_BYTES = 15 << 20
 """The largest file that the repository accepts."""
 DTYPES = {
@@ -40,55 +42,203 @@ DTYPES = {
 }
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+BLOCK = 1 << 20
+"""Bytes that are read and hashed at once: few enough to be hashed from the CPU's cache."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """What the manifest says about a file, and the tensors in its header."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    entries: dict[str, Entry]
+
+
+class _Reader:
+    """Hashes what it reads."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def fill(self, buffer: memoryview) -> None:
+        """Fill a buffer of bytes. Raises EOFError."""
+        for start in range(0, len(buffer), BLOCK):
+            block = buffer[start : start + BLOCK]
+            if self._file.readinto(block) != len(block):  # type: ignore[attr-defined]
+                raise EOFError
+            self._digest.update(block)
+
+    def take(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        self.fill(memoryview(buffer))
+        return bytes(buffer)
+
+    def tensor(self, entry: Entry) -> Tensor:
+        value = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+        self.fill(value.reshape(-1).view(torch.uint8).numpy().data)
+        return value
+
+    def finish(self) -> str:
+        """The SHA-256 of the file, after reading the rest of it."""
+        while data := self._file.read(BLOCK):
+            self._digest.update(data)
+        return self._digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store whose files are complete and have sound headers; reading a file compares its hash."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    _files: dict[str, _File]
+
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a component, except the scales of int8 matrices; empty if it has none."""
+        found = {name: entry.shape for file in self._files.values() for name, entry in file.entries.items()}
+        return _within(component, {name: shape for name, shape in found.items() if not name.endswith("weight_scale")})
+
+    def components(self) -> list[str]:
+        return sorted({name.partition(".")[0] for file in self._files.values() for name in file.entries})
+
+    def texts(self) -> list[str]:
+        """Names of the files without tensors, such as the tokenizer's."""
+        return [name for name in self._files if not name.endswith(".safetensors")]
+
+    def read(self, component: str, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The tensors of a component by name, on `device` (default: the CPU); int8 matrices dequantised to float32.
+
+        Each tensor moves to the device before the next is read: the host needs memory for the largest one.
+
+        Raises:
+            StoreError: names every file of the store that is altered.
+        """
+        stored: dict[str, Tensor] = {}
+        for file in self._files.values():
+            if any(name.startswith(f"{component}.") for name in file.entries):
+                stored |= self._read(file, lambda reader, file=file: _tensors(reader, file, device))  # type: ignore[misc]
+        scales = {name: stored.pop(name) for name in list(stored) if name.endswith("weight_scale")}
+        for name in stored:
+            if f"{name}_scale" in scales:
+                stored[name] = QuantTensor(stored[name], scales[f"{name}_scale"]).dequantise()
+        return _within(component, stored)
+
+    def read_text(self, name: str) -> str:
+        """A text file. Raises StoreError if it is altered or not in UTF-8."""
+        file = self._files[name]
+        try:
+            return self._read(file, lambda reader: reader.take(file.bytes)).decode()
+        except UnicodeDecodeError:
+            raise StoreError(f"{file.path} is not UTF-8: convert the weights again") from None
+
+    def _read(self, file: _File, contents: Callable[[_Reader], T]) -> T:
+        try:
+            with headers.open_regular(file.path, self.folder) as opened:
+                reader = _Reader(opened)
+                found = contents(reader)
+                if reader.finish() == file.sha256:
+                    return found
+        except (StoreError, EOFError):
+            pass  # it is not what was opened
+        verify(self.folder)  # names all altered files
+        raise StoreError(f"{file.path} changed while it was read: try again")
+
+
+def _tensors(reader: _Reader, file: _File, device: torch.device | None) -> dict[str, Tensor]:
+    # the header is parsed again: only this one is hashed
+    header = reader.take(min(int.from_bytes(reader.take(8), "little"), file.bytes))
+    entries = headers.parse_header(header, file.bytes, file.path)
+    return {name: reader.tensor(entry).to(device or "cpu") for name, entry in entries.items()}
+
+
+def _within(component: str, named: Mapping[str, T]) -> dict[str, T]:
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def _inspect(folder: Path) -> tuple[Store, list[str]]:
+    """A store, and what is wrong with its files apart from their hashes."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StoreError(f"{path} is missing: this folder holds no Livereel weights")
+    try:
+        with headers.open_regular(path, folder) as file:
+            manifest: dict[str, Any] = json.load(file)
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StoreError(f"{path} is not a manifest of this project: restore it or convert the weights again") from None
+    files: dict[str, _File] = {}
+    faults = []
+    for name, (size, sha256) in listed.items():
+        try:
+            if Path(name).name != name or (folder / name).is_symlink():
+                raise StoreError(f"{name}: must be a plain file in {folder}")
+            files[name] = _inspect_file(folder / name, size, sha256)
+        except StoreError as error:
+            faults.append(str(error))
+    return Store(folder, manifest, files), faults
+
+
+def _inspect_file(path: Path, size: int, sha256: str) -> _File:
+    with headers.open_regular(path, path.parent) as file:
+        found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise StoreError(f"{path} is truncated or altered: {found} bytes, expected {size}")
+    entries = headers.read_header(path) if path.suffix == ".safetensors" else {}
+    for entry in entries.values():
+        if entry.dtype not in TYPES:
+            raise StoreError(f"{path}: {entry.name} is of type {entry.dtype}, which no store has: convert again")
+    return _File(path, size, sha256, entries)
+
+
+def _refuse(folder: Path, faults: list[str]) -> None:
+    if faults:
+        raise StoreError(f"weights in {folder} cannot be used: " + "; ".join(faults))
+
+
+def open_store(folder: Path) -> Store:
+    """A store, from its manifest and its files' lengths and headers: milliseconds, however large it is.
+
+    Raises:
+        StoreError: names every file that is missing, truncated, a Git LFS pointer, or has a faulty header.
+    """
+    store, faults = _inspect(folder)
+    _refuse(folder, faults)
+    return store
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a store, after checking that all its files are present and unaltered.
+    """The manifest of a store, after hashing all its files.
 
     Raises:
         StoreError: names every file that is missing, truncated or altered.
     """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing: this folder holds no Livereel weights") from None
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{path} is not a manifest of this project: restore it or convert the weights again") from None
-    faults = []
-    for name, entry in files.items():
-        file = folder / name
-        if Path(name).name != name or file.is_symlink():
-            faults.append(f"{name}: must be a plain file in {folder}")
-        elif not file.is_file():
-            faults.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} is truncated or altered: {file.stat().st_size} bytes, expected {entry['bytes']}")
-        elif _digest(file) != entry["sha256"]:
-            faults.append(f"{name} is altered: its SHA-256 differs from the manifest's")
-    if faults:
-        raise StoreError(f"weights in {folder} cannot be used: " + "; ".join(faults))
-    return manifest
+    store, faults = _inspect(folder)
+    for file in store._files.values():
+        with headers.open_regular(file.path, folder) as opened:
+            if _Reader(opened).finish() != file.sha256:
+                faults.append(f"{file.path} is altered: its SHA-256 differs from the manifest's")
+    _refuse(folder, faults)
+    return store.manifest
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """Verify a store and load every tensor; int8 matrices are dequantised to float32."""
-    manifest = verify(folder)
-    stored: dict[str, Tensor] = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            try:
-                stored |= load_file(folder / name)
-            except SafetensorError as error:
-                raise StoreError(f"{folder / name} is not a readable safetensors file: {error}") from None
+    """Every tensor of a store as `component.name`, in host memory; all its files are verified."""
+    try:
+        store = open_store(folder)
+    except StoreError:
+        verify(folder)  # names altered files too
+        raise
+    for name in store.texts():
+        store.read_text(name)
     return {
-        name: QuantTensor(value, stored[f"{name}_scale"]).dequantise() if f"{name}_scale" in stored else value
-        for name, value in stored.items()
-        if not name.endswith("weight_scale")
+        f"{component}.{name}": value
+        for component in store.components()
+        for name, value in store.read(component).items()
     }
 
 
@@ -178,8 +328,9 @@ class Writer:
 
     def add_text(self, name: str, text: str) -> None:
         path = self.folder / name
-        path.write_text(text, encoding="utf-8")
-        self._files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        data = text.encode()
+        path.write_bytes(data)
+        self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def close(self, **facts: str) -> None:
         """Write the manifest, with facts about the store: the preset, the source."""

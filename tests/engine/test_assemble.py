@@ -1,5 +1,6 @@
 """A public preset at toy size, from a native store to frames: the whole way that real weights go."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
-from engine import assemble as module
 from engine.assemble import assemble
 from engine.checkpoints import store
 from engine.config import PRESETS, Preset
@@ -127,27 +127,61 @@ def test_the_first_chunk_of_a_scene_has_its_own_steps(weights: Path, monkeypatch
     assert run == [first, later, first, later]
 
 
-def test_what_a_store_lacks_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = store.load(weights)
+def test_what_a_store_lacks_is_named_before_any_file_is_read(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((weights / store.MANIFEST).read_text())
 
-    def without(prefix: str) -> None:
-        kept = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-        monkeypatch.setattr(module.store, "load", lambda _: dict(kept))
+    def without(*names: str) -> None:
+        files = {name: entry for name, entry in manifest["files"].items() if not name.startswith(names)}
+        (weights / store.MANIFEST).write_text(json.dumps({"files": files}))
 
     without("vae.")
     pipeline = assemble(TOY.name, weights=weights, dtype=torch.float32)
     assert pipeline.pictures is None
-    with pytest.raises(store.StoreError, match="holds no vae"):
-        assemble(TOY.name, weights=weights, decoder="full")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "_read", None)  # any read fails otherwise
+        with pytest.raises(store.StoreError, match="holds no vae"):
+            assemble(TOY.name, weights=weights, decoder="full")
+        without("light_vae.")
+        with pytest.raises(store.StoreError, match="holds no light_vae"):
+            assemble(TOY.name, weights=weights)
+        without("text_encoder.", "statistics.", "tokenizer.json")
+        with pytest.raises(
+            store.StoreError, match=r"no text_encoder, no statistics, no tokenizer\.json, which .* needs"
+        ):
+            assemble(TOY.name, weights=weights)
+        with pytest.raises(store.StoreError, match="--weights"):
+            assemble("krea-14b")
     without("light_vae.")
     assemble(TOY.name, weights=weights, decoder="full")
-    with pytest.raises(store.StoreError, match="holds no light_vae"):
+
+
+def test_weights_of_another_size_are_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(TOY, dit=replace(TOY.dit, num_layers=TOY.dit.num_layers + 1, ffn_dim=2 * TOY.dit.ffn_dim))
+    monkeypatch.setitem(PRESETS, TOY.name, other)
+    with pytest.raises(store.StoreError, match=r"dit: missing: blocks\.2\..*; wrong shape: blocks\.0\.ffn\.0\.weight"):
         assemble(TOY.name, weights=weights)
-    without("statistics.")
-    with pytest.raises(store.StoreError, match="holds no latent statistics"):
-        assemble(TOY.name, weights=weights)
-    with pytest.raises(store.StoreError, match="--weights"):
-        assemble("krea-14b")
+
+
+@pytest.mark.parametrize("decoder", ["light", "full"])
+def test_nothing_that_is_written_over_the_files_reaches_the_picture(weights: Path, decoder: str) -> None:
+    """In bfloat16, as they are stored: nothing is converted, which would copy them."""
+
+    def play(first: bool) -> list[torch.Tensor]:
+        pipeline = assemble(TOY.name, weights=weights, dtype=torch.bfloat16, decoder=decoder)  # type: ignore[arg-type]
+        state = pipeline.open("a b", seed=1)
+        shown = [pipeline.next_chunk(state).frames]
+        if first:
+            for file in weights.iterdir():
+                with file.open("r+b") as opened:
+                    opened.write(bytes(file.stat().st_size))
+        pipeline.commit(state)
+        pipeline.steer(state, "b", "recache")
+        return [*shown, pipeline.next_chunk(state).frames, pipeline.next_chunk(pipeline.open("b", seed=2)).frames]
+
+    before = play(first=False)
+    assert all(map(torch.equal, before, play(first=True)))
+    with pytest.raises(store.StoreError):
+        play(first=False)
 
 
 def test_presets_know_their_geometry() -> None:

@@ -1,6 +1,7 @@
 """Every spelling of a LoRA gives the same; what cannot be used is refused by name."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_names_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
                  str(tmp_path / "outside"), "x" * 500):  # fmt: skip
         with pytest.raises(LoraNotFoundError):
             read(folder, name, SHAPES)
+
+
+def test_a_file_that_is_overwritten_later_changes_no_lora_that_was_read(tmp_path: Path) -> None:
+    save_file(one(), tmp_path / "x.safetensors")
+    lora, path = read(tmp_path, "x", SHAPES), tmp_path / "x.safetensors"
+    before = {name: layer.delta().clone() for name, layer in lora.layers.items()}
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert before and all(torch.equal(lora.layers[name].delta(), value) for name, value in before.items())
+    os.truncate(path, 0)  # a mapped page that is gone would end the process
+    assert all(torch.equal(lora.layers[name].delta(), value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x80\x04\x95."])
