@@ -15,19 +15,19 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml clients/python/pyproject.toml
 	@echo "Setting up $(VENV) (once)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Livereel needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./clients/python
 	@touch $@
 
 serve: setup
 	@$(BIN)/python -m server --host $(HOST) --port $(PORT) $(ARGS)
 
 lint: setup
-	$(BIN)/ruff check docs engine server tests
+	$(BIN)/ruff check clients/python docs engine server tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(path for folder in ("engine", "server") for path in (ROOT / folder).rglob("*.py"))
+SDK = ROOT / "clients" / "python"
+SOURCES = sorted(path for folder in ("engine", "server", "clients/python") for path in (ROOT / folder).rglob("*.py"))
 PURE = [
     "server/streams/session.py",
     "server/streams/admission.py",
@@ -54,6 +55,20 @@ def test_the_contract_needs_msgspec_alone() -> None:
 def test_the_gateway_loads_no_torch() -> None:
     code = "import sys, server.app, server.__main__; sys.exit(int('torch' in sys.modules or 'numpy' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+SDK_IMPORTS = {
+    "transport": {"httpx", "websockets"},
+    "frames": {"numpy", "PIL"},
+    "cli": {"typer", "rich"},
+}
+"""What the SDK's modules import beside the standard library and each other; those that are not listed, nothing."""
+
+
+@pytest.mark.parametrize("path", sorted((SDK / "livereel").glob("*.py")), ids=lambda path: path.stem)
+def test_the_sdk_imports_neither_server_nor_engine(path: Path) -> None:
+    used = imports(path) - set(sys.stdlib_module_names) - {"livereel"}
+    assert used == SDK_IMPORTS.get(path.stem, set())
 
 
 PICKLED = ROOT / "engine/checkpoints/self_forcing.py"

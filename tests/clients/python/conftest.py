@@ -1,0 +1,125 @@
+"""The servers that the client is tried against: the package's fake, and the real gateway with a pretended engine."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from livereel import AsyncClient, Client, Stream, StreamInfo
+from livereel.parsing import parse
+from livereel.testing import FakeServer
+
+from server.backends.fake import FakeBackend
+from tests.server.conftest import Gateway, gateway
+
+SDK = Path(__file__).parents[3] / "clients" / "python"
+
+
+class GatewayThread:
+    """The gateway in a thread of its own, as a synchronous test needs it."""
+
+    def __init__(self, backend: FakeBackend | None = None, **settings: Any) -> None:
+        self._started = threading.Event()
+        self._backend, self._settings = backend, settings
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self.gateway: Gateway
+        self.error: BaseException | None = None
+
+    async def _serve(self) -> None:
+        self.loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            backend = self._backend or FakeBackend(width=64, height=48, chunk_seconds=0.02, loras=("watercolour",))
+            async with gateway(backend, **self._settings) as self.gateway:
+                self._started.set()
+                await self._over.wait()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._started.set()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.gateway.address}"
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the gateway's event loop."""
+
+        async def run() -> Any:
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def __enter__(self) -> "GatewayThread":
+        self._thread.start()
+        self._started.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.loop.call_soon_threadsafe(self._over.set)
+        self._thread.join(30)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[GatewayThread]:
+    """A gateway for all tests that do not change how it is set up."""
+    with GatewayThread(outputs=("127.0.0.1:9",)) as running:
+        yield running
+
+
+@pytest.fixture
+def run_gateway_thread() -> Callable[..., contextlib.AbstractContextManager[GatewayThread]]:
+    return GatewayThread
+
+
+@dataclass
+class Server:
+    """A server of either kind, and clients of it."""
+
+    client: Client
+    make_async: Callable[[], AsyncClient]
+
+
+@pytest.fixture(params=["fake", "gateway"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The fake server and the real gateway: what holds for one holds for the other."""
+    if request.param == "fake":
+        fake = FakeServer()
+        with Client(transport=fake.transport) as client:
+            yield Server(client, lambda: AsyncClient(transport=fake.async_transport))
+    else:
+        running: GatewayThread = request.getfixturevalue("running")
+        with Client(running.url) as client:
+            yield Server(client, lambda: AsyncClient(running.url))
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    return server.client
+
+
+@pytest.fixture
+def known_stream() -> Callable[..., Stream]:
+    """Makes a stream that a client has not asked the server about."""
+
+    def make(client: Client, id: str = "unknown") -> Stream:
+        return Stream(client._transport, 0, parse(StreamInfo, {"id": id}), ours=False)
+
+    return make
+
+
+@pytest.fixture
+def fake() -> FakeServer:
+    return FakeServer()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
