@@ -61,6 +61,10 @@ def not_found(kind: str) -> ApiError:
     return ApiError(404, f"{kind}_not_found", message)
 
 
+def file_removed() -> ApiError:
+    return ApiError(410, "file_removed", "The file was removed from the server's data folder by hand.")
+
+
 def shutting_down() -> ApiError:
     message = "The server is shutting down: try another one."
     return ApiError(503, "shutting_down", message, headers={"Retry-After": "10"})

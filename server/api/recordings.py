@@ -9,8 +9,8 @@ from server.api import schemas
 from server.api.response_schemas import RecordingList, RecordingObject
 from server.api.responses import film_response
 from server.api.routing import Route, principal_of, streams_of
-from server.errors import ApiError
-from server.library.recorder import Recorder, recording_object
+from server.errors import ApiError, file_removed
+from server.library.recorder import Recorder
 from server.library.recording_writer import MEDIA_TYPES
 
 
@@ -28,34 +28,36 @@ async def start_recording(
     streams = streams_of(request)
     recording = streams.get(id).record(streams.recorder, body.format, alpha=body.alpha)
     response.headers["Location"] = f"/v1/recordings/{recording.id}"
-    return recording_object(recording)
+    return streams.recorder.describe(recording)
 
 
 async def list_recordings_of_stream(request: Request, id: str) -> dict[str, Any]:
     """A stream's recordings, the newest first."""
-    found = [each for each in recorder_of(request).all() if each.stream == id]
+    recorder = recorder_of(request)
+    found = [each for each in recorder.all() if each.stream == id]
     if not found:
         streams_of(request).get(id)  # 404 if there is no such stream
-    return {"object": "list", "data": [recording_object(each) for each in found]}
+    return {"object": "list", "data": [recorder.describe(each) for each in found]}
 
 
 async def list_recordings(request: Request) -> dict[str, Any]:
     """The recordings of the key's owner, the newest first."""
-    principal = principal_of(request)
-    visible = [each for each in recorder_of(request).all() if principal.sees(each.id, each.owner)]
-    return {"object": "list", "data": [recording_object(each) for each in visible]}
+    principal, recorder = principal_of(request), recorder_of(request)
+    visible = [each for each in recorder.all() if principal.sees(each.id, each.owner)]
+    return {"object": "list", "data": [recorder.describe(each) for each in visible]}
 
 
 async def get_recording(request: Request, id: str) -> dict[str, Any]:
     """One recording and its progress."""
-    return recording_object(recorder_of(request).get(id))
+    recorder = recorder_of(request)
+    return recorder.describe(recorder.get(id))
 
 
 async def stop_recording(request: Request, id: str) -> dict[str, Any]:
     """Stop a recording; the response comes when its file is complete. Stopping it again has no effect."""
     recordings = recorder_of(request)
     await recordings.end(recordings.get(id))
-    return recording_object(recordings.get(id))
+    return recordings.describe(recordings.get(id))
 
 
 async def delete_recording(request: Request, id: str) -> Response:
@@ -70,6 +72,8 @@ async def content(request: Request, id: str) -> Response:
     range requests."""
     recordings = recorder_of(request)
     recording = recordings.get(id)
+    if recording.reason == "file_removed":
+        raise file_removed()
     if recording.status == "failed":
         raise ApiError(409, "recording_failed", f"There is no film: the recording ended ({recording.reason}).")
     path = recordings.path(recording)
@@ -92,6 +96,12 @@ ROUTES = [
     Route("POST", "/v1/recordings/{id}/stop", stop_recording, RecordingObject, 200, (404,), accepts=""),
     Route("DELETE", "/v1/recordings/{id}", delete_recording, None, 204, (404,)),
     Route(
-        "GET", "/v1/recordings/{id}/content", content, None, 200, (404, 409, 412, 416), {"response_class": FileResponse}
+        "GET",
+        "/v1/recordings/{id}/content",
+        content,
+        None,
+        200,
+        (404, 409, 410, 412, 416),
+        {"response_class": FileResponse},
     ),
 ]

@@ -13,7 +13,7 @@ from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from server.aio import first_of
-from server.errors import ApiError, not_found
+from server.errors import ApiError, file_removed, not_found
 from server.library.mp4 import GrowingFile
 from server.protocols import ABORT
 
@@ -59,7 +59,10 @@ class GrowingFileResponse(LongLivedResponse):
         growth, position = self._growth, 0
         if not await growth.wait_beyond(0):
             raise not_found(self._kind)
-        descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise file_removed() from None
         try:
             if not await self.start(scope, send):
                 return
@@ -86,24 +89,26 @@ MAX_RANGES = 100
 class StoredFileResponse(FileResponse):
     """A complete file, with the preconditions and ranges of RFC 9110 (sections 13 and 14).
 
-    A range unit other than bytes, a malformed `Range` and one with too many ranges are ignored. Raises `ApiError` 412
-    or 416.
+    A range unit other than bytes, a malformed `Range` and one with too many ranges are ignored. Raises `ApiError` 410,
+    412 or 416.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.stat_result is None and await asyncio.to_thread(os.path.isfile, self.path):
-            self.stat_result = await asyncio.to_thread(os.stat, self.path)
+        if self.stat_result is None:
+            try:
+                self.stat_result = await asyncio.to_thread(os.stat, self.path)
+            except FileNotFoundError:
+                raise file_removed() from None
             self.set_stat_headers(self.stat_result)
-        if self.stat_result is not None:
-            headers = Headers(scope=scope)
-            self._check_preconditions(headers)
-            if self._is_not_modified(headers):
-                await NotModifiedResponse(self.headers)(scope, receive, send)
-                return
-            others = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
-            if scope["method"] == "GET" and (ranges := self._ranges(headers, self.stat_result.st_size)):
-                others.append((b"range", ranges.encode()))
-            scope = {**scope, "headers": others}
+        headers = Headers(scope=scope)
+        self._check_preconditions(headers)
+        if self._is_not_modified(headers):
+            await NotModifiedResponse(self.headers)(scope, receive, send)
+            return
+        others = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+        if scope["method"] == "GET" and (ranges := self._ranges(headers, self.stat_result.st_size)):
+            others.append((b"range", ranges.encode()))
+        scope = {**scope, "headers": others}
         await super().__call__(scope, receive, send)
 
     def _check_preconditions(self, headers: Headers) -> None:

@@ -13,7 +13,7 @@ from server.api.forms import read_fields, read_image
 from server.api.response_schemas import VideoDeleted, VideoList, VideoObject
 from server.api.responses import StoredFileResponse, film_response
 from server.api.routing import Route, principal_of, streams_of
-from server.errors import ApiError
+from server.errors import ApiError, file_removed
 from server.library import clip_maker
 from server.library.clip import Change, Clip, Status, remix
 from server.library.clip_maker import ClipMaker
@@ -22,6 +22,12 @@ from server.library.clip_maker import ClipMaker
 def clips_of(request: Request) -> ClipMaker:
     """The application's clips."""
     return streams_of(request).clips
+
+
+def describe(request: Request, id: str) -> dict[str, Any]:
+    """The API's video object of this id. Raises `ApiError`."""
+    clips = clips_of(request)
+    return clips.describe(clips.get(id))
 
 
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
@@ -33,7 +39,7 @@ async def create_video(request: Request, response: Response) -> dict[str, Any]:
             claim.made = (await create(request, body, upload)).id
         else:
             response.headers.update(idempotency.REPLAYED)
-    return video_object(request, clips_of(request).get(claim.made))
+    return describe(request, claim.made)
 
 
 async def create(request: Request, body: schemas.CreateVideo, upload: bytes | None) -> Clip:
@@ -97,7 +103,7 @@ async def list_videos(
     page = visible[:limit]
     return {
         "object": "list",
-        "data": [video_object(request, clip) for clip in page],
+        "data": [clips_of(request).describe(clip) for clip in page],
         "first_id": page[0].id if page else None,
         "last_id": page[-1].id if page else None,
         "has_more": len(visible) > len(page),
@@ -106,7 +112,7 @@ async def list_videos(
 
 async def get_video(request: Request, id: str) -> dict[str, Any]:
     """One clip and its progress."""
-    return video_object(request, clips_of(request).get(id))
+    return describe(request, id)
 
 
 async def delete_video(request: Request, id: str) -> dict[str, Any]:
@@ -123,7 +129,7 @@ async def remix_video(request: Request, response: Response, id: str, body: schem
             claim.made = (await create_remix(request, id, body)).id
         else:
             response.headers.update(idempotency.REPLAYED)
-    return video_object(request, clips_of(request).get(claim.made))
+    return describe(request, claim.made)
 
 
 async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> Clip:
@@ -139,7 +145,10 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
         raise ApiError(409, "model_changed", "The video's model draws another size or rate by now: create a new one.")
     prompts = remix(source.prompts, Change(at, body.prompt, body.extra.transition))
     check_times(prompts, float(source.seconds))
-    picture = await asyncio.to_thread(streams.clips.picture, source)
+    try:
+        picture = await asyncio.to_thread(streams.clips.picture, source)
+    except FileNotFoundError:
+        raise file_removed() from None
     clip = Clip(
         id=clip_maker.new_id(),
         model=source.model,
@@ -165,6 +174,8 @@ async def content(request: Request, id: str, variant: Literal["video", "thumbnai
     owned = clips_of(request)
     clip = owned.get(id)
     if clip.failure is not None:
+        if clip.failure.code == clip_maker.REMOVED.code:
+            raise file_removed()
         raise ApiError(409, "video_failed", f"The video failed: {clip.failure.message}")
     growth = owned.growth(clip)
     if clip.status is Status.QUEUED or (variant == "thumbnail" and not clip.recorded):
@@ -188,12 +199,6 @@ def rename_field(error: ApiError, old: str, new: str) -> ApiError:
     """The error as it reads where the field has another name."""
     message = error.detail.replace(f"`{old}`", f"`{new}`")
     return ApiError(error.status_code, error.code, message, param=new, headers=error.headers)
-
-
-def video_object(request: Request, clip: Clip) -> dict[str, Any]:
-    """The API's video object of a clip."""
-    model = streams_of(request).engine.models.get(clip.model)
-    return clip_maker.video_object(clip, clips_of(request).position(clip), model)
 
 
 ROUTES = [
@@ -220,7 +225,7 @@ ROUTES = [
         remix_video,
         VideoObject,
         200,
-        (400, 404, 409, 413, 415, 422, 429, 503, 507),
+        (400, 404, 409, 410, 413, 415, 422, 429, 503, 507),
         {"openapi_extra": {"parameters": [idempotency.PARAMETER]}},
     ),
     Route(
@@ -229,7 +234,7 @@ ROUTES = [
         content,
         None,
         200,
-        (400, 404, 409, 412, 416),
+        (400, 404, 409, 410, 412, 416),
         {"response_class": FileResponse},
     ),
 ]

@@ -42,7 +42,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Clip(msgspec.Struct, kw_only=True):
-    """The record of one clip. Times are unix times."""
+    """The record of one clip. Times are unix times, `expires_at` by the store's clock."""
 
     id: str
     model: str

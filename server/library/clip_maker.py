@@ -22,7 +22,7 @@ from server.backends.base import EngineEvent, EngineLost
 from server.errors import ApiError, busy, not_found, shutting_down
 from server.library.clip import Attempt, Clip, Failure, Status, UnexpectedError
 from server.library.mp4 import ClipWriter, GrowingFile, webp
-from server.library.store import Store, no_room
+from server.library.store import Store, no_room, out_of_space
 from server.metrics import Metrics
 from server.streams import admission
 from server.streams.engine_link import EngineLink
@@ -46,6 +46,7 @@ SHUTTING_DOWN = Failure("shutting_down", "The server was shut down before the cl
 REVOKED = Failure("revoked", "The key that the clip was made with was taken away.", False)
 FULL = Failure("storage_full", "The server has no room left for clips: delete some, and create it again.", True)
 LOST = Failure("engine_failed", f"The engine failed {ATTEMPTS} times over this clip: create it again.", True)
+REMOVED = Failure("file_removed", "The video's file was removed from the server's data folder by hand.", True)
 INTERNAL = Failure("internal_error", "The server failed to record the clip.", True)
 
 
@@ -94,9 +95,10 @@ class ClipMaker:
         """Read the clips that an earlier server left in the store; unfinished ones have failed. Raises OSError."""
         for id, clip in self._store.records(PREFIX, Clip):
             self._clips[id] = clip
+            if clip.expires_at is not None:
+                clip.expires_at = self._store.latest_expiry(clip.expires_at)
             if not clip.status.over:
-                clip.finish(time.time(), self._store.keep_seconds, RESTARTED)
-                self._store.update_record(id, clip)
+                self._settle(clip, RESTARTED)
 
     async def stop(self) -> None:
         """Wait until the last file is closed. Follows `end`."""
@@ -135,7 +137,7 @@ class ClipMaker:
                 await asyncio.to_thread(self._store.save, clip.id, START, picture)
             self._store.save_record(clip.id, clip)
         except OSError as error:
-            self._store.remove(clip.id)
+            self._store.discard(clip.id)
             raise no_room(error) from None
         refused = None if self._accepting else shutting_down()
         if refused is None and (
@@ -143,7 +145,7 @@ class ClipMaker:
         ):
             refused = busy(refusal.retry_after)
         if refused is not None:
-            self._store.remove(clip.id)
+            self._store.discard(clip.id)
             raise refused
         self._clips[clip.id] = clip
         if key is not None:
@@ -154,7 +156,14 @@ class ClipMaker:
         """The clip of this id. Raises `ApiError`."""
         if (clip := self._clips.get(id)) is None:
             raise not_found("video")
+        self._check_file(clip)
         return clip
+
+    def _check_file(self, clip: Clip, *, listed: bool = False) -> None:
+        """Note if the film has been removed by hand; see `Store.lacks` for `listed`."""
+        if clip.status is Status.COMPLETED and self._store.lacks(clip.id, FILM, listed=listed):
+            clip.status, clip.failure = Status.FAILED, REMOVED
+            self._store.update_record(clip.id, clip)
 
     def owner(self, id: str) -> str | None:
         """The owner of the clip; None also if there is no clip of this id."""
@@ -170,6 +179,11 @@ class ClipMaker:
         queued = self._admission.positions(time.monotonic()).get(clip.id)
         return queued.position if queued else None
 
+    def describe(self, clip: Clip) -> dict[str, Any]:
+        """The video object of the API."""
+        expires_at = None if clip.expires_at is None else self._store.clock.shown(clip.expires_at)
+        return video_object(clip, self.position(clip), self._engine.models.get(clip.model), expires_at)
+
     def growth(self, clip: Clip) -> GrowingFile | None:
         """The growing file of a clip that is being made; None for any other clip."""
         job = self._jobs.get(clip.id)
@@ -180,29 +194,38 @@ class ClipMaker:
         return self._store.path(clip.id, suffix)
 
     def picture(self, clip: Clip) -> bytes:
-        """The picture that the clip starts from; empty without one. Raises OSError."""
+        """The picture that the clip starts from; empty without one. Raises OSError, as when it was removed by hand."""
         return self._store.path(clip.id, START).read_bytes() if clip.picture else b""
 
     async def delete(self, clip: Clip) -> None:
-        """Forget the clip and delete its files, whether it is done or not."""
+        """Forget the clip and delete its files, whether it is done or not. Raises `ApiError` if they cannot be deleted;
+        the clip stays."""
         self._clips.pop(clip.id, None)
         job = self._jobs.get(clip.id)
         self._leave(clip)
         if job is not None and job.task is not None:
             await asyncio.wait([job.task])  # it may be writing
-        self._store.remove(clip.id)
+        try:
+            self._store.remove(clip.id)
+        except OSError as error:
+            self._clips[clip.id] = clip
+            if not clip.status.over:
+                self._settle(clip, INTERNAL)
+            raise no_room(error) from None
 
     def started_with_keys(self) -> Iterator[tuple[int | None, Callable[[], None]]]:
         """The clips that are not finished; see `KeyHolder`."""
         for clip in self._unfinished():
             yield self._keys.get(clip.id), partial(self._finish, clip, REVOKED)
 
-    def expire(self, now: float) -> None:
-        """Delete the clips that were kept for long enough; `now` is unix time."""
+    def expire(self) -> None:
+        """Delete the clips that were kept for long enough, and note the films that were removed by hand."""
+        now = self._store.clock.now()
         for clip in list(self._clips.values()):
-            if clip.expires_at is not None and clip.expires_at <= now:
+            if clip.expires_at is None or clip.expires_at > now:
+                self._check_file(clip, listed=True)
+            elif self._store.discard(clip.id):
                 del self._clips[clip.id]
-                self._store.remove(clip.id)
 
     # the engine
 
@@ -245,27 +268,33 @@ class ClipMaker:
         failure: Failure | None = None
         began = time.monotonic()
         try:
-            film = await self._in_thread(
-                lambda: ClipWriter(self._store.create(clip.id, FILM), clip.width, clip.height, clip.fps)
-            )
+            path = self._store.create(clip.id, FILM)
+            film = await self._in_thread(lambda: ClipWriter(path, clip.width, clip.height, clip.fps))
             await self._record(clip, job, film)
             await self._in_thread(film.finish)
         except _FailedError as error:
             failure = error.failure
         except OSError as error:
             logger.error("clip %s could not be written: %s", clip.id, error)
-            failure = FULL
+            failure = FULL if out_of_space(error) else INTERNAL
         except Exception:
             logger.exception("clip %s failed in the gateway", clip.id)
             failure = INTERNAL
         finally:
             self._engine.close(clip.id)
             if film is not None:
-                await self._in_thread(film.close)
+                await self._close(clip, film)
         if failure is None:
             self._metrics.clip_seconds.observe(time.monotonic() - began)
             job.growth.size = film.size if film else 0
         self._finish(clip, failure)
+
+    async def _close(self, clip: Clip, film: ClipWriter) -> None:
+        """Close the film's file, if that has not been done. If that fails, it is closed all the same."""
+        try:
+            await self._in_thread(film.close)
+        except (OSError, RuntimeError) as error:
+            logger.error("the film of clip %s could not be closed: %s", clip.id, error)
 
     async def _record(self, clip: Clip, job: _Job, film: ClipWriter) -> None:
         """Write every frame of the clip, in as many attempts as that takes."""
@@ -323,13 +352,17 @@ class ClipMaker:
 
     def _finish(self, clip: Clip, failure: Failure | None) -> None:
         """Complete the clip, or fail it."""
-        clip.finish(time.time(), self._store.keep_seconds, failure)
+        self._settle(clip, failure)
         self._metrics.clips.labels(clip.status).inc()
         self._leave(clip)
+
+    def _settle(self, clip: Clip, failure: Failure | None) -> None:
+        """Bring the clip's record to its end, and delete an incomplete film, which cannot be asked for."""
+        clip.finish(time.time(), self._store.keep_seconds, failure)
+        clip.expires_at = self._store.expiry()
         self._store.update_record(clip.id, clip)
         if failure:
-            # An incomplete film cannot be asked for.
-            self._store.path(clip.id, FILM).unlink(missing_ok=True)
+            self._store.discard(clip.id, FILM)
 
     def _leave(self, clip: Clip) -> None:
         """Take the clip out of the queue, or stop making it; the next one may start."""
@@ -358,10 +391,13 @@ def new_seed() -> int:
     return secrets.randbits(32)
 
 
-def video_object(clip: Clip, position: int | None, model: wire.ModelInfo | None) -> dict[str, Any]:
+def video_object(
+    clip: Clip, position: int | None, model: wire.ModelInfo | None, expires_at: float | None
+) -> dict[str, Any]:
     """The video object of the API: OpenAI's fields, and all others in `extra`.
 
-    `position` is that in the queue; `model` is None before the engine has started.
+    `position` is that in the queue; `model` is None before the engine has started; `expires_at` is by the machine's
+    clock.
     """
     failure = clip.failure
     return {
@@ -372,7 +408,7 @@ def video_object(clip: Clip, position: int | None, model: wire.ModelInfo | None)
         "progress": clip.progress,
         "created_at": int(clip.created_at),
         "completed_at": _whole(clip.completed_at),
-        "expires_at": _whole(clip.expires_at),
+        "expires_at": _whole(expires_at),
         "prompt": clip.prompt,
         "size": f"{clip.width}x{clip.height}",
         "seconds": clip.seconds,

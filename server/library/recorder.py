@@ -37,7 +37,7 @@ Status = Literal["recording", "completed", "failed"]
 
 
 class Recording(msgspec.Struct, kw_only=True):
-    """The record of one recording, which is saved beside its file. Times are unix times."""
+    """The record of one recording, saved beside its file. Times are unix times, `expires_at` by the store's clock."""
 
     id: str
     stream: str
@@ -81,11 +81,12 @@ class Recorder:
         """Read the recordings that an earlier server left in the store; those that were running end. Raises OSError."""
         for id, recording in self._store.records(PREFIX, Recording):
             self._recordings[id] = recording
+            if recording.expires_at is not None:
+                recording.expires_at = self._store.latest_expiry(recording.expires_at)
             if recording.status == "recording":
                 film = self._repair(recording)
                 recording.frames, recording.seconds, recording.size = film.frames, film.seconds, film.size
-                recording.finish("server_restarted", time.time(), self._store.keep_seconds)
-                self._store.update_record(id, recording)
+                self._finish(recording, "server_restarted")
 
     async def stop(self) -> None:
         """Wait until the last file is closed. The streams have ended before."""
@@ -115,7 +116,7 @@ class Recorder:
             path = self._store.create(id, recording.suffix)
             self._store.save_record(id, recording)
         except OSError as error:
-            self._store.remove(id)
+            self._store.discard(id)
             raise no_room(error) from None
         writer = self._writers[id] = RecordingWriter(
             format, fps, GrowingFile(path), lambda: self._store.full, alpha=alpha
@@ -138,16 +139,35 @@ class Recorder:
         self._metrics.recordings.dec()
         self._metrics.frames_dropped.labels("slow_recorder").inc(writer.lost)
         _update_figures(recording, writer)
-        recording.finish(reason, time.time(), self._store.keep_seconds)
+        self._finish(recording, reason)
         writer.growth.end(complete=recording.status == "completed")
+
+    def _finish(self, recording: Recording, reason: Reason | Literal["server_restarted"]) -> None:
+        recording.finish(reason, time.time(), self._store.keep_seconds)
+        recording.expires_at = self._store.expiry()
         if recording.id in self._recordings:
             self._store.update_record(recording.id, recording)
+
+    def _check_file(self, recording: Recording, *, listed: bool = False) -> None:
+        """Note if the file has been removed by hand; see `Store.lacks` for `listed`."""
+        if recording.status == "failed" or not self._store.lacks(recording.id, recording.suffix, listed=listed):
+            return
+        if writer := self._writers.get(recording.id):
+            writer.finish("file_removed")
+            return
+        recording.status, recording.reason = "failed", "file_removed"
+        recording.frames, recording.seconds, recording.size = 0, 0.0, 0
+        self._store.update_record(recording.id, recording)
 
     def get(self, id: str) -> Recording:
         """The recording of this id, with figures as of now. Raises `ApiError`."""
         if (recording := self._recordings.get(id)) is None:
             raise not_found("recording")
-        if writer := self._writers.get(id):
+        self._check_file(recording)
+        return self._updated(recording)
+
+    def _updated(self, recording: Recording) -> Recording:
+        if writer := self._writers.get(recording.id):
             _update_figures(recording, writer)
         return recording
 
@@ -167,7 +187,7 @@ class Recorder:
 
     def all(self) -> list[Recording]:
         """Every recording that is kept, the newest first."""
-        return sorted(map(self.get, self._recordings), key=lambda recording: -recording.created_at)
+        return sorted(map(self._updated, self._recordings.values()), key=lambda recording: -recording.created_at)
 
     async def end(self, recording: Recording) -> None:
         """Stop the recording and wait until its file is complete. One that is over stays as it is."""
@@ -176,28 +196,38 @@ class Recorder:
             await asyncio.wait([self._tasks[recording.id]])
 
     async def delete(self, recording: Recording) -> None:
-        """Stop the recording, forget it, and delete its file."""
+        """Stop the recording, forget it, and delete its file. Raises `ApiError` if it cannot be deleted; it stays."""
         self._recordings.pop(recording.id, None)
         await self.end(recording)
-        self._store.remove(recording.id)
+        try:
+            self._store.remove(recording.id)
+        except OSError as error:
+            self._recordings[recording.id] = recording
+            raise no_room(error) from None
 
-    def expire(self, now: float) -> None:
-        """Delete the recordings that were kept for long enough, and now and then save the figures of running ones.
-
-        `now` is unix time.
-        """
+    def expire(self) -> None:
+        """Delete the recordings that were kept for long enough, note removed files, and now and then save the figures
+        of running recordings."""
+        now = self._store.clock.now()
         due = now - self._saved_at >= SAVE_SECONDS
         self._saved_at = now if due else self._saved_at
         for recording in list(self._recordings.values()):
             if recording.expires_at is not None and recording.expires_at <= now:
-                del self._recordings[recording.id]
-                self._store.remove(recording.id)
-            elif due and recording.id in self._writers:
-                self._store.update_record(recording.id, self.get(recording.id))
+                if self._store.discard(recording.id):
+                    del self._recordings[recording.id]
+                continue
+            self._check_file(recording, listed=True)
+            if due and recording.id in self._writers:
+                self._store.update_record(recording.id, self._updated(recording))
+
+    def describe(self, recording: Recording) -> dict[str, Any]:
+        """The recording object of the API."""
+        expires_at = None if recording.expires_at is None else self._store.clock.shown(recording.expires_at)
+        return recording_object(recording, expires_at)
 
 
-def recording_object(recording: Recording) -> dict[str, Any]:
-    """The recording object of the API."""
+def recording_object(recording: Recording, expires_at: float | None) -> dict[str, Any]:
+    """The recording object of the API. `expires_at` is by the machine's clock."""
     return {
         "id": recording.id,
         "object": "recording",
@@ -207,7 +237,7 @@ def recording_object(recording: Recording) -> dict[str, Any]:
         "alpha": recording.alpha,
         "created_at": recording.created_at,
         "ended_at": recording.ended_at,
-        "expires_at": recording.expires_at,
+        "expires_at": expires_at,
         "ended_reason": recording.reason,
         "frames": recording.frames,
         "frames_lost": recording.lost,

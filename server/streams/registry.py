@@ -23,7 +23,7 @@ from server.errors import ApiError, busy, shutting_down, stream_not_found
 from server.library.clip import Change
 from server.library.clip_maker import ClipMaker
 from server.library.recorder import Recorder
-from server.library.store import Store
+from server.library.store import CLOCK_SECONDS, Store
 from server.media.frames import PictureEncoder
 from server.metrics import Metrics
 from server.streams import admission
@@ -65,6 +65,8 @@ class Registry:
         """Held while an uploaded picture is decoded: one at a time, so that live streams keep the processor."""
         self._draining = False
         self._store_lost = False
+        self._over_since: dict[str, float] = {}
+        """When each stream that is over was first seen so, on the monotonic clock."""
 
     # the gateway's life
 
@@ -308,29 +310,32 @@ class Registry:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             for stream in self.all():
                 stream.check_demand(time.monotonic())
-            self._expire_records(time.time())
+            self._expire_records(time.monotonic())
             self._publish_queue_positions()
-            await self._tidy_library(time.time())
+            await self._tidy_library()
 
     def _expire_records(self, now: float) -> None:
-        """Forget streams that ended long ago, and the last frames of all but the newest; `now` is unix time."""
+        """Forget streams that ended long ago, and the last frames of all but the newest. `now` is monotonic: the
+        machine's clock may be set."""
         ended = [stream for stream in self._streams.values() if stream.session.state.over]
+        self._over_since = {id: self._over_since.get(id, now) for id in (stream.session.id for stream in ended)}
         surplus = max(0, len(ended) - MAX_RECORDS)
         for index, stream in enumerate(ended):
-            if index < surplus or now - (stream.session.ended_at or now) > RECORD_SECONDS:
+            if index < surplus or now - self._over_since[stream.session.id] > RECORD_SECONDS:
                 del self._streams[stream.session.id]
         for stream in ended[:-MAX_LAST_FRAMES]:
             stream.audience.on_screen = None
 
-    async def _tidy_library(self, now: float) -> None:
+    async def _tidy_library(self) -> None:
         try:
-            self.clips.expire(now)
-            self.recorder.expire(now)
             await asyncio.to_thread(self._store.measure)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             # Streams must be looked after even if the folder is lost.
             if not self._store_lost:
                 logger.error("the data folder cannot be read: %s", error)
             self._store_lost = True
         else:
             self._store_lost = False
+        self.clips.expire()
+        self.recorder.expire()
+        self._store.save_clock(every=CLOCK_SECONDS)

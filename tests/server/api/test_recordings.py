@@ -364,6 +364,67 @@ async def test_a_killed_server_loses_a_second_of_its_films(run_gateway: Any, tmp
             assert container.duration == pytest.approx(1e6 * finished["duration_s"], abs=1e3)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+async def test_a_film_that_is_removed_by_hand_is_gone(run_gateway: Any, tmp_path: Path, format: str) -> None:
+    data = tmp_path / "data"
+    async with run_gateway(data=data) as gateway:
+        stream = await gateway.open()
+        made, other = await record(gateway, stream, format), await record(gateway, stream, format)
+        await gateway.until(lambda: gateway.streams.recorder.get(made["id"]).frames > 8)
+        for each in (made, other):
+            await gateway.http.post(f"/v1/recordings/{each['id']}/stop")
+        (data / f"{made['id']}.{format}").unlink()
+        for method in ("GET", "HEAD"):
+            assert (await gateway.http.request(method, f"/v1/recordings/{made['id']}/content")).status_code == 410
+        (data / f"{other['id']}.{format}").unlink()
+        for each in (made, other):
+            gone = await get(gateway, each)
+            assert (gone["status"], gone["ended_reason"]) == ("failed", "file_removed")
+            assert (gone["frames"], gone["duration_s"], gone["bytes"]) == (0, 0, 0)
+            response = await gateway.http.get(f"/v1/recordings/{each['id']}/content")
+            assert (response.status_code, response.json()["error"]["code"]) == (410, "file_removed")
+        running = await record(gateway, stream, format)
+        await gateway.until(lambda: gateway.streams.recorder.get(running["id"]).frames > 8)
+        (data / f"{running['id']}.{format}").unlink()
+        finished = await done(gateway, running)
+        assert (finished["status"], finished["ended_reason"]) == ("failed", "file_removed")
+    async with run_gateway(data=data) as gateway:
+        assert (await get(gateway, made))["ended_reason"] == "file_removed"
+        assert (await gateway.http.get(f"/v1/recordings/{made['id']}/content")).status_code == 410
+
+
+async def test_a_folder_that_is_away_loses_no_film(run_gateway: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    async with run_gateway(data=data) as gateway:
+        stream = await gateway.open(duration_s=0.5)
+        made = await record(gateway, stream)
+        finished = await done(gateway, made)
+        data.rename(tmp_path / "elsewhere")
+        response = await gateway.http.get(f"/v1/recordings/{made['id']}/content")
+        assert response.status_code == 410
+        await asyncio.sleep(1.2)  # the housekeeper meets it
+        (tmp_path / "elsewhere").rename(data)
+        assert await get(gateway, made) == finished
+        assert len(await film(gateway, made)) == finished["bytes"]
+
+
+async def test_what_cannot_be_deleted_stays(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    async with run_gateway() as gateway:
+        stream = await gateway.open(duration_s=0.5)
+        made = await record(gateway, stream)
+        await done(gateway, made)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", read_only)
+            response = await gateway.http.delete(f"/v1/recordings/{made['id']}")
+            assert (response.status_code, response.json()["error"]["code"]) == (507, "storage_full")
+        assert (await get(gateway, made))["status"] == "completed"
+        assert (await gateway.http.delete(f"/v1/recordings/{made['id']}")).status_code == 204
+        assert (await gateway.http.get(f"/v1/recordings/{made['id']}")).status_code == 404
+
+
 async def test_recordings_of_others_do_not_exist(run_gateway: Any, holders: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     made = holders(

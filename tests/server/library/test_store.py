@@ -1,7 +1,9 @@
 """The data folder: who may use it, what is in it after a crash, and when it is full."""
 
+import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from server.errors import ApiError
 from server.library.store import Store, check_folder
+from tests.server.library.disk import full_at
 
 
 class Record(msgspec.Struct):
@@ -86,3 +89,72 @@ def test_a_folder_that_others_can_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chmod 700"):
         check_folder(tmp_path / "data")
     check_folder(tmp_path / "not made yet")
+
+
+def test_a_full_disk_leaves_no_half_files(store: Store, tmp_path: Path) -> None:
+    store.save("a", ".webp", b"old")
+    with full_at(10), pytest.raises(OSError, match="too large"):
+        store.save("a", ".webp", bytes(1000))
+    assert sorted(os.listdir(tmp_path / "data")) == ["a.webp", "lock"]
+    assert store.path("a", ".webp").read_bytes() == b"old"
+
+
+def test_a_record_is_saved_on_a_full_disk_in_the_room_of_the_previous_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.save_record("rec_a", Record("one"))
+    size = store.path("rec_a", ".json").stat().st_size
+    monkeypatch.setattr(Store, "save", full)
+    last = Record(400 * "x")
+    store.save_record("rec_a", last)
+    assert list(store.records("rec_", Record)) == [("rec_a", last)]
+    assert store.path("rec_a", ".json").stat().st_size == size, "no more than it had"
+    for id, record in (("rec_a", Record(2000 * "x")), ("rec_b", Record("without a previous one"))):
+        with pytest.raises(OSError, match="No space left"):
+            store.save_record(id, record)
+    assert list(store.records("rec_", Record)) == [("rec_a", last)]
+
+
+def test_files_that_cannot_be_deleted_are_logged_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    store.save_record("a", Record("one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        assert not store.discard("a") and not store.discard("a")
+    assert len(caplog.records) == 1 and "Read-only" in caplog.text
+    assert store.discard("a") and store.discard("a")
+    assert not store.path("a", ".json").exists()
+
+
+def test_a_file_that_was_removed_is_missed_unless_the_folder_is_away(store: Store, tmp_path: Path) -> None:
+    path = store.create("a", ".mp4")
+    store.measure()
+    path.unlink()
+    assert store.lacks("a", ".mp4") and not store.lacks("a", ".mp4", listed=True)
+    store.measure()
+    assert store.lacks("a", ".mp4", listed=True)
+    (tmp_path / "data").rename(tmp_path / "away")
+    assert not store.lacks("a", ".mp4")
+
+
+def test_the_clock_goes_on_with_the_next_server(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.close()
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() - 86_400)
+    later = Store(tmp_path / "data", 1000, 60.0)
+    later.open()
+    assert later.clock.now() == pytest.approx(right(), abs=1)
+    assert later.latest_expiry(right() + 3600) == pytest.approx(right() + 3600, abs=1)
+    later.close()
+    (tmp_path / "data" / "lock").write_bytes(b"")
+    unknown = Store(tmp_path / "data", 1000, 60.0)
+    unknown.open()
+    assert unknown.latest_expiry(right()) == pytest.approx(time.time() + 60, abs=1), "nothing stays for ever"
+    unknown.close()
