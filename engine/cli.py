@@ -117,11 +117,7 @@ def check(
         print(f"{'not used':13} {path}")
     for path in found.pickles:
         print(f"{'pickle':13} {path}: is not looked into, and never read to serve; `python -m engine convert` reads it")
-    lacking = [part for part in ("dit", "text_encoder") if part not in found.parts]
-    if not found.parts.keys() & {"vae", "light_vae"}:
-        lacking.append("vae or light_vae")
-    if found.tokenizer is None:
-        lacking.append("tokenizer.json")
+    lacking = found.lacking()
     faults += [f"missing: {part}" for part in lacking]
     print()
     for fault in faults:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoints import layouts, sources, store, wan
+from engine.checkpoints import headers, layouts, sources, store, wan
 from engine.checkpoints.headers import StoreError, Weights, open_regular
 from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
@@ -37,7 +37,10 @@ def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
     def read(file: Path, name: str) -> Tensor:
         if file not in handles:
             handles[file] = safe_open(file, framework="pt")
-        return handles[file].get_tensor(name)
+        try:
+            return handles[file].get_tensor(name)
+        except SafetensorError as error:
+            raise StoreError(f"{file}: {name} cannot be read: {error}") from None
 
     found = {}
     for name, entry in weights.sound().entries.items():
@@ -165,12 +168,31 @@ def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -
         if kind is None or kind in seen:
             say(f"not used: {path} ({f'there is another {kind}' if kind else 'no network that is known here'})")
             continue
+        if zeros := _zeros(tensors):
+            say(f"not used: {path} holds zeros instead of weights, {zeros} for one: download it again")
+            continue
         seen.add(kind)
         yield (
             kind,
             f"{path}{f', key {key}' if key else ''}",
             {name: StoredTensor.of(value) for name, value in tensors.items()},
         )
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> str | None:
+    """As `headers.zero_tensors`, for a pickle: the first of its matrices if all that are looked at hold only zeros."""
+    matrices = [name for name, value in tensors.items() if value.ndim >= 2 and value.numel()]
+    sampled = matrices[:: max(1, len(matrices) // headers.SAMPLED)]
+    zero = [name for name in sampled if not tensors[name].flatten()[:: tensors[name].numel() // 64 + 1].any()]
+    return zero[0] if zero and len(zero) == len(sampled) else None
+
+
+def _text(path: Path) -> str:
+    with open_regular(path, path.parent) as file:
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError:
+            raise StoreError(f"{path} is not UTF-8: download it again") from None
 
 
 def convert(
@@ -184,7 +206,8 @@ def convert(
         adapt: changes the transformer's weights before they are stored.
 
     Raises:
-        StoreError: a source is faulty or does not fit, no source has a transformer, or `to` is in use.
+        StoreError: a source is faulty or does not fit, no source has a transformer, `to` is in use, or the disk is
+            full. Then nothing is left of what was written.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StoreError(f"{to} is in use: give a folder that does not exist or is empty")
@@ -194,22 +217,25 @@ def convert(
     if native := [weights.files[0].parent for weights in found.parts.values() if weights.native]:
         raise StoreError(f"{native[0]} is a native store already: it can be served as it is")
     refusals: list[str] = []
-    writer: store.Writer | None = None
-    written: set[str] = set()
+    components: dict[str, Found] = {}
     for part, origin, tensors in _parts(found, preset, refusals.append):
-        layout, ours = _network(part, preset, tensors, adapt)
-        say(f"{part}: {origin}, {layout}, {len(ours)} tensors")
-        writer = writer or store.Writer(to)
-        writer.add(part, ours, SHARD_BYTES)
-        written.add(part)
+        layout, components[part] = _network(part, preset, tensors, adapt)
+        say(f"{part}: {origin}, {layout}, {len(components[part])} tensors")
+        found.parts.setdefault(part, Weights())
     for refusal in refusals:
         say(refusal)
-    if writer is None or "dit" not in written:
+    if "dit" not in components:
         raise StoreError("; ".join([f"no transformer in {', '.join(map(str, paths))}", *refusals]))
+    if lacking := found.lacking():
+        say(f"missing, and needed to serve: {', '.join(lacking)}")
     if preset.statistics is not None:
         statistics = {"mean": torch.tensor(preset.statistics.mean), "std": torch.tensor(preset.statistics.std)}
-        writer.add("statistics", {name: StoredTensor.of(value) for name, value in statistics.items()})
-    if found.tokenizer is not None:
-        with open_regular(found.tokenizer, found.tokenizer.parent) as file:
-            writer.add_text("tokenizer.json", file.read().decode())
-    writer.close(preset=preset.name)
+        components["statistics"] = {name: StoredTensor.of(value) for name, value in statistics.items()}
+    tokenizer = None if found.tokenizer is None else _text(found.tokenizer)
+    with store.Writer(to) as writer:
+        writer.reserve(sum(tensor.bytes for ours in components.values() for tensor in ours.values()))
+        for part, ours in components.items():
+            writer.add(part, ours, SHARD_BYTES)
+        if tokenizer is not None:
+            writer.add_text(sources.TOKENIZER, tokenizer)
+        writer.close(preset=preset.name)

@@ -74,7 +74,8 @@ def open_regular(path: Path, folder: Path) -> BinaryIO:
     """Open a regular file in `folder` for reading.
 
     Raises:
-        StoreError: it is missing; a pipe, device or folder; or a link that leads out of the folder.
+        StoreError: it is missing; a pipe, device or folder; a link that leads out of the folder; or a stand-in for the
+            file that is meant.
     """
     try:
         target = path.resolve()
@@ -95,7 +96,28 @@ def open_regular(path: Path, folder: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise StoreError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    if what := stand_in(file.peek(LOOK)):
+        file.close()
+        raise StoreError(f"{path} {what}")
+    return file
+
+
+LOOK = 256
+
+
+def stand_in(start: bytes) -> str | None:
+    """What a file is that begins like this, if it is no weights but what a failed download leaves in their place.
+
+    Git LFS pointers: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
+    """
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    if start.lstrip()[:LOOK].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page: the download was answered by one, often to log in: download the file again"
+    if len(start) >= LOOK and not any(start[:LOOK]):
+        return "begins with zeros: its download was never finished: download it again"
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,7 +222,42 @@ def read_weights(files: Iterable[Path], folder: Path) -> Weights:
         for name in entries.keys() & weights.entries.keys():
             weights.faults.append(f"{path}: {name} is in {weights.entries[name].file.name} too: keep one of the two")
         weights.entries |= entries
+        if zeros := zero_tensors(path, entries.values()):
+            weights.faults.append(
+                f"{path} holds zeros instead of weights, {zeros[0]} for one: its download was never finished: "
+                f"download it again"
+            )
     return weights
+
+
+SAMPLED, PLACES, SAMPLE = 16, 4, 512
+
+
+def zero_tensors(path: Path, entries: Iterable[Entry]) -> list[str]:
+    """Matrices of a file that hold only zeros, as an unfinished download into reserved space has them.
+
+    Reads `SAMPLE` bytes in `PLACES` places of each of `SAMPLED` matrices, in milliseconds. Empty if too few are zero to
+    tell: one among many may be zero by design.
+
+    Args:
+        entries: all tensors of the file, in the order of their bytes.
+    """
+    position, matrices = 0, []
+    for entry in entries:
+        if len(entry.shape) >= 2 and entry.bytes:
+            matrices.append((entry, position))
+        position += entry.bytes
+    sampled = matrices[:: max(1, len(matrices) // SAMPLED)]
+    zeros = []
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        for entry, start in sampled:
+            places = (
+                start + (entry.bytes - min(SAMPLE, entry.bytes)) * place // (PLACES - 1) for place in range(PLACES)
+            )
+            if not any(any(os.pread(file.fileno(), min(SAMPLE, entry.bytes), begin + place)) for place in places):
+                zeros.append(entry.name)
+    return zeros if len(zeros) == len(sampled) or len(zeros) >= max(2, len(sampled) / 8) else []
 
 
 def read_index(path: Path) -> Weights:

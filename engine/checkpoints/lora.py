@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoints import wan
+from engine.checkpoints import headers, wan
 from engine.checkpoints.store import StoreError
 from engine.wire import LORA_NAME
 
@@ -103,6 +103,9 @@ def read(folder: Path, name: str, shapes: Shapes) -> Lora:
     if path is None:
         raise LoraNotFoundError(f"there is no LoRA {name!r} in the folder: put {name}.safetensors there, without links")
     try:
+        with path.open("rb") as start:
+            if what := headers.stand_in(start.read(headers.LOOK)):
+                raise StoreError(f"LoRA {name} {what}")
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             # copied, since the file may change later: what safe_open returns is mapped from it

@@ -1,5 +1,6 @@
 """Pickled checkpoints of Self-Forcing and its descendants. Only `convert` reads them, never serving."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,10 +29,9 @@ def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
             f"{path} is refused: it is damaged or holds more than tensors, and a pickle may run any code when it is "
-            f"read. Get the weights as safetensors, or from their publisher again ({type(error).__name__}: {reason})"
+            f"read. Get the weights as safetensors, or from their publisher again ({_reason(error)})"
         ) from None
     if not isinstance(content, dict):
         raise StoreError(f"{path} holds a {type(content).__name__} instead of tensors by name")
@@ -43,6 +43,15 @@ def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str
     raise StoreError(
         f"{path} has none of {', '.join(GENERATORS)} among its keys: {', '.join(map(repr, list(content)[:10]))}"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, in our words: its own advise to load the file without restrictions."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {found[1]}"
+    if "central directory" in str(error) or isinstance(error, EOFError):
+        return "it is truncated"
+    return type(error).__name__
 
 
 def _tensors(content: Mapping[object, object], path: Path) -> dict[str, Tensor]:

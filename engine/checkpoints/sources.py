@@ -4,15 +4,15 @@ Supported are the native store, a diffusers folder (with `transformer/`, `text_e
 folder, and single files. Only headers are read.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.checkpoints import headers, wan
 from engine.checkpoints.headers import StoreError, Weights
+from engine.checkpoints.manifest import MANIFEST, read_manifest
 
-MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUBFOLDERS = ("transformer", "text_encoder", "vae")
 MARKS = {
@@ -43,6 +43,26 @@ class Sources:
         else:
             self.parts[part] = weights
 
+    def set_tokenizer(self, path: Path) -> None:
+        """Take this file, or its fault."""
+        try:
+            headers.open_regular(path, path.parent).close()
+            self.tokenizer = path
+        except StoreError as error:
+            self.faults.append(str(error))
+
+    def lacking(self) -> list[str]:
+        """What serving needs and is not here, by name."""
+        lacking = [part for part in ("dit", "text_encoder") if part not in self.parts]
+        if not self.parts.keys() & {"vae", "light_vae"}:
+            lacking.append("vae or light_vae")
+        # conversion adds it
+        if "statistics" not in self.parts and any(weights.native for weights in self.parts.values()):
+            lacking.append("statistics")
+        if self.tokenizer is None:
+            lacking.append(TOKENIZER)
+        return lacking
+
 
 def kind(names: Iterable[str]) -> str | None:
     """The network that tensors with these names belong to; None if it is unknown."""
@@ -65,20 +85,27 @@ def find(path: Path) -> Sources:
         for folder in (path, *(path / name for name in SUBFOLDERS)):
             if folder.is_dir():
                 _look_into(folder, sources)
-        tokenizers = [path / "tokenizer.json", path / "tokenizer/tokenizer.json", *path.glob("google/*/tokenizer.json")]
-        sources.tokenizer = next((file for file in tokenizers if file.is_file()), None)
-    elif path.name.endswith(headers.INDEX_SUFFIX):
-        _take(headers.read_index(path), path, sources)
-    elif path.suffix == ".safetensors":
-        _take(headers.read_weights([path], path.parent), path, sources)
+        tokenizers = [path / TOKENIZER, path / "tokenizer" / TOKENIZER, *path.glob(f"google/*/{TOKENIZER}")]
+        if file := next((file for file in tokenizers if file.is_file()), None):
+            sources.set_tokenizer(file)
+    elif path.suffix == ".safetensors" or path.name.endswith(headers.INDEX_SUFFIX):
+        is_file = path.suffix == ".safetensors"
+        weights = headers.read_weights([path], path.parent) if is_file else headers.read_index(path)
+        _take(weights, path, sources)
+        if sources.unused:
+            names = ", ".join(list(weights.entries)[:3])
+            raise StoreError(f"{path} holds no network that is known here, but {names or 'nothing'}")
+    elif path.name == TOKENIZER and path.exists():
+        sources.set_tokenizer(path)
     elif path.suffix in PICKLES and path.exists():
         sources.pickles.append(path)
     elif path.exists():
         raise StoreError(f"{path} is neither a folder nor a .safetensors, {', '.join(PICKLES)} file")
     else:
         raise StoreError(f"{path} is missing")
-    if not sources.parts and not sources.pickles and not sources.faults:
-        raise StoreError(f"{path} holds no weights: no .safetensors file, no manifest, no `transformer` folder")
+    if not (sources.parts or sources.pickles or sources.faults or sources.tokenizer):
+        unused = f" that are known here, only {sources.unused[0]}" if sources.unused else ": no .safetensors file"
+        raise StoreError(f"{path} holds no weights{unused}, no manifest, no `transformer` folder")
     return sources
 
 
@@ -118,34 +145,21 @@ def _take(weights: Weights, path: Path, sources: Sources) -> None:
 
 
 def _native(folder: Path) -> Sources:
-    """A native store: checks names and lengths of files against its manifest; loading checks hashes."""
-    path = folder / MANIFEST
-    try:
-        with headers.open_regular(path, folder) as file:
-            files = json.load(file)["files"]
-        lengths = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise StoreError(f"{path} is not a manifest of this project: convert the weights again") from None
+    """A native store: checks its files against its manifest, except hashes, which loading checks."""
     sources = Sources()
-    for name, length in lengths.items():
-        file_path = folder / name
-        if Path(name).name != name:
-            sources.faults.append(f"{path}: {name} must be a plain file name")
-            continue
-        if name == "tokenizer.json" and file_path.is_file():
-            sources.tokenizer = file_path
-        if not name.endswith(".safetensors"):
-            if not file_path.is_file():
-                sources.faults.append(f"{file_path} is missing")
-            continue
-        weights = headers.read_weights([file_path], folder)
-        if not weights.faults and file_path.stat().st_size != length:
-            weights.faults.append(f"{file_path} is altered: {file_path.stat().st_size} bytes, expected {length}")
-        sources.faults += weights.faults
-        for full, entry in weights.entries.items():
+    for name, file in read_manifest(folder)[1].items():
+        if file.fault:
+            sources.faults.append(file.fault)
+        elif file.entries and (zeros := headers.zero_tensors(file.path, file.entries.values())):
+            sources.faults.append(
+                f"{file.path} holds zeros instead of weights, {zeros[0]} for one: convert the weights again"
+            )
+        if name == TOKENIZER and not file.fault:
+            sources.tokenizer = file.path
+        for full, entry in file.entries.items():
             part, _, tensor = full.partition(".")
             mine = sources.parts.setdefault(part, Weights(native=True))
             mine.entries[tensor] = entry
-            if file_path not in mine.files:
-                mine.files.append(file_path)
+            if file.path not in mine.files:
+                mine.files.append(file.path)
     return sources

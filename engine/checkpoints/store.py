@@ -5,11 +5,11 @@ later changes nothing. Matrices may be stored as int8 with one scale per output 
 the embedded model fits into the repository.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoints import headers
 from engine.checkpoints.headers import Entry, StoreError
-from engine.checkpoints.sources import MANIFEST
+from engine.checkpoints.manifest import MANIFEST, StoredFile, read_manifest
 from engine.ops.quant import QuantTensor, quantise
 
 __all__ = ["MANIFEST", "Store", "StoreError", "StoredTensor", "Writer", "load", "open_store", "save", "verify"]
@@ -45,16 +45,6 @@ DTYPES = {
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 BLOCK = 1 << 20
 """Bytes that are read and hashed at once: few enough to be hashed from the CPU's cache."""
-
-
-@dataclass(frozen=True)
-class _File:
-    """What the manifest says about a file, and the tensors in its header."""
-
-    path: Path
-    bytes: int
-    sha256: str
-    entries: dict[str, Entry]
 
 
 class _Reader:
@@ -95,7 +85,7 @@ class Store:
 
     folder: Path
     manifest: dict[str, Any]
-    _files: dict[str, _File]
+    _files: dict[str, StoredFile]
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a component, except the scales of int8 matrices; empty if it has none."""
@@ -135,7 +125,7 @@ class Store:
         except UnicodeDecodeError:
             raise StoreError(f"{file.path} is not UTF-8: convert the weights again") from None
 
-    def _read(self, file: _File, contents: Callable[[_Reader], T]) -> T:
+    def _read(self, file: StoredFile, contents: Callable[[_Reader], T]) -> T:
         try:
             with headers.open_regular(file.path, self.folder) as opened:
                 reader = _Reader(opened)
@@ -148,7 +138,7 @@ class Store:
         raise StoreError(f"{file.path} changed while it was read: try again")
 
 
-def _tensors(reader: _Reader, file: _File, device: torch.device | None) -> dict[str, Tensor]:
+def _tensors(reader: _Reader, file: StoredFile, device: torch.device | None) -> dict[str, Tensor]:
     # the header is parsed again: only this one is hashed
     header = reader.take(min(int.from_bytes(reader.take(8), "little"), file.bytes))
     entries = headers.parse_header(header, file.bytes, file.path)
@@ -158,41 +148,6 @@ def _tensors(reader: _Reader, file: _File, device: torch.device | None) -> dict[
 def _within(component: str, named: Mapping[str, T]) -> dict[str, T]:
     prefix = f"{component}."
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-
-def _inspect(folder: Path) -> tuple[Store, list[str]]:
-    """A store, and what is wrong with its files apart from their hashes."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise StoreError(f"{path} is missing: this folder holds no Livereel weights")
-    try:
-        with headers.open_regular(path, folder) as file:
-            manifest: dict[str, Any] = json.load(file)
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise StoreError(f"{path} is not a manifest of this project: restore it or convert the weights again") from None
-    files: dict[str, _File] = {}
-    faults = []
-    for name, (size, sha256) in listed.items():
-        try:
-            if Path(name).name != name or (folder / name).is_symlink():
-                raise StoreError(f"{name}: must be a plain file in {folder}")
-            files[name] = _inspect_file(folder / name, size, sha256)
-        except StoreError as error:
-            faults.append(str(error))
-    return Store(folder, manifest, files), faults
-
-
-def _inspect_file(path: Path, size: int, sha256: str) -> _File:
-    with headers.open_regular(path, path.parent) as file:
-        found = os.fstat(file.fileno()).st_size
-    if found != size:
-        raise StoreError(f"{path} is truncated or altered: {found} bytes, expected {size}")
-    entries = headers.read_header(path) if path.suffix == ".safetensors" else {}
-    for entry in entries.values():
-        if entry.dtype not in TYPES:
-            raise StoreError(f"{path}: {entry.name} is of type {entry.dtype}, which no store has: convert again")
-    return _File(path, size, sha256, entries)
 
 
 def _refuse(folder: Path, faults: list[str]) -> None:
@@ -206,9 +161,13 @@ def open_store(folder: Path) -> Store:
     Raises:
         StoreError: names every file that is missing, truncated, a Git LFS pointer, or has a faulty header.
     """
-    store, faults = _inspect(folder)
+    manifest, files = read_manifest(folder)
+    faults = [file.fault for file in files.values() if file.fault]
+    for entry in (entry for file in files.values() for entry in file.entries.values()):
+        if entry.dtype not in TYPES:
+            faults.append(f"{entry.file}: {entry.name} is of type {entry.dtype}, which no store has: convert again")
     _refuse(folder, faults)
-    return store
+    return Store(folder, manifest, files)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -217,13 +176,17 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: names every file that is missing, truncated or altered.
     """
-    store, faults = _inspect(folder)
-    for file in store._files.values():
+    manifest, files = read_manifest(folder)
+    faults = []
+    for file in files.values():
+        if file.fault:
+            faults.append(file.fault)
+            continue
         with headers.open_regular(file.path, folder) as opened:
             if _Reader(opened).finish() != file.sha256:
                 faults.append(f"{file.path} is altered: its SHA-256 differs from the manifest's")
     _refuse(folder, faults)
-    return store.manifest
+    return manifest
 
 
 def load(folder: Path) -> dict[str, Tensor]:
@@ -268,14 +231,37 @@ class StoredTensor:
 class Writer:
     """Writes a store one tensor at a time, so that a model larger than memory can be converted.
 
-    The manifest is written last: until `close`, the folder is not a valid store.
+    The manifest is written last: until `close`, the folder is not a valid store. As a context manager, an error removes
+    what was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, dict[str, Any]] = {}
+        self._begun: list[Path] = []
+        self._made = not folder.exists()
+        self._needed = 0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            for path in self._begun:
+                path.unlink(missing_ok=True)
+            if self._made and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def reserve(self, needed: int) -> None:
+        """Raises StoreError unless the disk has room for so many bytes."""
+        self._needed = max(needed, self._needed)
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise StoreError(
+                f"{self.folder} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB ({needed} bytes) are "
+                f"needed: free some, or give another folder"
+            )
 
     def add(self, component: str, tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> None:
         """Write one component; a tensor's stored name is `component.name`, and no tensor is split.
@@ -283,9 +269,7 @@ class Writer:
         Raises:
             StoreError: the disk does not have enough space.
         """
-        total = sum(tensor.bytes for tensor in tensors.values())
-        if total > (free := shutil.disk_usage(self.folder).free):
-            raise StoreError(f"{self.folder} has {free / 2**30:.1f} GiB free, {component} takes {total / 2**30:.1f}")
+        self.reserve(sum(tensor.bytes for tensor in tensors.values()))
         shards: list[dict[str, StoredTensor]] = [{}]
         room = shard_bytes
         for name, tensor in tensors.items():
@@ -312,7 +296,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         digest = hashlib.sha256()
-        with (self.folder / file_name).open("wb") as file:
+        with self._create(file_name) as file:
 
             def write(data: bytes | memoryview) -> None:
                 file.write(data)
@@ -327,15 +311,27 @@ class Writer:
         self._files[file_name] = {"bytes": 8 + len(text) + position, "sha256": digest.hexdigest()}
 
     def add_text(self, name: str, text: str) -> None:
-        path = self.folder / name
         data = text.encode()
-        path.write_bytes(data)
+        with self._create(name) as file:
+            file.write(data)
         self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def close(self, **facts: str) -> None:
         """Write the manifest, with facts about the store: the preset, the source."""
         content = {"format": 1, **facts, "files": dict(sorted(self._files.items()))}
-        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        with self._create(MANIFEST) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _create(self, name: str) -> Iterator[BinaryIO]:
+        path = self.folder / name
+        self._begun.append(path)
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:
+            needed = f": {self._needed} bytes are needed" if self._needed else ""
+            raise StoreError(f"{path} cannot be written: {error.strerror or error}{needed}") from None
 
 
 def save(

@@ -1,6 +1,9 @@
 import json
 import os
+import re
+import resource
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,6 +341,116 @@ def test_loras_are_merged_for_good(tmp_path: Path, weights: dict[str, Tensor], p
     adapt = commands.merging(PRESET, [path])
     convert(PRESET, [tmp_path / "dit.safetensors"], tmp_path / "native", adapt=adapt, say=lambda text: None)
     assert same(dit(tmp_path / "native"), stored(weights | {name: weights[name] + up @ down}))
+
+
+ADVICE = ("weights_only", "trust", "safe_globals", "Re-running")
+"""Of torch's messages: how to read a pickle without restrictions."""
+
+
+def test_a_refusal_gives_a_reason_and_not_torchs_advice(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"generator": weights}, path)
+    sound = path.read_bytes()
+    torch.save({"generator": weights, "extra": Payload(tmp_path / "run")}, path)
+    cases = [
+        (path.read_bytes(), r"it asks for (posix|os)\.mkdir"),
+        (sound[: len(sound) // 2], "it is truncated"),
+        (b"", "refused"),
+        (b"garbage" * 100, "refused"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (bytes(5000), "begins with zeros"),
+    ]
+    for content, reason in cases:
+        path.write_bytes(content)
+        for act in (
+            lambda: read_pickle(path),
+            lambda: convert(PRESET, [path], tmp_path / "native", say=lambda text: None),
+            lambda: commands.merging(PRESET, [path]),
+        ):
+            with pytest.raises(StoreError, match=reason) as error:
+                act()
+            assert str(path) in str(error.value)
+            assert not [word for word in ADVICE if word in str(error.value)]
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_zeros_instead_of_weights_are_refused(tmp_path: Path, weights: dict[str, Tensor], pickled: bool) -> None:
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    path = tmp_path / ("dit.pt" if pickled else "dit.safetensors")
+    if pickled:
+        torch.save({"generator": zeros}, path)
+    else:
+        save_file(zeros, path)
+    with pytest.raises(StoreError, match="holds zeros instead of weights") as error:
+        convert(PRESET, [path], tmp_path / "native", say=lambda text: None)
+    assert str(path) in str(error.value) and not (tmp_path / "native").exists()
+
+
+def test_what_serving_will_miss_is_said(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    (tmp_path / "t5.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    _, said = converted([tmp_path], tmp_path / "native")
+    assert f"not used: {tmp_path / 't5.pth'} is a Git LFS pointer" in said[1]
+    assert said[-1] == "missing, and needed to serve: text_encoder, vae or light_vae, tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match=r"tokenizer\.json is not UTF-8"):
+        converted([tmp_path], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Limits the size of a file, which fails a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_disk_that_fills_leaves_nothing_behind(
+    tmp_path: Path, weights: dict[str, Tensor], small_files: Callable[[int], None], exists: bool
+) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    to = tmp_path / "native"
+    if exists:
+        to.mkdir()
+    small_files(20_000)
+    with pytest.raises(
+        StoreError, match=r"dit\.safetensors cannot be written: File too large: [0-9]{5} bytes"
+    ) as error:
+        convert(PRESET, [tmp_path / "dit.safetensors"], to, say=lambda text: None)
+    small_files(1 << 20)
+    assert str(to) in str(error.value)
+    assert to.exists() == exists and (not exists or not any(to.iterdir()))
+    assert same(converted([tmp_path / "dit.safetensors"], to)[0], stored(weights))
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+
+    def stop(name: str, value: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(PRESET, [tmp_path / "dit.safetensors"], tmp_path / "native", adapt=stop, say=lambda text: None)
+    assert not (tmp_path / "native").exists()
+
+
+def test_all_networks_are_counted_before_the_first_is_written(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    networks = sum(value.nbytes for value in stored(weights).values())
+    assert PRESET.statistics is not None
+    free = shutil.disk_usage(tmp_path)._replace(free=networks)  # not enough for the statistics
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    needed = networks + 2 * 4 * len(PRESET.statistics.mean)
+    with pytest.raises(
+        StoreError, match=rf"{re.escape(str(tmp_path / 'native'))} has .* \({needed} bytes\) are needed"
+    ):
+        convert(PRESET, [tmp_path / "dit.safetensors"], tmp_path / "native", say=lambda text: None)
+    assert not (tmp_path / "native").exists()
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

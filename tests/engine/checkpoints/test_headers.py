@@ -86,6 +86,50 @@ def test_short_files_are_refused(tmp_path: Path) -> None:
             headers.read_header(tmp_path / "x.safetensors")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 15518464\n"
+"""As Git LFS's specification has it."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "run `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><body>Please log in</body></html>", "is a web page"),
+        (bytes(4096), "begins with zeros"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    (tmp_path / "x.safetensors.index.json").write_bytes(content)
+    for read in (headers.read_header, lambda path: headers.read_index(Path(f"{path}.index.json")).sound()):
+        with pytest.raises(StoreError, match=message) as error:
+            read(tmp_path / "x.safetensors")
+        assert str(tmp_path / "x.safetensors") in str(error.value)
+
+
+def matrices(path: Path, count: int, zero: set[int]) -> Path:
+    tensors = {f"{i:02}": torch.full((40, 40), float(i not in zero)) for i in range(count)}
+    save_file(tensors | {"bias": torch.zeros(9)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "zero", "named"),
+    [
+        (40, set(range(40)), True),
+        (40, set(range(30, 40)), True),  # a download that stopped
+        (40, {7, 8}, False),  # by design
+        (2, {0, 1}, True),
+        (2, {0}, False),
+        (0, set(), False),
+    ],
+)
+def test_zeros_under_a_sound_header_are_named(tmp_path: Path, count: int, zero: set[int], named: bool) -> None:
+    path = matrices(tmp_path / "x.safetensors", count, zero)
+    faults = headers.read_weights([path], tmp_path).faults
+    assert [f"{path} holds zeros instead of weights" in fault for fault in faults] == [True] * named
+
+
 def test_links_and_special_files(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()

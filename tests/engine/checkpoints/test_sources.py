@@ -1,0 +1,49 @@
+"""Files and folders that hold nothing usable are named with what they hold; `test_convert.py` has the others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.checkpoints import sources
+from engine.checkpoints.headers import StoreError
+
+
+def test_an_unknown_network_is_named_by_its_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"unet.conv_in.weight": torch.ones(2, 2), "unet.x": torch.ones(1)}, path)
+    with pytest.raises(StoreError, match="no network that is known here, but unet"):
+        sources.find(path)
+    with pytest.raises(StoreError, match=r"no weights that are known here, only .*model\.safetensors"):
+        sources.find(tmp_path)
+
+
+def test_a_file_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"model\.onnx is neither a folder nor"):
+        sources.find(path)
+    with pytest.raises(StoreError, match=r"holds no weights: no \.safetensors file"):
+        sources.find(tmp_path)
+
+
+def test_a_tokenizer_may_come_from_another_place(tmp_path: Path) -> None:
+    networks, other = tmp_path / "networks", tmp_path / "other"
+    networks.mkdir()
+    other.mkdir()
+    save_file({"patch_embedding.weight": torch.ones(2, 2)}, networks / "dit.safetensors")
+    (other / "tokenizer.json").write_text("{}")
+    for place in (other, other / "tokenizer.json"):
+        found = sources.find_all([networks, place])
+        assert found.tokenizer == other / "tokenizer.json" and found.lacking() == ["text_encoder", "vae or light_vae"]
+
+
+def test_a_tokenizer_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
+    save_file({"patch_embedding.weight": torch.ones(2, 2)}, tmp_path / "dit.safetensors")
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    found = sources.find(tmp_path)
+    assert found.faults == [
+        f"{tmp_path / 'tokenizer.json'} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    ]
+    assert "tokenizer.json" in found.lacking()
