@@ -85,7 +85,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         middleware=[
             Middleware(RequestMiddleware, access=access, tracing=tracing),
             Middleware(AuthMiddleware, access=access, streams=registry),
-            Middleware(BodyLimitMiddleware, access=access),
+            Middleware(BodyLimitMiddleware, access=access, uploads=registry.uploads),
         ],
         exception_handlers={
             HTTPException: on_http_exception,

@@ -9,12 +9,14 @@ from typing import Any
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from engine import wire
+from server.aio import first_of
+from server.api.responses import wait_for_disconnect
+from server.api.routing import streams_of
 from server.api.schemas import MAX_CHANGES, printable
 from server.errors import ApiError
-from server.streams.registry import Registry
 from server.uploads import images
 
 MAX_BODY_BYTES = 64 * 1024
@@ -109,8 +111,20 @@ def set_field(fields: dict[str, Any], path: list[str], value: Any) -> bool:
     return set_field(item, rest[1:], value)
 
 
-async def read_image(streams: Registry, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
-    """Decode an uploaded file, or else a data URL, to frames of the model's size. Raises `ApiError`."""
+async def read_image(request: Request, info: wire.ModelInfo, upload: bytes | None, url: str | None) -> bytes:
+    """Decode an uploaded file, or else a data URL, to frames of the model's size. Raises `ApiError`.
+
+    Raises `ClientDisconnect`, and decodes no further, if the client leaves meanwhile.
+    """
     data = upload if upload is not None else images.from_data_url(url or "")
-    async with streams.decoding:
-        return await images.frames(data, info.width, info.height, info.fps)
+    decode = streams_of(request).uploads.frames(data, info.width, info.height, info.fps)
+    decoded: bytes | None = await first_of(decode, wait_for_disconnect(request.receive))
+    if decoded is None:
+        raise ClientDisconnect
+    return decoded
+
+
+async def check_connected(request: Request) -> None:
+    """Raise `ClientDisconnect` if the client has left, so that nothing is made for nobody. The body must be read."""
+    if await request.is_disconnected():
+        raise ClientDisconnect

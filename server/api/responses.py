@@ -5,6 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from email.utils import parsedate
+from functools import partial
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -12,7 +13,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from server.aio import first_of
+from server.aio import first_of, open_in_thread
 from server.errors import ApiError, file_removed, not_found
 from server.library.mp4 import GrowingFile
 from server.protocols import ABORT
@@ -60,7 +61,7 @@ class GrowingFileResponse(LongLivedResponse):
         if not await growth.wait_beyond(0):
             raise not_found(self._kind)
         try:
-            descriptor = await asyncio.to_thread(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = await open_in_thread(partial(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC), os.close)
         except FileNotFoundError:
             raise file_removed() from None
         try:

@@ -8,7 +8,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from server.api import idempotency, schemas
-from server.api.forms import read_fields, read_image
+from server.api.forms import check_connected, read_fields, read_image
 from server.api.response_schemas import StreamChanged, StreamList, StreamObject, TokenObject
 from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, with_token, ws_url
 from server.errors import ApiError
@@ -26,7 +26,8 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
         if claim.made is None:
             picture = b""
             if upload is not None or body.image is not None:
-                picture = await read_image(streams, streams.model_info(body.model), upload, body.image)
+                picture = await read_image(request, streams.model_info(body.model), upload, body.image)
+            await check_connected(request)
             key = principal_of(request).key
             prompts = changes_of(body.prompts)
             stream = streams.open(

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from server.api import idempotency, schemas
-from server.api.forms import read_fields, read_image
+from server.api.forms import check_connected, read_fields, read_image
 from server.api.response_schemas import VideoDeleted, VideoList, VideoObject
 from server.api.responses import StoredFileResponse, film_response
 from server.api.routing import Route, principal_of, streams_of
@@ -62,7 +62,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
         url = body.input_reference
         try:
             url = url.image_url if isinstance(url, schemas.ImageReference) else url
-            picture = await read_image(streams, info, upload, url)
+            picture = await read_image(request, info, upload, url)
         except ApiError as error:
             raise rename_field(error, "image", "input_reference") from None
     seed = body.extra.seed
@@ -80,6 +80,7 @@ async def create(request: Request, body: schemas.CreateVideo, upload: bytes | No
         created_at=time.time(),
         picture=bool(picture),
     )
+    await check_connected(request)
     await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 
@@ -164,6 +165,7 @@ async def create_remix(request: Request, id: str, body: schemas.RemixVideo) -> C
         remixed_from=source.id,
         picture=bool(picture),
     )
+    await check_connected(request)
     await streams.clips.create(clip, picture, key=principal_of(request).key)
     return clip
 

@@ -31,6 +31,7 @@ from server.streams.engine_link import EngineLink
 from server.streams.session import Session, State
 from server.streams.stream import Services, Stream
 from server.tracing import Tracing
+from server.uploads.queue import UploadQueue
 
 logger = logging.getLogger("livereel.streams")
 
@@ -61,8 +62,7 @@ class Registry:
         self._streams: dict[str, Stream] = {}
         self._admission = admission.Admission(config.queue_limit)
         self._housekeeper: asyncio.Task[None] | None = None
-        self.decoding = asyncio.Semaphore(1)
-        """Held while an uploaded picture is decoded: one at a time, so that live streams keep the processor."""
+        self.uploads = UploadQueue()
         self._draining = False
         self._store_lost = False
         self._over_since: dict[str, float] = {}

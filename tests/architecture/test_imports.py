@@ -126,7 +126,7 @@ ALLOWED: dict[str, Rule] = {
     ),
     "server.streams": rule(
         "msgspec engine.wire server.aio server.auth.keys server.backends.base server.config server.errors "
-        "server.library server.media server.metrics server.streams server.tracing"
+        "server.library server.media server.metrics server.streams server.tracing server.uploads.queue"
     ),
     "server.egress": rule(
         "av h11 msgspec server.aio server.config server.errors server.media server.metrics server.sandbox "
@@ -139,7 +139,8 @@ ALLOWED: dict[str, Rule] = {
         "server.uploads"
     ),
     "server.middleware": rule(
-        "fastapi opentelemetry starlette server.api server.auth server.errors server.logs server.streams server.tracing"
+        "fastapi opentelemetry starlette server.api server.auth server.errors server.logs server.streams "
+        "server.tracing server.uploads.queue"
     ),
     "server.app": rule(
         "fastapi starlette server.api server.auth server.backends.base server.config server.egress server.metrics "

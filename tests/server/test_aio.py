@@ -1,11 +1,15 @@
-"""`server.aio`: waits for an event or a time, and for the first of several coroutines."""
+"""`server.aio`: waits for an event or a time, and for the first of several coroutines; opening in a thread."""
 
 import asyncio
+import gc
+import threading
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 
-from server.aio import first_of, wait_until
+from server.aio import first_of, open_in_thread, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -76,3 +80,74 @@ async def test_first_of_cancels_its_work_when_it_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left == [True, True]
+
+
+async def test_first_of_keeps_nothing_of_what_failed() -> None:
+    """Its frame and the task's exception refer to each other, unless it lets go: an upload would stay in memory."""
+
+    class Upload:
+        pass
+
+    async def decode(upload: Upload) -> None:
+        raise ValueError("no")
+
+    async def receive() -> weakref.ref[Upload]:
+        upload = Upload()
+        with pytest.raises(ValueError, match="no"):
+            await first_of(decode(upload), asyncio.Event().wait())
+        return weakref.ref(upload)
+
+    gc.disable()
+    try:
+        assert (await receive())() is None
+    finally:
+        gc.enable()
+
+
+async def test_what_a_thread_opens_for_nobody_is_closed() -> None:
+    may_open, closed = threading.Event(), list[str]()
+
+    def open_slowly() -> str:
+        may_open.wait()
+        return "file"
+
+    opening = asyncio.create_task(open_in_thread(open_slowly, closed.append))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert closed == []
+    may_open.set()
+    async with asyncio.timeout(10):
+        while closed != ["file"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_what_a_thread_opens_belongs_to_the_caller() -> None:
+    closed = list[str]()
+    assert await open_in_thread(lambda: "file", closed.append) == "file"
+    with pytest.raises(FileNotFoundError):
+        await open_in_thread(Path("/nonexistent").read_text, closed.append)
+    await asyncio.sleep(0)
+    assert closed == []
+
+
+async def test_an_opening_that_fails_for_nobody_is_silent() -> None:
+    may_open, errors = threading.Event(), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+
+    def fail_slowly() -> str:
+        may_open.wait()
+        raise OSError
+
+    opening = asyncio.create_task(open_in_thread(fail_slowly, errors.append))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    opening.cancel()
+    await asyncio.wait([opening])
+    may_open.set()
+    await asyncio.to_thread(lambda: None)
+    del opening
+    gc.collect()
+    assert errors == []

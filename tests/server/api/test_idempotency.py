@@ -11,6 +11,7 @@ from server.api.idempotency import KEPT_SECONDS, MAX_CLAIMS, Idempotency, finger
 from server.auth import keys
 from server.auth.revocation import end_revoked
 from server.errors import ApiError
+from server.uploads import images
 
 pytestmark = pytest.mark.anyio
 
@@ -130,15 +131,21 @@ async def test_fifty_identical_requests_at_once_open_one_stream(run_gateway: Any
 
 
 async def test_a_race_while_a_picture_is_decoded(run_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, may_decode = images.frames, asyncio.Event()
+
+    async def wait_and_decode(*arguments: Any) -> bytes:
+        await may_decode.wait()
+        return await decode(*arguments)
+
+    monkeypatch.setattr(images, "frames", wait_and_decode)
     async with run_gateway() as gateway:
-        await gateway.streams.decoding.acquire()
         sent = {"data": {"prompt": "a"}, "files": {"image": PICTURE}, "headers": {"Idempotency-Key": "slow"}}
         first = asyncio.create_task(gateway.http.post("/v1/streams", **sent))
-        await gateway.until(lambda: bool(gateway.streams.decoding._waiters))
+        await gateway.until(lambda: gateway.streams.uploads.waiting == 1)
         going_on = await gateway.http.post("/v1/streams", **sent)
         assert (going_on.status_code, going_on.json()["error"]["code"]) == (409, "request_in_progress")
         assert going_on.headers["retry-after"] == "1"
-        gateway.streams.decoding.release()
+        may_decode.set()
         opened = await first
         assert opened.status_code == 201
         again = await gateway.http.post("/v1/streams", **sent)

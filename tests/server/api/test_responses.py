@@ -1,6 +1,8 @@
 """Responses that last: they end with their client, and an incomplete file never looks complete."""
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,29 @@ async def test_a_growing_file_is_sent_to_its_end(growing: Callable[[bytes], Grow
     assert client.body == b"abcdef"
     assert client.complete == whole, "only a whole file looks complete"
     assert client.aborted != whole
+
+
+async def test_a_reader_who_leaves_while_the_file_is_opened(
+    growing: Callable[[bytes], GrowingFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that opens it cannot be cancelled, and its descriptor must not be lost."""
+    may_open, opened, open_file = threading.Event(), list[int](), os.open
+
+    def open_slowly(*arguments: Any) -> int:
+        may_open.wait()
+        opened.append(open_file(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", open_slowly)
+    client = Client()
+    request = asyncio.create_task(client.get(download(growing(b"abc"))))
+    await asyncio.sleep(0.01)
+    client.gone.set()
+    await request
+    may_open.set()
+    async with asyncio.timeout(10):
+        while not opened or Path(f"/proc/self/fd/{opened[0]}").exists():
+            await asyncio.sleep(0.01)
 
 
 async def test_a_file_that_was_never_begun_is_not_found(growing: Callable[[bytes], GrowingFile]) -> None:
