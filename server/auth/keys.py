@@ -277,7 +277,8 @@ def write(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         fresh.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
         raise ValueError(f"keys {path} cannot be written: {error.strerror}") from None
 
 

@@ -134,7 +134,7 @@ class ClipMaker:
         clip.owner = owner
         try:
             if picture:
-                await asyncio.to_thread(self._store.save, clip.id, START, picture)
+                await self._save_picture(clip.id, picture)
             self._store.save_record(clip.id, clip)
         except OSError as error:
             self._store.discard(clip.id)
@@ -151,6 +151,16 @@ class ClipMaker:
         if key is not None:
             self._keys[clip.id] = key.serial
         self._admit()
+
+    async def _save_picture(self, id: str, picture: bytes) -> None:
+        """Save the picture that a clip starts from; nothing of it stays if this is cancelled. Raises OSError."""
+        saving = asyncio.create_task(asyncio.to_thread(self._store.save, id, START, picture))
+        try:
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            await asyncio.wait([saving])
+            self._store.discard(id)
+            raise
 
     def get(self, id: str) -> Clip:
         """The clip of this id. Raises `ApiError`."""

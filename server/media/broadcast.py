@@ -49,6 +49,8 @@ class Broadcast:
         self._pending: deque[tuple[AnyFrame, int]] = deque()
         self._wake = asyncio.Event()
         self._ending = False
+        self.failed = False
+        """The encoder has failed, and nothing more comes."""
         self._key_wanted = True
         self._key_at = -KEY_SECONDS
         self._init_segment = b""
@@ -126,13 +128,15 @@ class Broadcast:
                     self._deliver(frame, encoded, repeated=repeated)
             for writer in list(self._recordings):
                 writer.finish("stream_ended")
-            self._executor.shutdown(wait=False)
         except Exception:
             logger.exception("the %s encoder failed", self._codec)
+            self.failed = True
             for viewer in self._viewers:
                 viewer.finish(1011)
             for writer in list(self._recordings):
                 writer.finish("failed")
+        finally:
+            self._executor.shutdown(wait=False)
 
     def _encode(self, frame: AnyFrame, clock: int, key: bool) -> EncodedFrame | None:
         """Runs in the encoder's thread, because a stacked frame computes its pixels here."""

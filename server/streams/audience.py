@@ -132,10 +132,14 @@ class Audience:
     # recordings
 
     def record(self, writer: RecordingWriter) -> None:
-        """Give the recording every frame from now on, or from the first."""
+        """Give the recording every frame from now on, or from the first. If its encoder cannot be made, it ends."""
         self.recordings.add(writer)
         writer.on_end = partial(self._stop_recording, writer)
-        self._feed_recording(writer)
+        try:
+            self._feed_recording(writer)
+        except Exception:
+            writer.finish("failed")
+            raise
         self._on_demand()
 
     def _feed_recording(self, writer: RecordingWriter) -> None:
@@ -197,10 +201,11 @@ class Audience:
         for viewer in list(self.viewers):
             viewer.finish(close_code)
             self.remove(viewer)
-        if self.recordings and (broadcast := self.broadcasts.pop(("h264", False), None)) is not None:
+        broadcast = self.broadcasts.pop(("h264", False), None) if self.recordings else None
+        if broadcast is not None:
             broadcast.finish()  # encodes what was shown, and then ends its recordings
         for writer in list(self.recordings):
-            if writer.format == "webm" or self.on_screen is None:
+            if writer.format == "webm" or broadcast is None:
                 writer.finish("stream_ended")
         if frame := self.on_screen:
             # New viewers see where the stream ended, for minutes. A copy lets the rest of its chunk be freed.
@@ -223,10 +228,10 @@ class Audience:
             broadcast.join(viewer)
 
     def _broadcast(self, codec: Codec, *, alpha: bool) -> Broadcast | None:
-        """The encoder of this codec, started if need be; None before the first frame."""
+        """The encoder of this codec, started if there is none or it has failed; None before the first frame."""
         if self.on_screen is None:
             return None
-        if (which := (codec, alpha)) not in self.broadcasts:
+        if (which := (codec, alpha)) not in self.broadcasts or self.broadcasts[which].failed:
             picture = self._picture(self.on_screen, alpha)
             broadcast = Broadcast(codec, self.fps, self._bitrate_kbps, picture, self._clock, self._metrics)
             self.broadcasts[which] = broadcast

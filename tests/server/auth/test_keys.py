@@ -1,11 +1,13 @@
 """The key file, and the command that manages it."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from server.auth import keys
 from server.config import Config
+from tests.server.library.disk import full_at
 
 
 def test_the_file_holds_no_key_and_nobody_else_can_read_it(tmp_path: Path) -> None:
@@ -88,3 +90,12 @@ def test_a_file_that_cannot_be_cut_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="by hand"):
         keys.remove_key(path, "a")
     assert path.read_text() == before
+
+
+def test_a_disk_that_is_full_or_read_only_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with full_at(10), pytest.raises(ValueError, match="cannot be written: File too large"):
+        keys.write(tmp_path / "keys.toml", 100 * "x")

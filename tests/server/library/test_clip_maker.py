@@ -1,12 +1,15 @@
 """Clips and their files: full disks, removed films, ages. `tests/server/api/test_videos.py` makes whole ones."""
 
+import asyncio
 import errno
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.library.clip import Clip
 from server.library.mp4 import ClipWriter
 from tests.server.api.test_videos import create, done, film, small
 from tests.server.library.disk import full_at
@@ -130,3 +133,28 @@ async def test_a_clock_that_is_set_back_keeps_nothing_for_ever(
             return
     async with run_gateway(small(), **settings) as gateway:
         await gone(gateway)
+
+
+async def test_a_clip_that_is_cancelled_while_it_is_stored_leaves_nothing(
+    run_gateway: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_gateway(small(), data=tmp_path / "data") as gateway:
+        store, saving, gate = gateway.streams._store, threading.Event(), threading.Event()
+        save = store.save
+
+        def slow(*arguments: Any) -> None:
+            saving.set()
+            assert gate.wait(5)
+            save(*arguments)
+
+        monkeypatch.setattr(store, "save", slow)
+        values = {"model": "mini", "prompt": "a", "prompts": [], "seed": 1, "seconds": "1", "frames": 16}
+        clip = Clip(id="video_a", **values, width=64, height=48, fps=16, created_at=0.0)
+        creating = asyncio.create_task(gateway.streams.clips.create(clip, b"picture"))
+        await gateway.until(saving.is_set)
+        creating.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["lock"]

@@ -1,12 +1,16 @@
 """`Audience`: who is counted, who gets which frame, and what happens at the end."""
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from server.errors import ApiError
-from server.media.encoder import Codec
+from server.library.mp4 import GrowingFile
+from server.library.recording_writer import RecordingWriter
+from server.media.encoder import Codec, VideoEncoder
 from server.media.frames import Frame, PictureEncoder
 from server.media.matte import Matte
 from server.media.viewer import Viewer
@@ -136,3 +140,45 @@ async def test_the_end_leaves_nothing_but_the_last_frame(audience: Audience) -> 
     assert not audience.viewers
     assert audience.on_screen is not None
     assert audience.on_screen.rgb.obj == bytes(frame(7).rgb)
+
+
+def recording(path: Path) -> RecordingWriter:
+    path.touch()
+    return RecordingWriter("mp4", 16, GrowingFile(path), lambda: False)
+
+
+async def test_a_recording_begun_after_its_encoder_failed_gets_another(
+    audience: Audience, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the encoder broke")
+
+    audience.add(Viewer("fmp4"))
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoEncoder, "encode", broken)
+        await show(audience, 0)
+        (first,) = audience.broadcasts.values()
+        async with asyncio.timeout(5):
+            while not first.failed:
+                await asyncio.sleep(0.01)
+    writer = recording(tmp_path / "film.mp4")
+    audience.record(writer)
+    await show(audience, 1)
+    audience.close(1000)
+    assert await asyncio.wait_for(writer.run(), 5) == "stream_ended"
+    assert writer.film is not None and writer.film.frames == 1
+
+
+async def test_a_recording_whose_encoder_cannot_be_made_ends(
+    audience: Audience, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await show(audience, 0)
+    monkeypatch.setattr(module, "Broadcast", broken)
+    writer = recording(tmp_path / "film.mp4")
+    with pytest.raises(RuntimeError):
+        audience.record(writer)
+    assert not audience.recordings
+    assert await asyncio.wait_for(writer.run(), 5) == "failed"
