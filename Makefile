@@ -40,6 +40,7 @@ test-schema: setup
 
 test-browser: setup
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	npx --yes --package typescript@5 tsc --project clients
 	$(BIN)/python -m pytest -m browser tests/e2e
 
 test-players: setup

@@ -1,10 +1,10 @@
-"""Record the moving picture of the README: a stream of `mini` that is steered while it plays.
+"""Record the moving pictures of the README and of the studio at rest: a stream of `mini` that is steered.
 
-    python -m engine.bench.picture [--out docs/livereel.webp]
+    python -m engine.bench.picture [--out docs/livereel.webp] [--sample clients/web/sample.webp]
 
 Starts `python -m server` on a free loopback port, opens a stream, changes its prompt with `PATCH` while it plays, reads
 its frames from the WebSocket as RGB, and writes an animated WebP in which every frame has the prompt that made it as a
-caption. Needs what `make serve` needs, and takes about half a minute.
+caption; and the first of its seconds without captions, for the studio. Needs what `make serve` needs, and takes about half a minute.
 """
 
 import argparse
@@ -31,6 +31,7 @@ SECONDS = 4.0
 EXTRA_SECONDS = 1.5
 """How much longer the last one plays: a steer shows at a chunk's boundary, about that long after it was sent."""
 MAX_BYTES = 2_000_000
+SAMPLE_SECONDS, SAMPLE_QUALITY = 3.0, 60
 BACKGROUND, FOREGROUND, FADED = (17, 19, 24), (236, 238, 242), (128, 134, 146)
 
 
@@ -70,9 +71,18 @@ def caption(frame: Image.Image, prompt: str, scale: float) -> Image.Image:
     return page
 
 
+def save(pages: Sequence[Image.Image], fps: int, path: Path, quality: int) -> None:
+    """Write an animated WebP that loops."""
+    # WebP counts in whole milliseconds: durations are differences of rounded times, so the sum stays exact.
+    times = [round(1000 * number / fps) for number in range(len(pages) + 1)]
+    durations = [after - before for before, after in pairwise(times)]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0, quality=quality, method=6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/livereel.webp"))
+    parser.add_argument("--sample", type=Path, default=Path("clients/web/sample.webp"))
     parser.add_argument("--prompt", action="append", help="a prompt to play; repeat it for a steer (three of our own)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="length of each prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=7)
@@ -89,18 +99,8 @@ def main() -> None:
         server.terminate()
         server.wait(timeout=20)
     pages = [caption(frame, prompt, options.scale) for frame, prompt in frames]
-    # WebP counts in whole milliseconds: durations are differences of rounded times, so the sum stays exact.
-    times = [round(1000 * number / fps) for number in range(len(pages) + 1)]
-    durations = [after - before for before, after in pairwise(times)]
-    pages[0].save(
-        options.out,
-        save_all=True,
-        append_images=pages[1:],
-        duration=durations,
-        loop=0,
-        quality=options.quality,
-        method=6,
-    )
+    save(pages, fps, options.out, options.quality)
+    save([frame for frame, _ in frames[: round(SAMPLE_SECONDS * fps)]], fps, options.sample, SAMPLE_QUALITY)
     print(f"{options.out}: {len(pages)} frames, {pages[0].width}x{pages[0].height}, {options.out.stat().st_size} bytes")
     if options.out.stat().st_size > MAX_BYTES:
         sys.exit(f"that is more than {MAX_BYTES} bytes: lower --quality or --scale")

@@ -52,8 +52,9 @@ def play(page: Any, prompt: str) -> None:
 
 
 def number(page: Any, figure: str) -> float:
-    found = re.match(r"[\d.]+", page.inner_text(f"#{figure}"))
-    assert found, page.inner_text(f"#{figure}")
+    text = page.text_content(f"#{figure}")  # the drawer of the figures may be closed
+    found = re.match(r"[\d.]+", text)
+    assert found, text
     return float(found[0])
 
 

@@ -37,7 +37,7 @@ def test_a_prompt_becomes_video_and_changes(page: Any, tmp_path: Path) -> None:
     assert page.inner_text("#log li:first-child").startswith(evil)
     assert page.locator("#log img").count() == 0
     assert "on screen after" in page.inner_text("#log li:first-child")
-    eventually(lambda: re.match(r"\d", page.inner_text("#steer")))  # figures are written four times a second
+    eventually(lambda: re.match(r"\d", page.text_content("#steer")))  # figures are written four times a second
     assert 0 < number(page, "steer") < 5
     assert page.locator("#timeline .asked").count() == page.locator("#timeline .applied").count() == 1
 
@@ -76,7 +76,7 @@ def test_a_queue_is_shown(page: Any, gateway: tuple[subprocess.Popen[str], int])
     play(page, "a cube")
     state(page, "queued")
     assert page.inner_text("#message-title") == "Place 1 in the queue"
-    eventually(lambda: page.inner_text("#queue") == "1")
+    eventually(lambda: page.text_content("#queue") == "1")
     state(page, "live", 20)
 
 
@@ -118,7 +118,7 @@ def test_nothing_sticks_out(page: Any, width: int) -> None:
 
 
 def test_a_picture_goes_along_as_a_form(page: Any) -> None:
-    """The video goes on from a chosen picture; the choice hides while a stream plays, and a bad file is named."""
+    """The video goes on from a chosen picture; while a stream plays it starts a new scene, and a bad file is named."""
     out = io.BytesIO()
     Image.new("RGB", (40, 30), (200, 40, 10)).save(out, "PNG")
     posts: list[Any] = []
@@ -128,9 +128,12 @@ def test_a_picture_goes_along_as_a_form(page: Any) -> None:
     play(page, "a red ball")
     state(page, "live")
     assert posts[0].headers["content-type"].startswith("multipart/form-data; boundary=")
-    assert not page.is_visible("#image-name")
+    assert page.inner_text("#image-name") == "Picture"
+    page.set_input_files("#image", {"name": "next.png", "mimeType": "image/png", "buffer": out.getvalue()})
+    assert page.is_visible("#image-thumbnail")
+    play(page, "a blue ball")
+    eventually(lambda: sorted(states(page)) == ["ended", "live"])
     page.click("#stop")
-    eventually(lambda: page.is_visible("#image-name"))
     page.set_input_files("#image", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
     play(page, "a red ball")
     eventually(lambda: "image" in page.inner_text("#alert"))
