@@ -2,9 +2,10 @@
 
     python -m engine.bench.picture [--out docs/livereel.webp] [--sample clients/web/sample.webp]
 
-Starts `python -m server` on a free loopback port, opens a stream, changes its prompt with `PATCH` while it plays, reads
-its frames from the WebSocket as RGB, and writes an animated WebP in which every frame has the prompt that made it as a
-caption; and the first of its seconds without captions, for the studio. Needs what `make serve` needs, and takes about half a minute.
+Starts `python -m server` on a free loopback port, opens a stream, changes its prompt with `PATCH` while it plays, and
+reads its frames from the WebSocket as RGB. Writes an animated WebP in which every frame has the prompt that made it as
+a caption, and its first seconds without captions for the studio. Needs what `make serve` needs, and takes about a
+minute.
 """
 
 import argparse
