@@ -61,10 +61,12 @@ async def push_whip(target: Destination, address: str, token: str, servers: Sequ
         if publisher.viewer.close_code is None:
             raise UnreachableError("connection_lost", f"{target.authority} ended the connection")
     finally:
-        await publisher.close()
-        if session is not None:
-            with contextlib.suppress(UnreachableError):
-                await _request(session, address, "DELETE", headers, b"")
+        try:
+            await publisher.close()
+        finally:
+            if session is not None:
+                with contextlib.suppress(UnreachableError):
+                    await _request(session, address, "DELETE", headers, b"")
 
 
 def _same_server(target: Destination, location: str) -> Destination | None:

@@ -5,7 +5,6 @@ Everything here runs on the event loop and never blocks it. What a stream does b
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import threading
@@ -89,15 +88,16 @@ class Registry:
         if self._housekeeper is None:
             return
         self._housekeeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._housekeeper
+        await asyncio.gather(self._housekeeper, return_exceptions=True)
         self._housekeeper = None
-        await self.engine.stop()
-        await asyncio.gather(*(stream.stopped() for stream in self._streams.values()))
-        await self.clips.stop()
-        await self.recorder.stop()
-        self._store.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        try:
+            await self.engine.stop()
+        finally:  # films are finished whatever fails before
+            await asyncio.gather(*(stream.stopped() for stream in self._streams.values()), return_exceptions=True)
+            await self.clips.stop()
+            await self.recorder.stop()
+            self._store.close()
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
         """Take no new streams, end the queued ones, and tell the others' viewers how long they may still play."""
@@ -308,11 +308,14 @@ class Registry:
         """Look after idle streams, old records and expired films, for as long as the gateway runs."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            for stream in self.all():
-                stream.check_demand(time.monotonic())
-            self._expire_records(time.monotonic())
-            self._publish_queue_positions()
-            await self._tidy_library()
+            try:
+                for stream in self.all():
+                    stream.check_demand(time.monotonic())
+                self._expire_records(time.monotonic())
+                self._publish_queue_positions()
+                await self._tidy_library()
+            except Exception:
+                logger.exception("housekeeping failed, and is tried again")
 
     def _expire_records(self, now: float) -> None:
         """Forget streams that ended long ago, and the last frames of all but the newest. `now` is monotonic: the

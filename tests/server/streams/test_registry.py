@@ -1,6 +1,7 @@
 """Streams that nobody watches or asks about: paused, ended, and forgotten."""
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,38 @@ async def test_records_are_forgotten(run_gateway: Any, monkeypatch: pytest.Monke
         monkeypatch.setattr("server.streams.registry.RECORD_SECONDS", 0.0)
         await gateway.until(lambda: len(gateway.streams.all()) == 1)
         assert (await gateway.http.get(f"/v1/streams/{streams[1]['id']}")).status_code == 404
+
+
+async def test_a_fault_in_one_round_of_housekeeping_is_not_the_last(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.streams.registry.HOUSEKEEPING_SECONDS", 0.02)
+
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    async with run_gateway(idle_timeout_s=0.3) as gateway:
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway.streams.clips, "expire", broken)
+            await gateway.until(lambda: "housekeeping failed" in caplog.text)
+        stream = await gateway.open()
+        await gateway.until(lambda: gateway.stream_of(stream).session.ended_reason == "idle")
+
+
+async def test_films_are_finished_even_if_the_engine_cannot_be_stopped(
+    run_gateway: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    async with run_gateway(data=data) as gateway:
+        stream = await gateway.open()
+        made = (await gateway.http.post(f"/v1/streams/{stream['id']}/recordings", json={})).json()
+        await gateway.until(lambda: gateway.streams.recorder.get(made["id"]).frames > 8)
+        stop = gateway.streams.engine.stop
+
+        async def broken() -> None:
+            await stop()
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(gateway.streams.engine, "stop", broken)
+    record = json.loads((data / f"{made['id']}.json").read_text())
+    assert (record["status"], record["reason"]) == ("completed", "stream_ended")
