@@ -47,6 +47,7 @@ ENV PATH=/opt/livereel/bin:$PATH \
     LIVEREEL_HOST=0.0.0.0 \
     LIVEREEL_PORT=8000 \
     LIVEREEL_DATA=/var/lib/livereel/data \
+    LIVEREEL_WEIGHTS=/var/lib/livereel/weights \
     LIVEREEL_KEYS=/run/secrets/livereel-keys \
     LIVEREEL_LOG=json
 USER 10001:10001

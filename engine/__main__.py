@@ -1,4 +1,4 @@
-"""python -m engine MODEL --socket ADDRESS: the engine process. Or a command: models, check, convert."""
+"""python -m engine MODEL --socket ADDRESS: the engine process. Or a command: models, check, convert, download."""
 
 import os
 import signal

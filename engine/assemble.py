@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints import store, tokenizer, wan
+from engine.checkpoints import hub, store, tokenizer, wan
 from engine.config import PRESETS, Preset, TextFormat, TextPlacement
 from engine.models.config import LatentStatistics
 from engine.models.dit import CausalWan
@@ -114,10 +114,13 @@ def assemble(
 def _open_store(preset: Preset, weights: Path | None, dtype: torch.dtype) -> "_Loader":
     folder = weights or WEIGHTS / preset.name
     if weights is None and not folder.exists():
-        raise store.StoreError(
-            f"the weights of {preset.name} are not part of Livereel: give the folder that "
-            f"`python -m engine convert {preset.name}` wrote as --weights"
-        )
+        folder = hub.default_folder(preset.name)
+        if not folder.exists():
+            fetch = f"run `python -m engine download {preset.name}`, or " if preset.sources else ""
+            raise store.StoreError(
+                f"the weights of {preset.name} are not part of Livereel: {fetch}give the folder that "
+                f"`python -m engine convert {preset.name}` wrote as --weights"
+            )
     return _Loader(preset.name, dtype, store.open_store(folder))
 
 

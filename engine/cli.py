@@ -1,6 +1,7 @@
-"""The commands of `python -m engine` that serve nothing: models, check, convert. Torch is loaded by `convert` alone."""
+"""The commands of `python -m engine` that serve nothing. Torch is loaded by `convert` and `download` alone."""
 
 import argparse
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import memory
-from engine.checkpoints import layouts, sources, wan
+from engine.checkpoints import hub, layouts, sources, wan
 from engine.checkpoints.headers import StoreError, Weights
 from engine.config import PRESETS, Preset
 
 if TYPE_CHECKING:
     from engine.checkpoints.convert import Adapt
 
-NAMES = ("models", "check", "convert")
+NAMES = ("models", "check", "convert", "download")
 GIB = 2**30
 
 
@@ -48,6 +49,20 @@ def create_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument(
         "--to", type=Path, required=True, metavar="FOLDER", help="where to write: a new or empty folder"
     )
+
+    download_parser = commands.add_parser(
+        "download", help="fetch the published weights of a preset and convert them; goes on where it was interrupted"
+    )
+    download_parser.add_argument("preset", choices=sorted(PRESETS), help="what to fetch the weights of")
+    download_parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where to write the store (default: NAME in ${hub.FOLDER_VARIABLE} or "
+        "~/.local/share/livereel/weights, where the engine finds it by itself)",
+    )
+    download_parser.add_argument("--yes", action="store_true", help="do not ask before the download")
+    download_parser.add_argument("--keep", action="store_true", help="keep the downloaded files after the conversion")
     return parser
 
 
@@ -60,6 +75,9 @@ def run(arguments: list[str]) -> int:
                 return models()
             case "check":
                 return check(PRESETS[options.preset], options.weights, options.gpu_memory, options.resolution)
+            case "download":
+                preset = PRESETS[options.preset]
+                return download(preset, options.to or hub.default_folder(preset.name), options.yes, options.keep)
             case _:
                 return convert(PRESETS[options.preset], options.paths, options.to, options.lora)
     except (StoreError, OSError) as error:
@@ -195,6 +213,40 @@ def convert(preset: Preset, paths: list[Path], to: Path, loras: list[Path]) -> i
     write(preset, paths, to, adapt=merging(preset, loras) if loras else None)
     print(f"written to {to}; now run: python -m engine check {preset.name} --weights {to}")
     return 0
+
+
+def download(preset: Preset, to: Path, yes: bool = True, keep: bool = False) -> int:
+    """Fetch the files that the preset names and convert them into the store `to`; 0 if it is there, 1 if refused."""
+    if to.exists() and any(to.iterdir()):
+        raise StoreError(
+            f"{to} is not empty: `python -m engine check {preset.name} --weights {to}` tells what it holds"
+        )
+    folder = to.with_name(f"{to.name}.downloads")
+    listings = hub.look_up(preset)
+    files = [file for listing in listings for file in listing.files]
+    for listing in listings:
+        print(f"{listing.source.repository} (licence: {listing.licence})")
+        for file in listing.files:
+            print(f"  {file.size / 1e9:8.2f} GB  {file.path}")
+    missing = sum(hub.missing_bytes(file, folder) for file in files)
+    size = store_bytes(preset)
+    print(f"{missing / 1e9:.2f} GB to download into {folder}, then {size / 1e9:.2f} GB to write to {to}", flush=True)
+    hub.check_room(folder, missing + size)
+    if not yes and sys.stdin.isatty() and input("Download? [y/N] ").strip().lower() not in ("y", "yes"):
+        return 1
+    for file in files:
+        hub.fetch(file, folder)
+    places = [place for listing in listings for place in hub.places(listing, folder)]
+    status = convert(preset, places, to, [lora for listing in listings for lora in hub.loras(listing, folder)])
+    if not keep:
+        shutil.rmtree(folder)
+    return status
+
+
+def store_bytes(preset: Preset) -> int:
+    """About how large the store of a preset becomes: two bytes per weight."""
+    parts = layouts.expected(preset)
+    return 2 * sum(prod(shape) for part in ("dit", "text_encoder", "vae") for shape in parts[part].values())
 
 
 def merging(preset: Preset, paths: list[Path]) -> "Adapt":

@@ -84,6 +84,19 @@ class RolloutConfig:
     """Noise level of the context pass: 0 in every public Wan preset; a little keeps small models from drifting."""
 
 
+@dataclass(frozen=True)
+class HubSource:
+    """Files of a repository on the Hugging Face Hub that a preset needs, for `python -m engine download`."""
+
+    repository: str
+    files: tuple[str, ...]
+    licence: str
+    """For repositories whose card states none."""
+    loras: tuple[str, ...] = ()
+    """LoRAs that are merged into the weights."""
+    revision: str = "main"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """One model: its networks, and how its weights are to be sampled.
@@ -118,6 +131,8 @@ class Preset:
     """Chunks over which a `soft` prompt change blends."""
     weights: str = ""
     """The files that `python -m engine convert` needs, for messages."""
+    sources: tuple[HubSource, ...] = ()
+    """Where they are published; empty where Livereel knows no place."""
     generator: Literal["generator_ema", "generator"] = "generator_ema"
     """The network of a pickled checkpoint that its authors sample with."""
 
@@ -212,12 +227,14 @@ def _wan(
     window: int = 21,
     sink: int = 0,
     generator: Literal["generator_ema", "generator"] = "generator_ema",
+    sources: tuple[HubSource, ...] = (),
 ) -> Preset:
     new = dit is DIT_5B
     return Preset(
         name=name,
         description=description,
         weights=weights,
+        sources=sources,
         generator=generator,
         width=1280 if new else 832,
         height=704 if new else 480,
@@ -242,6 +259,20 @@ def _wan(
 
 BASE = "and Wan2.1-T2V-1.3B for text encoder and VAE"
 
+# Where they are published. Sources: the download instructions of their authors' READMEs, read in December 2026.
+
+
+def _base(repository: str, vae: str) -> HubSource:
+    """Text encoder, its tokenizer and the VAE of a model by Wan's authors."""
+    files = ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", vae)
+    return HubSource(repository, files, "apache-2.0")
+
+
+WAN21_1_3B = _base("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")
+WAN21_14B = _base("Wan-AI/Wan2.1-T2V-14B", "Wan2.1_VAE.pth")
+WAN22_5B = _base("Wan-AI/Wan2.2-TI2V-5B", "Wan2.2_VAE.pth")
+NOT_STATED = "not stated: see the repository"
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -250,11 +281,19 @@ PRESETS: dict[str, Preset] = {
             "self-forcing-1.3b",
             "Self-Forcing (DMD) on Wan 2.1 T2V 1.3B: trained for clips of five seconds",
             weights=f"self_forcing_dmd.pt {BASE}",
+            sources=(
+                HubSource("gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), NOT_STATED),
+                WAN21_1_3B,
+            ),
         ),
         _wan(
             "causal-forcing-1.3b",
             "Causal-Forcing on Wan 2.1 T2V 1.3B, 4 steps",
             weights=f"the chunk-wise causal_forcing.pt {BASE}",
+            sources=(
+                HubSource("zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",), "apache-2.0"),
+                WAN21_1_3B,
+            ),
             generator="generator",
         ),
         _wan(
@@ -275,6 +314,15 @@ PRESETS: dict[str, Preset] = {
             "longlive-1.3b",
             "LongLive on Wan 2.1 T2V 1.3B: trained with window and sink, for minutes",
             weights=f"longlive_base.pt with --lora lora.pt, {BASE}",
+            sources=(
+                HubSource(
+                    "Efficient-Large-Model/LongLive-1.3B",
+                    ("models/longlive_base.pt",),
+                    NOT_STATED,
+                    loras=("models/lora.pt",),
+                ),
+                WAN21_1_3B,
+            ),
             generator="generator",
             window=12,
             sink=3,
@@ -284,6 +332,10 @@ PRESETS: dict[str, Preset] = {
             "krea-14b",
             "Krea Realtime on Wan 2.1 T2V 14B",
             weights="krea-realtime-video-14b.safetensors and Wan2.1-T2V-14B for text encoder and VAE",
+            sources=(
+                HubSource("krea/krea-realtime-video", ("krea-realtime-video-14b.safetensors",), NOT_STATED),
+                WAN21_14B,
+            ),
             dit=DIT_14B,
             steps=(1000, 937, 833, 625),
             shift=1.0,
@@ -294,6 +346,10 @@ PRESETS: dict[str, Preset] = {
             "ti2v-5b",
             "LongLive 2.0 on Wan 2.2 TI2V 5B, text to video in 1280x704",
             weights="the LongLive 2.0 generator and Wan2.2-TI2V-5B for text encoder and VAE",
+            sources=(
+                HubSource("Efficient-Large-Model/LongLive-2.0-5B", ("model_bf16.pt",), NOT_STATED),
+                WAN22_5B,
+            ),
             dit=DIT_5B,
             steps=(1000, 946, 854, 681),
             shift=1.0,

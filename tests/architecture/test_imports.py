@@ -54,6 +54,7 @@ ALLOWED: dict[str, Rule] = {
     "engine.config": rule("engine.models.config engine.stream.steps", pure=True),
     "engine.ops": rule("torch triton"),
     "engine.memory": rule("engine.config engine.checkpoints.layouts", pure=True),
+    "engine.checkpoints.hub": rule("huggingface_hub engine.checkpoints engine.config"),
     "engine.checkpoints": rule(
         # the modules whose tensors a store holds, or whose files it writes; int8 weights are rounded as when served
         "torch safetensors tokenizers engine.config engine.models.config engine.models.tokenizer engine.models.vae "

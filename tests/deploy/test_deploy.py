@@ -12,6 +12,7 @@ import httpx
 import pytest
 import yaml
 
+from engine.checkpoints.hub import FOLDER_VARIABLE
 from server.__main__ import uvicorn_config
 from server.app import ROUTES
 from server.auth.keys import PREFIX, read_keys
@@ -190,6 +191,7 @@ def test_settings_in_the_environment_are_settings(tmp_path: Path) -> None:
     compose = read(ROOT / "docker-compose.yml")["services"]["livereel"]["environment"]
     pod = read(DEPLOY / "kubernetes" / "deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
     given = environment() | compose | {each["name"]: each.get("value", "") for each in pod["env"]}
+    assert given.pop(FOLDER_VARIABLE).startswith("/var/lib/livereel/")  # the engine's: where weights are kept
     variables = {option.variable for option in options_of(Config)}
     assert {name for name in given if name.startswith("LIVEREEL_")} <= variables
     keys = tmp_path / "keys"

@@ -68,6 +68,16 @@ def test_a_wan_preset_streams(weights: Path, decoder: str) -> None:
     assert len(pipeline.next_chunk(shown).frames) == 12
 
 
+def test_downloaded_weights_are_found_and_missing_ones_say_how(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVEREEL_WEIGHTS", str(weights.parent))
+    with pytest.raises(store.StoreError, match=r"run .python -m engine download longlive-1"):
+        assemble("longlive-1.3b")
+    with pytest.raises(store.StoreError, match="part of Livereel: give the folder"):
+        assemble("causal-forcing-1.3b-2step")
+    weights.rename(weights.with_name(TOY.name))
+    assert assemble(TOY.name, dtype=torch.float32).preset.name == TOY.name
+
+
 def test_text_weights_in_8_bits_and_fixed_scales(weights: Path) -> None:
     """Both are what loading does: nothing is left for whoever serves."""
     exact = assemble(TOY.name, weights=weights, dtype=torch.float32)

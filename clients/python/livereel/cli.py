@@ -384,16 +384,33 @@ def models(context: typer.Context, json: Json = False) -> None:
     print_table(("MODEL", "SIZE", "FPS", "STREAMS", "DESCRIPTION"), rows, empty)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+PASS_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+"""Of commands whose arguments are another program's."""
+
+
+@app.command(**PASS_ON)
 def serve(context: typer.Context) -> None:
     """Run a server, where it is installed. Its options are the server's: `livereel serve --help` lists them."""
-    paths = [os.getcwd(), *sys.path]
-    for package in ("server", "engine"):
-        if importlib.machinery.PathFinder.find_spec(package, paths) is None:
+    run_installed("server", context.args)
+
+
+@app.command(**PASS_ON)
+def download(context: typer.Context) -> None:
+    """Fetch a model's published weights, where the engine is installed: `livereel download longlive-1.3b`."""
+    run_installed("engine", ["download", *context.args])
+
+
+def run_installed(package: str, arguments: list[str]) -> None:
+    """Become `python -m PACKAGE`. Raises `LivereelError` if Livereel itself is not installed here."""
+    for needed in ("server", "engine"):
+        if importlib.machinery.PathFinder.find_spec(needed, [os.getcwd(), *sys.path]) is None:
             advice = "run this in a checkout of Livereel after `make setup`, or use its container"
-            raise LivereelError(f"The {package} is not here: {advice}.")
+            raise LivereelError(f"The {needed} is not here: {advice}.")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "server", *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", package, *arguments])
 
 
 @app.command()

@@ -157,7 +157,8 @@ def test_errors_say_what_to_do(run: Run, tmp_path: Path) -> None:
     assert "is a folder" in run("generate", "a red ball", "-o", str(tmp_path), code=1).stderr
     assert run("generate", "a red ball", "--seconds", "0", code=2).stderr
     assert run("steer", code=2).stderr
-    assert "The server is not here" in run("serve", code=1).stderr
+    for command in ("serve", "download"):
+        assert "The server is not here" in run(command, code=1).stderr
 
 
 def test_keys(run_gateway_thread: Any, run: Run, tmp_path: Path) -> None:
@@ -169,10 +170,11 @@ def test_keys(run_gateway_thread: Any, run: Run, tmp_path: Path) -> None:
         assert "?token=" in address and key not in address
 
 
-def test_serve_runs_the_server_with_its_options() -> None:
-    process = start("serve", "--help", cwd=ROOT)
+@pytest.mark.parametrize(("command", "option"), [("serve", "--queue-limit"), ("download", "--keep")])
+def test_server_and_engine_run_with_their_own_options(command: str, option: str) -> None:
+    process = start(command, "--help", cwd=ROOT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--queue-limit" in out
+    assert process.returncode == 0 and option in out
 
 
 def test_completion_and_help(run: Run) -> None:
@@ -186,7 +188,7 @@ def test_completion_and_help(run: Run) -> None:
 def test_every_command_has_json() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
-        assert command.callback.__name__ == "serve" or "json" in command.callback.__annotations__
+        assert command.callback.__name__ in ("serve", "download") or "json" in command.callback.__annotations__
         assert command.callback.__doc__
 
 
