@@ -209,7 +209,8 @@ def convert(
         StoreError: a source is faulty or does not fit, no source has a transformer, `to` is in use, or the disk is
             full. Then nothing is left of what was written.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    unfinished = (to / store.UNFINISHED).exists()
+    if to.exists() and not unfinished and (not to.is_dir() or any(to.iterdir())):
         raise StoreError(f"{to} is in use: give a folder that does not exist or is empty")
     found = sources.find_all(paths)
     if found.faults:

@@ -6,6 +6,7 @@ the embedded model fits into the repository.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -43,6 +44,8 @@ DTYPES = {
 
 
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
+UNFINISHED = "unfinished.txt"
+"""Names of the files that a Writer has begun, one a line, locked while it runs and deleted when it is done."""
 BLOCK = 1 << 20
 """Bytes that are read and hashed at once: few enough to be hashed from the CPU's cache."""
 
@@ -232,7 +235,10 @@ class Writer:
     """Writes a store one tensor at a time, so that a model larger than memory can be converted.
 
     The manifest is written last: until `close`, the folder is not a valid store. As a context manager, an error removes
-    what was written.
+    what was written; what a killed process left, the next Writer of the folder removes.
+
+    Raises:
+        StoreError: another process writes to the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -242,14 +248,21 @@ class Writer:
         self._made = not folder.exists()
         self._needed = 0
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        self._unfinished = (folder / UNFINISHED).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._unfinished, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{folder} is in use: another conversion writes to it") from None
+        self._unfinished.seek(0)
+        for name in [MANIFEST, *self._unfinished.read().splitlines()]:
+            (folder / Path(name).name).unlink(missing_ok=True)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
-            for path in self._begun:
+            for path in [*self._begun, self.folder / UNFINISHED]:
                 path.unlink(missing_ok=True)
             if self._made and not any(self.folder.iterdir()):
                 self.folder.rmdir()
@@ -321,12 +334,15 @@ class Writer:
         content = {"format": 1, **facts, "files": dict(sorted(self._files.items()))}
         with self._create(MANIFEST) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
+        (self.folder / UNFINISHED).unlink()
+        self._unfinished.close()
 
     @contextlib.contextmanager
     def _create(self, name: str) -> Iterator[BinaryIO]:
         path = self.folder / name
         self._begun.append(path)
         try:
+            print(name, file=self._unfinished, flush=True)
             with path.open("wb") as file:
                 yield file
         except OSError as error:

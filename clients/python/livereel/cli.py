@@ -269,6 +269,7 @@ def list_all(
 
 
 def shorten(text: str, length: int = 60) -> str:
+    text = terminal.printable(text)
     return text if len(text) <= length else f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

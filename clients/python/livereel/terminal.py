@@ -43,6 +43,11 @@ def draw(frame: Frame, columns: int, lines: int) -> str:
     )
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which a prompt may contain and a terminal would obey."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def play(items: Iterable[Event | Frame], size: Callable[[], os.terminal_size], title: str, out: TextIO) -> None:
     """Draw a stream until it ends. `size` tells the terminal's columns and lines, which may change."""
     out.write(HIDE + CLEAR)
@@ -52,7 +57,7 @@ def play(items: Iterable[Event | Frame], size: Callable[[], os.terminal_size], t
             if isinstance(item, Frame) and time.monotonic() - drawn_at >= 1 / FRAMES_PER_SECOND:
                 drawn_at = time.monotonic()
                 columns, lines = size()
-                caption = f"{title}  {item.seconds:6.1f} s"[:columns]
+                caption = f"{printable(title)}  {item.seconds:6.1f} s"[:columns]
                 out.write(f"{HOME}{draw(item, columns, lines - 2)}\n{RESET}{caption}")
                 out.flush()
     finally:

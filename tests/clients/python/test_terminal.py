@@ -6,7 +6,7 @@ import os
 import pytest
 from livereel import Client, LivereelError
 from livereel.frames import Frame
-from livereel.terminal import HALF, HIDE, SHOW, draw, fit, play
+from livereel.terminal import HALF, HIDE, SHOW, draw, fit, play, printable
 from livereel.testing import FakeServer
 
 
@@ -27,6 +27,10 @@ def test_two_pixels_per_cell() -> None:
     assert draw(frame, 2, 1) == cell * 2 + "\x1b[0m"
     with pytest.raises(LivereelError):
         draw(Frame("mjpeg", 2, 2, 0, 0, b""), 2, 1)
+
+
+def test_a_prompt_cannot_steer_the_terminal() -> None:
+    assert printable("a r\u00e9d\x1b[2Jball\x9b\x07") == "a r\u00e9d\ufffd[2Jball\ufffd\ufffd"
 
 
 def test_a_stream_is_drawn_until_it_ends(fake: FakeServer) -> None:

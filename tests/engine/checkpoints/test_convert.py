@@ -437,6 +437,25 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path, weights
     assert not (tmp_path / "native").exists()
 
 
+def test_what_a_killed_conversion_left_is_no_obstacle(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "dit.safetensors")
+    to = tmp_path / "native"
+    writer = store.Writer(to)
+    writer.add("text_encoder", {"a": store.StoredTensor.of(torch.ones(3))})
+    (to / "mine").write_text("")
+    with pytest.raises(StoreError, match="is in use: another conversion writes to it"):
+        converted([tmp_path / "dit.safetensors"], to)
+    del writer  # with it goes the lock, as with its process
+    assert (to / "text_encoder.safetensors").exists()
+    assert same(converted([tmp_path / "dit.safetensors"], to)[0], stored(weights))
+    assert {file.name for file in to.iterdir()} == {
+        "dit.safetensors",
+        "statistics.safetensors",
+        "manifest.json",
+        "mine",
+    }
+
+
 def test_all_networks_are_counted_before_the_first_is_written(
     tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
