@@ -2,7 +2,8 @@
 // step and no third-party script.
 
 import { ApiError, api, useToken } from "./api.js";
-import { anotherTake, showModels } from "./composer.js";
+import { anotherTake } from "./composer.js";
+import { showModels } from "./controls.js";
 import { $, button } from "./dom.js";
 import { updateFigures } from "./figures.js";
 import "./script.js";

@@ -1,5 +1,6 @@
 // What the user asks for: the prompt, how the picture changes to it, a picture to start from, the seed.
 
+import { chosenModel, markUnknownWords, options } from "./controls.js";
 import { $, alertUser, button, copy, el, input } from "./dom.js";
 import { onPromptChosen } from "./log.js";
 import { pageState } from "./stage.js";
@@ -17,7 +18,6 @@ const box = $("prompt", HTMLTextAreaElement);
 
 /** @type {File | null} What the next stream continues from. */
 let picture = null;
-let model = ""; // the one that is chosen; empty for the server's default
 
 /** The prompt in the box on one line; null, and the user is told, if it cannot be used. */
 function typed() {
@@ -47,7 +47,7 @@ function seed() {
 
 /** @param {string} prompt */
 function open(prompt) {
-  play({ prompt, seed: seed(), image: picture, ...(model ? { model } : {}) });
+  play({ prompt, seed: seed(), image: picture, model: chosenModel(), ...options() });
 }
 
 function submit() {
@@ -59,6 +59,7 @@ function submit() {
   else if (!current.id) alertUser("The stream is just being asked for: wait a moment.");
   else change(prompt, transition());
   choosePicture(null);
+  markUnknownWords(""); // the server names them now
 }
 
 /** The same prompt again, with other noise. */
@@ -134,16 +135,7 @@ function takePicture() {
   $("camera", HTMLDialogElement).close();
 }
 
-// The model, and the seed of the stream
-
-/** @param {import("./api.js").Json[]} models */
-export function showModels(models) {
-  const choice = $("models", HTMLSelectElement);
-  choice.hidden = models.length < 2;
-  if (choice.options.length === models.length) return;
-  choice.replaceChildren(...models.map((each) => el("option", { value: each.id, selected: each.default, title: each.description }, each.id)));
-  choice.onchange = () => (model = choice.value);
-}
+// The seed of the stream
 
 function showSeed() {
   const known = latest()?.seed;
@@ -160,7 +152,10 @@ box.addEventListener("keydown", (event) => {
   event.preventDefault();
   submit();
 });
-box.addEventListener("input", fit);
+box.addEventListener("input", () => {
+  fit();
+  markUnknownWords(box.value);
+});
 box.addEventListener("paste", (event) => {
   const file = pictureIn(event.clipboardData);
   if (!file) return;

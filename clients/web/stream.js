@@ -108,7 +108,7 @@ function newStream(own) {
 /**
  * Open a stream in place of the one that plays.
  *
- * @param {{ prompt: string, model?: string, seed?: number, prompts?: Json[], image?: File | null }} wanted
+ * @param {{ prompt: string, model?: string, seed?: number, duration_s?: number, prompts?: Json[], image?: File | null }} wanted
  */
 export async function play({ image = null, ...fields }) {
   stop();

@@ -1,6 +1,6 @@
 """Response bodies as pydantic models: FastAPI validates responses against them and documents them in OpenAPI."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -239,6 +239,12 @@ class ModelObject(BaseModel):
     parameters: int
     description: str
     default: bool
+    vocabulary: list[str] | None = Field(
+        description="The words that the model knows, in alphabetical order; null if it takes any text."
+    )
+    fields: dict[str, Any] = Field(
+        description="JSON schema of each field that a stream of this model takes: type, bounds, default, description."
+    )
 
 
 MODEL_FIELDS = (

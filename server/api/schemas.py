@@ -1,5 +1,6 @@
 """Request bodies as pydantic models: strict types, unknown fields rejected, every limit in the schema."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -315,6 +316,18 @@ def body_schema(kind: type[Request], file: str) -> dict[str, Any]:
         "required": True,
         "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
     }
+
+
+@functools.cache
+def stream_fields() -> dict[str, Any]:
+    """JSON schema of each field that opens or changes a stream, for clients that draw their controls from it."""
+    fields: dict[str, Any] = {}
+    for kind in (ChangeStream, CreateStream):
+        schema = kind.model_json_schema(ref_template="{model}")
+        definitions = schema.pop("$defs", {})
+        fields |= {name: inline_refs(field, definitions) for name, field in schema["properties"].items()}
+    del fields["model"]
+    return fields
 
 
 class ChangeStream(Request):

@@ -44,6 +44,8 @@ def model_object(info: wire.ModelInfo, default: str) -> dict[str, Any]:
         "real_time_factor": share,
         "capacity": admission.capacity(share, info.promised),
         "default": info.name == default,
+        "vocabulary": None if info.vocabulary is None else sorted(info.vocabulary),
+        "fields": schemas.stream_fields(),
     }
 
 

@@ -194,3 +194,21 @@ def test_old_prompts_the_seed_and_the_keys(page: Any) -> None:
     assert page.inner_text("#seed") == first
     eventually(lambda: page.inner_text("#health-text").startswith("1:1"))
     assert page.complaints == []
+
+
+def test_controls_follow_what_the_server_says_of_the_model(page: Any) -> None:
+    eventually(lambda: page.is_visible("#words"))
+    page.click("#words > summary")
+    page.click("#word-list button:has-text('cube')")
+    assert page.input_value("#prompt") == "cube"
+    page.type("#prompt", " zeppelin on grass")
+    assert page.inner_text("#unknown") == "mini does not know: zeppelin."
+    page.click("#options > summary")
+    page.fill("#option-fields input[name=duration_s]", "1.5")
+    with page.expect_request(
+        lambda request: request.method == "POST" and request.url.endswith("/v1/streams")
+    ) as opened:
+        page.press("#prompt", "Enter")
+    assert opened.value.post_data_json["duration_s"] == 1.5
+    state(page, "ended")
+    assert not page.is_visible("#unknown")

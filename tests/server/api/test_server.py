@@ -51,6 +51,9 @@ async def test_the_page_and_the_reference_come_from_here_alone(run_gateway: Any)
 async def test_one_model(run_gateway: Any, error_of: Any) -> None:
     async with run_gateway() as gateway:
         [listed] = (await gateway.http.get("/v1/models")).json()["data"]
+        assert listed["fields"]["duration_s"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 86400}
+        assert listed["fields"]["transition"]["anyOf"][0]["enum"] == ["soft", "recache", "cut"]
+        assert listed["vocabulary"] is None
         assert (await gateway.http.get(f"/v1/models/{listed['id']}")).json() == listed
         error = error_of(await gateway.http.get("/v1/models/maxi"), 404)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
