@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine import wire
+from server.aio import open_in_thread
 from server.auth.keys import Key
 from server.backends.base import EngineEvent, EngineLost
 from server.errors import ApiError, busy, not_found, shutting_down
@@ -279,7 +280,9 @@ class ClipMaker:
         began = time.monotonic()
         try:
             path = self._store.create(clip.id, FILM)
-            film = await self._in_thread(lambda: ClipWriter(path, clip.width, clip.height, clip.fps))
+            film = await open_in_thread(
+                lambda: ClipWriter(path, clip.width, clip.height, clip.fps), ClipWriter.close, self._executor
+            )
             await self._record(clip, job, film)
             await self._in_thread(film.finish)
         except _FailedError as error:

@@ -122,7 +122,7 @@ ALLOWED: dict[str, Rule] = {
         "server.rate_limit"
     ),
     "server.library": rule(
-        "PIL av msgspec engine.wire server.auth.keys server.backends.base server.errors server.library.clip "
+        "PIL av msgspec engine.wire server.aio server.auth.keys server.backends.base server.errors server.library.clip "
         "server.media server.metrics server.streams.admission server.streams.engine_link server.streams.vocabulary"
     ),
     "server.streams": rule(
