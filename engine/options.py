@@ -4,9 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from engine.config import PRESETS, ROLES, PlainPrecision, QuantScheme, TextFormat, TextPlacement
+
+MAX_THREADS = 1024
 
 
 def positive(text: str) -> int:
@@ -16,11 +18,36 @@ def positive(text: str) -> int:
     return number
 
 
+def threads(text: str) -> int:
+    """Type of an option that is a number of threads."""
+    if (number := positive(text)) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{number} must be at most {MAX_THREADS}")
+    return number
+
+
 def folder(text: str) -> Path:
-    """Type of an option that is an existing folder."""
-    if not (path := Path(text)).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    """Type of an option that is a folder whose files can be read."""
+    try:
+        if not (path := Path(text)).is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is not a folder")
+        os.scandir(os.path.join(path, ".")).close()  # the dot takes the right to enter, as opening a file does
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from None
     return path
+
+
+def model(text: str) -> str:
+    """Type of an option that is the name of a preset."""
+    if text not in PRESETS:
+        raise argparse.ArgumentTypeError(f"there is no model {text!r}: choose from {', '.join(sorted(PRESETS))}")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line: these options were given to the gateway, which has another usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"engine: {message.removeprefix('argument model: ')}\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,8 +57,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def create_parser() -> argparse.ArgumentParser:
     """The parser of an engine process; docs/options.md is written from it."""
-    parser = argparse.ArgumentParser(prog="python -m engine", description="The engine process.")
-    parser.add_argument("model", choices=sorted(PRESETS), help="the preset to serve")
+    parser = Parser(prog="python -m engine", description="The engine process.", allow_abbrev=False)
+    parser.add_argument("model", type=model, choices=sorted(PRESETS), help="the preset to serve")
     link = parser.add_argument_group("link", "Set by the gateway when it starts an engine.")
     link.add_argument("--socket", required=True, metavar="ADDRESS", help="ZeroMQ address that the gateway is bound to")
     link.add_argument(
@@ -50,7 +77,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loras", type=folder, metavar="DIR", help="folder of LoRAs that may be applied while serving")
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=threads,
         default=os.cpu_count() or 1,
         metavar="N",
         help="CPU threads for the model (default: one for each core)",

@@ -44,14 +44,17 @@ def serve(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace, low_priority: contextlib.ExitStack) -> int:
     import torch
 
-    from engine.assemble import best_device, describe
+    from engine.assemble import describe
     from engine.checkpoints.store import StoreError
     from engine.gateway_link import GatewayLink
     from engine.transforms.apply import from_arguments
     from engine.worker import Worker
 
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device) if options.device else best_device()
+    try:
+        device = device_of(options.device)
+    except ValueError as error:
+        return refuse(error)
     link = GatewayLink(options.socket, options.parent_pid)
     link.start()
     # A second warm engine would not fit into a GPU's memory: there a standby has imported everything, and no more.
@@ -62,8 +65,7 @@ def _serve(options: argparse.Namespace, low_priority: contextlib.ExitStack) -> i
         speed = from_arguments(options, device, PRESETS[options.model].dit)
     except ValueError as error:
         link.finish()
-        print(f"python -m engine: error: {error}", file=sys.stderr, flush=True)
-        return WRONG_OPTIONS
+        return refuse(error)
     load = functools.partial(_load, options, device, speed)
     try:
         pipeline, warmup = run_at_idle_priority(load) if warm_standby else load()
@@ -86,23 +88,50 @@ def _serve(options: argparse.Namespace, low_priority: contextlib.ExitStack) -> i
     return status
 
 
+def refuse(error: ValueError) -> int:
+    """Print what is wrong with the options; returns the exit status."""
+    print(f"engine: {error}", file=sys.stderr, flush=True)
+    return WRONG_OPTIONS
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device of this name, or the best one for None. Raises ValueError. No GPU is touched."""
+    import torch
+
+    from engine.assemble import best_device
+
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: use cpu, cuda, or cuda:N for one of several GPUs") from None
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {name} is not there: torch finds {count} GPUs")
+    return device
+
+
 def _load(options: argparse.Namespace, device: "torch.device", speed: "Speed") -> "tuple[Pipeline, WarmupResult]":
     import torch
 
     from engine.assemble import assemble
+    from engine.checkpoints.store import StoreError
     from engine.warmup import warm
 
-    pipeline = assemble(
-        options.model,
-        weights=options.weights,
-        device=device,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        decoder=options.decoder,
-        text_encoder=options.text_encoder,
-        text_weights=options.text_encoder_weights,
-        speed=speed,
-        loras=options.loras is not None,
-    )
+    try:
+        pipeline = assemble(
+            options.model,
+            weights=options.weights,
+            device=device,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            decoder=options.decoder,
+            text_encoder=options.text_encoder,
+            text_weights=options.text_encoder_weights,
+            speed=speed,
+            loras=options.loras is not None,
+        )
+    except OSError as error:
+        raise StoreError(f"{error.filename or 'a file of the weights'} cannot be read: {error.strerror}") from error
     return pipeline, warm(pipeline, batch=options.batch)
 
 

@@ -45,7 +45,7 @@ class Config:
         "local: run the engine as a child process; fake: play a test picture instead, for client development and tests",
     )
     engine_threads: int | None = option(
-        None, "CPU threads of the engine", metavar="N", bounds=at_least(1), unset="the engine's choice"
+        None, "CPU threads of the engine", metavar="N", bounds=between(1, 1024), unset="the engine's choice"
     )
     engine_spare: Literal["on", "off"] = option(
         "on",

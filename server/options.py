@@ -6,6 +6,7 @@ environment, and `options_of` lists the options for whoever documents them. Stan
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """A condition on one value. `text` completes the sentence "NAME VALUE must be ..."."""
+    """A condition on one value. `text` completes the sentence "NAME VALUE must be ...". `holds` may raise OSError."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -38,7 +39,15 @@ def above(low: float, unit: str = "") -> Bounds:
     return Bounds(f"above {low} {unit}".rstrip(), lambda value: low < value < float("inf"))
 
 
-A_FOLDER = Bounds("a folder", Path.is_dir)
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder. Raises OSError if it cannot be entered or listed."""
+    if not path.is_dir():
+        return False
+    with os.scandir(os.path.join(path, ".")):  # the dot takes the right to enter, as opening a file does
+        return True
+
+
+A_FOLDER = Bounds("a folder", is_folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +99,12 @@ class Option:
     def check(self, value: Any) -> None:
         """Raises ValueError with the option's name, the value and what it must be."""
         for each in value if isinstance(value, tuple) else (value,):
-            wrong = self.choices and each not in self.choices
-            if wrong or (self.bounds and each is not None and not self.bounds.holds(each)):
-                raise ValueError(f"{self.flag} {each} must be {self.bounds_text}")
+            try:
+                wrong = self.choices and each not in self.choices
+                if wrong or (self.bounds and each is not None and not self.bounds.holds(each)):
+                    raise ValueError(f"{self.flag} {each} must be {self.bounds_text}")
+            except OSError as error:
+                raise ValueError(f"{self.flag} {each} cannot be read: {error.strerror}") from None
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def digest(key: str) -> str:
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Read a key file. Raises `ValueError`, with a message for the operator, if it cannot be read or trusted."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             about = os.fstat(file.fileno())
             check_owner(path, about)
             text = file.read(MAX_FILE_BYTES + 1)
@@ -109,7 +109,9 @@ def parse_keys(path: Path, text: bytes) -> tuple[Key, ...]:
 
 
 def check_owner(path: Path, about: os.stat_result) -> None:
-    """Raise `ValueError` if others can write the file, and so grant themselves access, or read it."""
+    """Raise `ValueError` if others can write the file, and so grant themselves access, or read it, or it is no file."""
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"keys {path} is not a file")
     if about.st_uid not in (0, os.geteuid()):
         raise ValueError(f"keys {path} belongs to another user: chown it to the one that runs the server")
     if about.st_mode & (stat.S_IWGRP | stat.S_IRWXO):
@@ -222,7 +224,7 @@ def add_key(
 ) -> str:
     """Create a key, add its hash to the file, which need not exist yet, and return it. Raises `ValueError`."""
     with locked(path) as file:
-        keys = read_keys(file) if file.exists() else ()
+        keys = read_keys(file) if os.path.lexists(file) else ()
         if name in {key.name for key in keys}:
             raise ValueError(f"keys {file} has a key named {name} already")
         key = PREFIX + secrets.token_urlsafe(32)
@@ -255,16 +257,16 @@ def remove_key(path: Path, name: str) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[Path]:
     """Resolve symbolic links and lock the file's folder against other key commands. Raises `ValueError`."""
-    path = path.resolve()
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        resolved = Path(os.path.realpath(path))  # of a loop, a path that cannot be opened
+        folder = os.open(resolved.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield resolved
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ValueError(f"keys {path} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield path
-    finally:
-        os.close(folder)
 
 
 def write(path: Path, text: str) -> None:

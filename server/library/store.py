@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,15 +39,20 @@ PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 def check_folder(folder: Path) -> None:
     """Check that the folder is private to this user, or does not exist yet. Raises `ValueError` that tells the operator
     what to do."""
-    if not folder.exists():
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
         return
-    if not folder.is_dir():
+    except OSError as error:
+        raise ValueError(f"data {folder} cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"data {folder} is not a folder")
-    status = folder.stat()
     if status.st_uid != os.getuid():
         raise ValueError(f"data {folder} belongs to another user: name a folder of the server's own")
     if status.st_mode & 0o077:
         raise ValueError(f"data {folder} is open to other users: chmod 700 {folder}")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"data {folder} cannot be read and written: chmod 700 {folder}")
 
 
 def remove_abandoned() -> None:

@@ -140,7 +140,9 @@ class EngineLink:
             answer.set_result(loras)
 
     def _on_lora_fault(self, request: int, fault: wire.Fault) -> None:
-        logger.error("the engine refused LoRAs: %s: %s", fault.code, fault.message)
+        if fault.code != "lora_not_found" or request not in self._lora_answers:
+            # A client that names an unknown LoRA is told so. One that was applied and is gone concerns the operator.
+            logger.error("the engine refused LoRAs: %s: %s", fault.code, fault.message)
         self._lora_changes.discard(request)
         if fault.code == "lora_failed":
             self._strengths = {}

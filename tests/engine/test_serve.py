@@ -1,5 +1,6 @@
 """The engine process as a standby: it prepares, waits, and serves on request."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from engine import wire
+from engine import assemble, options, serve, wire
+from engine.checkpoints.store import StoreError
+from engine.transforms.apply import Speed
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -93,3 +96,26 @@ def test_missing_weights_are_reported_when_it_is_to_serve(tmp_path: Path) -> Non
         fault = next_of(socket)
         assert isinstance(fault, wire.Fault) and fault.code == "weights"
         assert process.wait(20) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("bogus", "use cpu, cuda"), ("cuda:x", "use cpu, cuda"), ("cuda:99", "torch finds")]
+)
+def test_a_device_that_is_not_there_is_one_sentence(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^--device {name} .*{says}"):
+        serve.device_of(name)
+
+
+def test_devices_have_torchs_names() -> None:
+    assert serve.device_of("cpu").type == "cpu"
+    assert serve.device_of(None).type in ("cpu", "cuda")
+
+
+def test_weights_that_cannot_be_read_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/locked/manifest.json")
+
+    monkeypatch.setattr(assemble, "assemble", fail)
+    given = options.parse(["mini", "--socket", "x", "--frames-fd", "3"])
+    with pytest.raises(StoreError, match=r"^/locked/manifest.json cannot be read: Permission denied$"):
+        serve._load(given, serve.device_of("cpu"), Speed())

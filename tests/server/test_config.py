@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.config import Config
+from tests.permissions import run, unusable_folders
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,7 @@ from server.config import Config
         (["--port", "70000"], "70000"),
         (["--port", "x"], "invalid int"),
         (["--engine-threads", "0"], "engine-threads"),
+        (["--engine-threads", "99999"], "engine-threads 99999 must be between 1 and 1024"),
         (["--idle-timeout", "nan"], "idle-timeout"),
         (["--queue-limit", "-1"], "queue-limit"),
         (["--engine-timeout", "0"], "engine-timeout"),
@@ -91,3 +93,27 @@ def test_a_folder_for_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             Config.from_arguments(wrong, {})
         assert named in capsys.readouterr().err
+
+
+TRY_OPTIONS = """
+import sys
+from server.config import Config
+for given in sys.argv[1:]:
+    try:
+        Config.from_arguments(given.split("="), {})
+        print(f"{given} is accepted", file=sys.stderr)
+    except SystemExit:
+        pass
+"""
+
+
+def test_paths_that_cannot_be_used_are_one_sentence(tmp_path: Path) -> None:
+    folders = unusable_folders(tmp_path)
+    given = [(option, path, says) for path, says in folders.items() for option in ("data", "loras", "keys")]
+    found = run("-c", TRY_OPTIONS, *(f"--{option}={path}" for option, path, _ in given))
+    assert found.returncode == 0, found.stderr
+    sentences = [line for line in found.stderr.splitlines() if "python -m server: error: " in line]
+    assert len(sentences) == len(given) == len(folders) * 3, found.stderr
+    for sentence, (option, path, says) in zip(sentences, given, strict=True):
+        assert f"error: {option} {path} " in sentence
+        assert option == "keys" or says in sentence

@@ -140,3 +140,13 @@ def test_an_engine_that_never_comes_up_ends_the_gateway(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stdout == ""
     assert "refuses its command line" in result.stderr
+
+
+def test_an_unknown_model_is_told_which_there_are() -> None:
+    """The engine checks the name, but its command line is not the operator's."""
+    command = [sys.executable, "-m", "server", "--port", "0", "--model", "nope"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "there is no model 'nope': choose from causal-forcing-1.3b" in result.stderr and "mini" in result.stderr
+    for word in ("usage", "--socket", "--frames-fd", "Traceback", "argument"):
+        assert word not in result.stderr

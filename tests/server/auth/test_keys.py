@@ -1,6 +1,7 @@
 """The key file, and the command that manages it."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,20 @@ def test_a_disk_that_is_full_or_read_only_is_one_sentence(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "unlink", read_only)
     with full_at(10), pytest.raises(ValueError, match="cannot be written: File too large"):
         keys.write(tmp_path / "keys.toml", 100 * "x")
+
+
+@pytest.mark.parametrize("kind", ["a long name", "a loop", "a folder", "a pipe"])
+@pytest.mark.parametrize("command", ["add name", "list", "remove name"])
+def test_paths_that_cannot_be_used_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    path = tmp_path / ("n" * 300 if kind == "a long name" else "keys.toml")
+    if kind == "a loop":
+        path.symlink_to(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises(SystemExit):
+        keys.main([*command.split(), "--keys", str(path)], {})
+    assert f"python -m server keys: error: keys {path} " in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ async def test_bad_requests(run_gateway: Any) -> None:
         assert response.status_code == 415
 
 
-async def test_unknown_loras(run_gateway: Any) -> None:
+async def test_unknown_loras(run_gateway: Any, caplog: pytest.LogCaptureFixture) -> None:
     async with run_gateway(backend()) as gateway:
         await gateway.http.put("/v1/loras", json={"loras": {"ink": 1}})
         response = await gateway.http.put("/v1/loras", json={"loras": {"ink": 0.5, "oil": 1}})
@@ -94,6 +95,7 @@ async def test_unknown_loras(run_gateway: Any) -> None:
         error = response.json()["error"]
         assert (error["code"], error["param"]) == ("lora_not_found", "loras")
         assert "oil" in error["message"]
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "the client's fault"
         assert await strengths(gateway) == {"ink": 1.0, "watercolour v2": None}
 
 
