@@ -49,7 +49,7 @@ class GrowingFileResponse(LongLivedResponse):
     """A file from its start, followed by what is appended to it, until it is complete.
 
     Aborts the connection if the file will never be complete. `kind` names the resource in the 404 error that is raised
-    if there is no file.
+    if there is no file; the error is 410 if it has been removed.
     """
 
     def __init__(self, kind: str, growth: GrowingFile, headers: dict[str, str]) -> None:
@@ -70,6 +70,8 @@ class GrowingFileResponse(LongLivedResponse):
             while await growth.wait_beyond(position):
                 size = min(READ_BYTES, growth.size - position)
                 data = await asyncio.to_thread(os.pread, descriptor, size, position)
+                if not data:  # the file was cut by hand
+                    await abort_and_wait(scope)
                 position += len(data)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             if not growth.complete:

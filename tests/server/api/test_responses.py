@@ -133,6 +133,25 @@ async def test_a_file_that_was_never_begun_is_not_found(growing: Callable[[bytes
     assert (caught.value.status_code, caught.value.code) == (404, "video_not_found")
 
 
+@pytest.mark.parametrize("grows", [True, False])
+async def test_a_file_that_was_removed_is_gone(growing: Callable[[bytes], GrowingFile], grows: bool) -> None:
+    growth = growing(b"abc")
+    growth.path.unlink()
+    response = film_response("video", growth.path, growth if grows else None, "video/mp4", "a.mp4")
+    client = Client()
+    client.scope |= {"headers": [], "method": "GET"}
+    with pytest.raises(ApiError) as caught:
+        await client.get(response)
+    assert (caught.value.status_code, caught.value.code) == (410, "file_removed")
+
+
+async def test_a_growing_file_that_was_cut_looks_incomplete(growing: Callable[[bytes], GrowingFile]) -> None:
+    growth, client = growing(b"abcdef"), Client()
+    os.truncate(growth.path, 3)
+    await client.get(download(growth))
+    assert (client.body, client.complete, client.aborted) == (b"abc", False, True)
+
+
 def test_a_complete_file_supports_ranges(tmp_path: Path) -> None:
     response = film_response("video", tmp_path / "film", None, "video/mp4", "a.mp4")
     assert isinstance(response, FileResponse)

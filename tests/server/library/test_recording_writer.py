@@ -90,12 +90,16 @@ class Encoded:
         self._writer.add(frame, encoded if self._writer.format == "mp4" else None)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-async def test_a_full_disk_ends_the_recording_with_what_is_on_it(tmp_path: Path, format: FilmFormat) -> None:
-    path = tmp_path / f"film.{format}"
+def begin(folder: Path, format: FilmFormat) -> tuple[Path, RecordingWriter, Encoded]:
+    path = folder / f"film.{format}"
     path.touch()
     writer = RecordingWriter(format, 16, GrowingFile(path), lambda: False)
-    stream = Encoded(writer)
+    return path, writer, Encoded(writer)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+async def test_a_full_disk_ends_the_recording_with_what_is_on_it(tmp_path: Path, format: FilmFormat) -> None:
+    path, writer, stream = begin(tmp_path, format)
     for index in range(100):
         stream.add(noise(index))
     with full_at(150_000):
@@ -109,10 +113,7 @@ async def test_a_full_disk_ends_the_recording_with_what_is_on_it(tmp_path: Path,
 
 @pytest.mark.parametrize("format", FORMATS)
 async def test_a_disk_that_fills_up_at_the_end(tmp_path: Path, format: FilmFormat) -> None:
-    path = tmp_path / f"film.{format}"
-    path.touch()
-    writer = RecordingWriter(format, 16, GrowingFile(path), lambda: False)
-    stream = Encoded(writer)
+    path, writer, stream = begin(tmp_path, format)
     for index in range(40):
         stream.add(noise(index))
     running = asyncio.create_task(writer.run())
@@ -128,10 +129,8 @@ async def test_a_disk_that_fills_up_at_the_end(tmp_path: Path, format: FilmForma
 @pytest.mark.parametrize("format", FORMATS)
 async def test_a_file_is_read_while_it_grows(tmp_path: Path, format: FilmFormat) -> None:
     """A still scene too, of which little is to be written."""
-    path = tmp_path / f"film.{format}"
-    path.touch()
-    writer = RecordingWriter(format, 16, GrowingFile(path), lambda: False)
-    stream, running = Encoded(writer), asyncio.create_task(writer.run())
+    path, writer, stream = begin(tmp_path, format)
+    running = asyncio.create_task(writer.run())
     for second in range(3):
         for index in range(16 * second, 16 * (second + 1) + 1):
             if index == 0 or index > 16 * second:
