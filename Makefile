@@ -27,7 +27,7 @@ serve: setup
 	@$(BIN)/python -m server --host $(HOST) --port $(PORT) $(ARGS)
 
 lint: setup
-	$(BIN)/ruff check clients/python docs engine server tests
+	$(BIN)/ruff check clients/python docs examples engine server tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

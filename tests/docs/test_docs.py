@@ -9,7 +9,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "deploy/*.md", "clients/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "deploy/*.md", "examples/*.md", "clients/**/*.md")
     for page in ROOT.glob(pattern)
     if "node_modules" not in page.parts
 )

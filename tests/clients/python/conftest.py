@@ -2,7 +2,12 @@
 
 import asyncio
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +20,10 @@ from livereel.testing import FakeServer
 
 from server.backends.fake import FakeBackend
 from tests.server.conftest import Gateway, gateway
+from tests.server.egress.harness import free_port
 
 SDK = Path(__file__).parents[3] / "clients" / "python"
+START_SECONDS = 120
 
 
 class GatewayThread:
@@ -72,6 +79,29 @@ def running() -> Iterator[GatewayThread]:
     """A gateway for all tests that do not change how it is set up."""
     with GatewayThread(outputs=("127.0.0.1:9",)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server with `mini` that `livereel serve` runs: the environment of its users. `RTMP_PORT` is a port of this
+    machine that it may push to."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("LIVEREEL_")}
+    base |= {"PYTHONPATH": str(SDK), "BROWSER": "true"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        port = str(free_port())
+        command = [sys.executable, "-m", "livereel", "serve", "--port", "0", "--engine-spare", "off"]
+        command += ["--outputs", f"127.0.0.1:{port}"]
+        process = subprocess.Popen(command, cwd=SDK.parents[1], env=base, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not (ready := re.search(r"open (http://\S+?)/?$", log.read_text(), re.MULTILINE)):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield {**base, "LIVEREEL_URL": ready[1], "RTMP_PORT": port}
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """The client against a real server with `mini`: the command makes a film, and every block of the guide runs."""
 
-import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -15,31 +12,10 @@ ROOT = Path(__file__).parents[3]
 GUIDE = (ROOT / "docs" / "python-sdk.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```", GUIDE)
 COMMANDS = [line for block in re.findall(r"(?ms)^```console\n(.*?)^```", GUIDE) for line in block.splitlines()]
-START_SECONDS = 120
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a user of a server that `livereel serve` runs."""
-    base = {name: value for name, value in os.environ.items() if not name.startswith("LIVEREEL_")}
-    base |= {"PYTHONPATH": str(ROOT / "clients" / "python"), "BROWSER": "true"}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "livereel", "serve", "--port", "0", "--engine-spare", "off"]
-        process = subprocess.Popen(command, cwd=ROOT, env=base, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not (ready := re.search(r"open (http://\S+?)/?$", log.read_text(), re.MULTILINE)):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield {**base, "LIVEREEL_URL": ready[1]}
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
-
-
-def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+def run(command: list[str], real_server: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=real_server, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,19 +26,19 @@ def frames(path: Path) -> int:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block {number}" for number in range(1, len(BLOCKS) + 1)])
-def test_every_block_of_the_guide_runs(block: str, environment: dict[str, str], tmp_path: Path) -> None:
-    run([sys.executable, "-W", "error", "-c", block], environment, tmp_path)
+def test_every_block_of_the_guide_runs(block: str, real_server: dict[str, str], tmp_path: Path) -> None:
+    run([sys.executable, "-W", "error", "-c", block], real_server, tmp_path)
     for film in tmp_path.glob("*.mp4"):
         assert frames(film) >= 8
 
 
-def test_every_command_of_the_guide_runs(environment: dict[str, str], tmp_path: Path) -> None:
+def test_every_command_of_the_guide_runs(real_server: dict[str, str], tmp_path: Path) -> None:
     assert len(COMMANDS) > 5
     for line in COMMANDS:
         command = re.fullmatch(r"\$ livereel (.*)", line)
         assert command, line
         arguments = re.findall(r'"[^"]*"|\S+', command[1])
-        run([sys.executable, "-m", "livereel", *(each.strip('"') for each in arguments)], environment, tmp_path)
+        run([sys.executable, "-m", "livereel", *(each.strip('"') for each in arguments)], real_server, tmp_path)
     assert frames(tmp_path / "cube.mp4") == 32
     assert frames(tmp_path / "take.mp4") >= 8
 
