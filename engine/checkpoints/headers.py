@@ -116,7 +116,7 @@ def stand_in(start: bytes) -> str | None:
     if start.lstrip()[:LOOK].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page: the download was answered by one, often to log in: download the file again"
     if len(start) >= LOOK and not any(start[:LOOK]):
-        return "begins with zeros: its download was never finished: download it again"
+        return "begins with zeros, as after a download that was never finished: download it again"
     return None
 
 
@@ -255,7 +255,8 @@ def zero_tensors(path: Path, entries: Iterable[Entry]) -> list[str]:
             places = (
                 start + (entry.bytes - min(SAMPLE, entry.bytes)) * place // (PLACES - 1) for place in range(PLACES)
             )
-            if not any(any(os.pread(file.fileno(), min(SAMPLE, entry.bytes), begin + place)) for place in places):
+            samples = [os.pread(file.fileno(), min(SAMPLE, entry.bytes), begin + place) for place in places]
+            if all(samples) and not any(map(any, samples)):  # nothing is read past the end of a truncated file
                 zeros.append(entry.name)
     return zeros if len(zeros) == len(sampled) or len(zeros) >= max(2, len(sampled) / 8) else []
 

@@ -130,6 +130,13 @@ def test_zeros_under_a_sound_header_are_named(tmp_path: Path, count: int, zero: 
     assert [f"{path} holds zeros instead of weights" in fault for fault in faults] == [True] * named
 
 
+def test_a_truncated_file_is_not_said_to_hold_zeros_too(tmp_path: Path) -> None:
+    path = matrices(tmp_path / "x.safetensors", 40, set())
+    os.truncate(path, path.stat().st_size // 2)
+    [fault] = headers.read_weights([path], tmp_path).faults
+    assert f"{path} is truncated" in fault
+
+
 def test_links_and_special_files(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
