@@ -134,6 +134,9 @@ def check(
     for path in found.unused:
         print(f"{'not used':13} {path}")
     for path in found.pickles:
+        if fault := sources.pickle_fault(path):
+            faults.append(fault)
+            continue
         print(f"{'pickle':13} {path}: is not looked into, and never read to serve; `python -m engine convert` reads it")
     lacking = found.lacking()
     faults += [f"missing: {part}" for part in lacking]

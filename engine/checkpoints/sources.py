@@ -4,6 +4,7 @@ Supported are the native store, a diffusers folder (with `transformer/`, `text_e
 folder, and single files. Only headers are read.
 """
 
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,16 @@ def find_all(paths: Sequence[Path]) -> Sources:
         merged.faults += other.faults
         merged.tokenizer = merged.tokenizer or other.tokenizer
     return merged
+
+
+def pickle_fault(path: Path) -> str | None:
+    """What is wrong with a pickle, as far as is seen without reading it: a zip file ends with its directory."""
+    try:
+        with headers.open_regular(path, path.parent) as file:
+            truncated = file.read(2) == b"PK" and not zipfile.is_zipfile(file)
+            return f"{path} is truncated: download it again" if truncated else None
+    except StoreError as error:
+        return str(error)
 
 
 def _look_into(folder: Path, sources: Sources) -> None:

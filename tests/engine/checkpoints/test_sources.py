@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine import cli
 from engine.checkpoints import sources
 from engine.checkpoints.headers import StoreError
 
@@ -26,6 +27,21 @@ def test_a_file_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
         sources.find(path)
     with pytest.raises(StoreError, match=r"holds no weights: no \.safetensors file"):
         sources.find(tmp_path)
+
+
+def test_damage_of_a_pickle_is_seen_without_reading_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"generator": {"a": torch.ones(4000)}}, path)
+    assert sources.pickle_fault(path) is None
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert sources.pickle_fault(path) == f"{path} is truncated: download it again"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    fault = sources.pickle_fault(path)
+    assert fault is not None and "run `git lfs pull`" in fault
+    # and `check` counts it as a fault
+    assert cli.run(["check", "self-forcing-1.3b", "--weights", str(path)]) == 2
+    assert f"\n{fault}\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_may_come_from_another_place(tmp_path: Path) -> None:
