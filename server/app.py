@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from server.api import mjpeg, outputs, recordings, server, streams, videos, websocket, whep
+from server.api import mjpeg, openapi, outputs, recordings, server, streams, videos, websocket, whep
 from server.api.idempotency import Idempotency
 from server.api.openapi import DESCRIPTION, GatewayApp
 from server.api.response_schemas import ErrorBody
@@ -24,6 +24,7 @@ from server.egress.outputs import Outputs
 from server.metrics import Metrics
 from server.middleware.auth import AuthMiddleware
 from server.middleware.body_limits import BodyLimitMiddleware
+from server.middleware.proxy import ProxyMiddleware
 from server.middleware.request import RequestMiddleware, on_http_exception, on_validation_error
 from server.streams.registry import Registry
 from server.tracing import Tracing
@@ -38,6 +39,7 @@ KEYS_SECONDS = 0.5
 ROUTES = [
     *streams.ROUTES,
     *server.ROUTES,
+    *openapi.ROUTES,
     *whep.ROUTES,
     *mjpeg.ROUTES,
     *outputs.ROUTES,
@@ -83,6 +85,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=[
+            Middleware(ProxyMiddleware, trusted=config.trusted_proxies, root_path=config.root_path),
             Middleware(RequestMiddleware, access=access, tracing=tracing),
             Middleware(AuthMiddleware, access=access, streams=registry),
             Middleware(BodyLimitMiddleware, access=access, uploads=registry.uploads),
@@ -94,6 +97,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,  # `openapi.ROUTES` has a route for it
     )
     app.state.config = config
     app.state.metrics = metrics

@@ -30,6 +30,20 @@ def is_address(text: str) -> bool:
     return True
 
 
+def is_network(text: str) -> bool:
+    """Whether `text` is an IP address, or a network in CIDR notation."""
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def is_root_path(text: str) -> bool:
+    """Whether `text` is a path prefix, such as `/live`."""
+    return len(text) <= 200 and re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+", text) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be set on the gateway. Raises `ValueError` with a message for the operator.
@@ -148,6 +162,21 @@ class Config:
         flag="keep",
         metavar="HOURS",
         bounds=above(0, "hours"),
+    )
+    root_path: str = option(
+        "",
+        "path prefix under which a proxy serves this server: it is taken off requests that have it, and put on URLs",
+        metavar="PATH",
+        bounds=Bounds("a path such as /live, without a slash at its end", lambda text: not text or is_root_path(text)),
+        unset="none",
+    )
+    trusted_proxies: tuple[str, ...] = option(
+        (),
+        "addresses and networks of proxies, separated by commas, whose Forwarded and X-Forwarded-For, -Host, -Proto "
+        "and -Prefix headers are believed, besides this machine: 10.0.0.5,192.168.0.0/16",
+        metavar="NETWORKS",
+        bounds=Bounds("an IP address or network such as 10.0.0.0/8", is_network),
+        unset="none",
     )
     keys: Path | None = option(
         None,

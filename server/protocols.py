@@ -37,7 +37,7 @@ MAX_HEADER_LINE = 8000
 MAX_CONNECTIONS = 512
 """Over all peers. By default a process may have 1024 files open."""
 MAX_CONNECTIONS_PER_PEER = 64
-"""Per IPv4 address or IPv6 /64. This machine is exempt: a proxy on it serves many peers."""
+"""Per IPv4 address or IPv6 /64. This machine and trusted proxies are exempt: they serve many peers."""
 
 MAX_PONG_BYTES = 1 << 20
 MAX_FRAGMENTS = 64
@@ -197,9 +197,17 @@ def too_many_connections(protocol: H11Protocol) -> bool:
     if len(protocol.connections) > MAX_CONNECTIONS:
         return True
     own = peer(protocol.client)
-    if own is None:
+    if own is None or is_proxy(protocol.client[0], tuple(protocol.config.forwarded_allow_ips or ())):
         return False
     return sum(peer(getattr(other, "client", None)) == own for other in protocol.connections) > MAX_CONNECTIONS_PER_PEER
+
+
+@functools.lru_cache(MAX_CONNECTIONS * 2)
+def is_proxy(host: str, proxies: tuple[str, ...]) -> bool:
+    """Whether an IP address belongs to one of these addresses and networks, which serve many peers."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in ipaddress.ip_network(each, strict=False) for each in proxies)
 
 
 def peer(client: tuple[str, int] | None) -> str | None:

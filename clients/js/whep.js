@@ -51,7 +51,9 @@ export class WhepSession {
     const headers = { "Content-Type": "application/sdp" };
     const response = await this.#fetch(this.#url, { method: "POST", headers, body: this.peer.localDescription?.sdp });
     if (!response.ok) throw new WhepError(response.status);
-    this.#location = response.headers.get("Location");
+    const path = response.headers.get("Location");
+    // It may be relative to the URL that was asked (RFC 9110, section 10.2.2).
+    this.#location = path && new URL(path, new URL(this.#url, location.href)).href;
     if (this.#closed) this.#delete();
     else await this.peer.setRemoteDescription({ type: "answer", sdp: await response.text() });
   }

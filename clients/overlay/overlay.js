@@ -4,7 +4,7 @@
 // WHEP, fragmented MP4, JPEGs. `?token=` is needed where the server has keys. `?lost=hide` hides the last picture while
 // a lost connection is retried.
 
-import { FragmentPlayer, WhepSession, decodeJpeg, onVideoFrame, openSocket, retryDelay } from "/assets/js/index.js";
+import { FragmentPlayer, WhepSession, decodeJpeg, onVideoFrame, openSocket, retryDelay } from "../js/index.js";
 
 const FIRST_FRAME_MS = 5000; // a transport that has shown nothing by then is replaced by the next
 const SILENCE_MS = 2000; // no frames for this long mean a lost connection
@@ -13,7 +13,7 @@ const MAX_RETRY_MS = 10000;
 
 const query = new URLSearchParams(location.search);
 const token = query.get("token") ?? "";
-const base = `/v1/streams/${location.pathname.split("/")[2]}`;
+const base = `../v1/streams/${location.pathname.split("/").pop()}`;
 const canvas = document.getElementById("picture");
 document.body.dataset.lost = query.get("lost") === "hide" ? "hide" : "hold";
 

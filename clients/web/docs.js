@@ -64,7 +64,7 @@ function operation(method, path, about, api) {
 }
 
 try {
-  const api = await (await fetch("/openapi.json")).json();
+  const api = await (await fetch("openapi.json")).json();
   const parts = [...prose(api.info.description), element("h2", "Requests")];
   for (const [path, methods] of Object.entries(api.paths)) {
     for (const [method, about] of Object.entries(methods)) parts.push(operation(method, path, about, api));
@@ -72,5 +72,5 @@ try {
   parts.push(element("h2", "The error object"), fields(api.components.schemas.ErrorDetail));
   docs.replaceChildren(...parts);
 } catch {
-  docs.replaceChildren(element("p", "The reference could not be loaded from /openapi.json."));
+  docs.replaceChildren(element("p", "The reference could not be loaded from openapi.json."));
 }

@@ -3,7 +3,10 @@
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
+from server.api.routing import Route, url_of
 from server.auth.access import OWNED_PATH, is_public
 
 DESCRIPTION = """Real-time text-to-video: a prompt becomes live video, and you can change the prompt while it plays.
@@ -50,3 +53,13 @@ class GatewayApp(FastAPI):
                     public = is_public(method.upper(), path)
                     operation["security"] = [] if public else [{name: []} for name in accepted]
         return super().openapi()
+
+
+async def document(request: Request) -> Response:
+    """The OpenAPI document. Where this server is not at the root of its host for this client, it says where."""
+    assert isinstance(request.app, GatewayApp)
+    described, url = request.app.openapi(), url_of(request, "")
+    return JSONResponse({**described, "servers": [{"url": url}]} if url else described)
+
+
+ROUTES = [Route("GET", "/openapi.json", document, options={"include_in_schema": False})]

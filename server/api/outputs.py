@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from server.api import schemas
 from server.api.response_schemas import OutputList, OutputObject
-from server.api.routing import Route, principal_of, streams_of
+from server.api.routing import Route, principal_of, streams_of, url_of
 from server.egress.outputs import Outputs
 
 
@@ -24,7 +24,7 @@ async def create_output(request: Request, response: Response, id: str, body: sch
     stream = streams_of(request).get(id)
     serial = key.serial if key else None
     output = outputs_of(request).open(stream, body.url, body.token or "", serial, audio=body.audio)
-    response.headers["Location"] = f"/v1/streams/{id}/outputs/{output.id}"
+    response.headers["Location"] = url_of(request, f"/v1/streams/{id}/outputs/{output.id}")
     return output.snapshot()
 
 

@@ -8,7 +8,7 @@ from starlette.responses import FileResponse, Response
 from server.api import schemas
 from server.api.response_schemas import RecordingList, RecordingObject
 from server.api.responses import film_response
-from server.api.routing import Route, principal_of, streams_of
+from server.api.routing import Route, principal_of, streams_of, url_of
 from server.errors import ApiError, file_removed
 from server.library.recorder import Recorder
 from server.library.recording_writer import MEDIA_TYPES
@@ -27,7 +27,7 @@ async def start_recording(
         raise ApiError(400, "invalid_value", "`alpha` needs `format` webm: H.264 has no alpha channel.", param="alpha")
     streams = streams_of(request)
     recording = streams.get(id).record(streams.recorder, body.format, alpha=body.alpha)
-    response.headers["Location"] = f"/v1/recordings/{recording.id}"
+    response.headers["Location"] = url_of(request, f"/v1/recordings/{recording.id}")
     return streams.recorder.describe(recording)
 
 

@@ -69,7 +69,10 @@ class StreamObject(BaseModel):
         description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
         "server has keys, it carries a token to view the stream for ten minutes."
     )
-    whep_url: str = Field(description="Where a WebRTC player posts its offer (WHEP).")
+    whep_url: str = Field(
+        description="Where a WebRTC player posts its offer (WHEP): a path on this server, or a URL where a proxy named "
+        "the host."
+    )
     created_at: float = Field(description="Unix time.")
     queue_position: int | None = Field(description="1 is next; null when not queued.")
     queue_wait_s: float | None = Field(description="Estimated wait in seconds; null if unknown.")

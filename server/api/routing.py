@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
@@ -96,6 +97,57 @@ def wants_alpha(connection: HTTPConnection) -> bool:
     return alpha == "stacked"
 
 
+BASE_URL = "livereel.base_url"
+"""Key of the client's `BaseUrl` in a request's scope, where `server.middleware.proxy` puts it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseUrl:
+    """The URL of this server as the client of a request sees it."""
+
+    scheme: str
+    """http or https."""
+    host: str
+    """With the port; empty if it is malformed."""
+    prefix: str = ""
+    """Path prefix, such as `/live`."""
+    forwarded_host: str = ""
+    """`host`, if trusted proxies named it."""
+    absolute: bool = False
+    """Whether URLs name scheme and host, because proxies told either; otherwise they are paths."""
+
+    def url(self, path: str) -> str:
+        """The URL of a path of this server, as a reference for the client."""
+        origin = f"{self.scheme}://{self.host}" if self.absolute and self.host else ""
+        return origin + self.prefix + path
+
+
+def base_url(scope: Scope) -> BaseUrl:
+    """The URL of this server as the client of a request sees it."""
+    base = scope.get(BASE_URL)
+    return base if isinstance(base, BaseUrl) else make_base_url(scope)
+
+
+def make_base_url(scope: Scope, *, scheme: str = "", host: str = "", prefix: str = "") -> BaseUrl:
+    """The base URL from the request itself, and from what proxies told of it, where they did."""
+    own_scheme = "https" if scope["scheme"] in ("https", "wss") else "http"
+    own_host = Headers(scope=scope).get("host", "")
+    told, scheme = bool(host or scheme), scheme or own_scheme
+    host = host.removesuffix(":443" if scheme == "https" else ":80")
+    return BaseUrl(scheme, host or (own_host if is_host(own_host) else ""), prefix, host, told)
+
+
+def url_of(connection: HTTPConnection, path: str) -> str:
+    """The URL of a path of this server for this client: absolute where proxies told of a host, else the path."""
+    return base_url(connection.scope).url(path)
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` is a host name or address with an optional port, as in a Host header."""
+    host = r"[A-Za-z0-9.\-_]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?"
+    return len(text) <= 261 and re.fullmatch(host, text) is not None
+
+
 def ws_url(connection: HTTPConnection, id: str) -> str:
     """URL of the stream's WebSocket for this client, with a view token where the server has keys.
 
@@ -107,11 +159,9 @@ def ws_url(connection: HTTPConnection, id: str) -> str:
 
 def socket_url(connection: HTTPConnection, id: str) -> str:
     """URL of the stream's WebSocket without a token: absolute, or only the path if the Host header is malformed."""
-    path, host = f"/v1/streams/{id}/ws", connection.headers.get("host", "")
-    if not re.fullmatch(r"[A-Za-z0-9.\-_]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host):
-        return path
-    scheme = "wss" if connection.url.scheme in ("https", "wss") else "ws"
-    return f"{scheme}://{host}{path}"
+    base = base_url(connection.scope)
+    path = f"{base.prefix}/v1/streams/{id}/ws"
+    return f"{base.scheme.replace('http', 'ws')}://{base.host}{path}" if base.host else path
 
 
 def with_token(url: str, token: str) -> str:

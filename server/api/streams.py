@@ -10,7 +10,7 @@ from starlette.responses import Response
 from server.api import idempotency, schemas
 from server.api.forms import check_connected, read_fields, read_image
 from server.api.response_schemas import StreamChanged, StreamList, StreamObject, TokenObject
-from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, with_token, ws_url
+from server.api.routing import Route, access_of, principal_of, socket_url, streams_of, url_of, with_token, ws_url
 from server.errors import ApiError
 from server.library.clip import Change
 from server.media.matte import Matte
@@ -37,7 +37,7 @@ async def create_stream(request: Request, response: Response) -> dict[str, Any]:
         else:
             stream = streams.get(claim.made)
             response.headers.update(idempotency.REPLAYED)
-    response.headers["Location"] = f"/v1/streams/{stream.session.id}"
+    response.headers["Location"] = url_of(request, f"/v1/streams/{stream.session.id}")
     return stream_object(request, stream)
 
 
@@ -115,7 +115,7 @@ async def create_token(request: Request, id: str, body: schemas.CreateToken) -> 
 
 def stream_object(connection: HTTPConnection, stream: Stream) -> dict[str, Any]:
     """The API's stream object, with the URLs that this client needs to watch it."""
-    whep_url = f"/v1/streams/{stream.session.id}/whep"
+    whep_url = url_of(connection, f"/v1/streams/{stream.session.id}/whep")
     return {**stream.snapshot(), "ws_url": ws_url(connection, stream.session.id), "whep_url": whep_url}
 
 

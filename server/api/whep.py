@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.aio import first_of
-from server.api.routing import Route, principal_of, streams_of, wants_alpha
+from server.api.routing import Route, principal_of, streams_of, url_of, wants_alpha
 from server.config import Config, is_loopback
 from server.errors import ApiError, stream_ended, too_many_viewers
 from server.media.webrtc import Peer, ice_servers, invalid_sdp
@@ -163,7 +163,7 @@ async def offer(request: Request, id: str) -> Response:
         stream, text, local=local, alpha=alpha, key=key.serial if key else None
     )
     headers = {
-        "Location": f"/v1/streams/{id}/whep/{id_of_session}",
+        "Location": url_of(request, f"/v1/streams/{id}/whep/{id_of_session}"),
         "ETag": session.etag,
         "Accept-Patch": FRAGMENT,
     }

@@ -94,14 +94,18 @@ class Access:
 
     def check_host(self, headers: Headers) -> None:
         """Without keys: raise `ApiError` if the request was sent to a host name other than this machine's."""
-        host = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d{1,5})?", headers.get("host", ""))
-        if self.keys is None and not (host and is_loopback((host[1] or host[2]).lower())):
+        if not self.serves_host(headers.get("host", "")):
             raise ApiError(
                 421,
                 "host_not_allowed",
                 "Without API keys this server answers only to localhost, 127.0.0.1 and [::1]: use one of these, or "
                 "start it with --keys.",
             )
+
+    def serves_host(self, host: str) -> bool:
+        """Whether requests to this host, with an optional port, are served: without keys only to this machine's."""
+        name = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d{1,5})?", host)
+        return self.keys is not None or bool(name and is_loopback((name[1] or name[2]).lower()))
 
     def authenticate(self, headers: Headers, query: bytes, now: float) -> Principal:
         """The sender of a request, by the key or token in `Authorization` or the token in the query.
@@ -207,9 +211,10 @@ class Access:
             if principal.key and lease.when() is None:
                 yield principal.key.serial, partial(lease.reschedule, asyncio.get_running_loop().time())
 
-    def origin_allowed(self, headers: Headers) -> bool:
+    def origin_allowed(self, headers: Headers, forwarded_host: str = "") -> bool:
         """Whether the request comes from the gateway's own page, an allowed origin, or no browser at all.
 
+        The page is at the host of the Host header, or at `forwarded_host`, which trusted proxies name, if it is served.
         Programs send no Origin header. Every request that changes something and every WebSocket is checked.
         """
         origins = headers.getlist("origin")
@@ -217,8 +222,11 @@ class Access:
             return True
         if len(origins) > 1:
             return False
-        own = re.fullmatch(r"https?://([^/?#@\s]+)", origins[0].lower())
-        return origins[0] in self.origins or bool(own and own[1] == headers.get("host", "").lower())
+        page = re.fullmatch(r"https?://([^/?#@\s]+)", origins[0].lower())
+        hosts = [headers.get("host", "").lower()]
+        if forwarded_host and self.serves_host(forwarded_host):
+            hosts.append(forwarded_host.lower())
+        return origins[0] in self.origins or bool(page and page[1] in hosts)
 
     def cors_headers(self, headers: Headers) -> list[tuple[str, str]]:
         """Response headers that let a page of an allowed origin read the response. No cookies are involved."""

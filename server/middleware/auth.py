@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from server.api.responses import abort_connection
+from server.api.routing import base_url
 from server.api.websocket import UNAUTHENTICATED, close_or_abort, reject_handshake
 from server.auth.access import OWNED_PATH, Access, is_public, unauthenticated
 from server.errors import ApiError
@@ -38,7 +39,7 @@ class AuthMiddleware:
             if method == "OPTIONS" and is_preflight(headers) and headers.get("origin") in access.origins:
                 await preflight_response()(scope, receive, send)
                 return
-            if is_socket and not access.origin_allowed(headers):
+            if is_socket and not access.origin_allowed(headers, base_url(scope).forwarded_host):
                 await send({"type": "websocket.close"})  # before the handshake completes, this is a 403
                 return
             if not is_socket and is_public(method, path):

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.forms import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, is_form, media_type
-from server.api.routing import routes_at
+from server.api.routing import base_url, routes_at
 from server.auth.access import Access
 from server.errors import ApiError
 from server.uploads.queue import UploadQueue
@@ -31,7 +31,7 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        origin_allowed = self._access.origin_allowed(headers)
+        origin_allowed = self._access.origin_allowed(headers, base_url(scope).forwarded_host)
         check_headers(scope, headers, origin_allowed)
         if not origin_allowed and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             message = "This page may not use the server: the operator must allow its origin with --origins."

@@ -1,4 +1,4 @@
-"""The outermost ASGI middleware: request ids, security headers, the access log; and the exception handlers."""
+"""The ASGI middleware around every request: ids, security headers, the access log; and the exception handlers."""
 
 import errno
 import logging
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import schemas
 from server.api.responses import abort_connection
-from server.api.routing import methods_at
+from server.api.routing import base_url, methods_at, url_of
 from server.auth.access import Access
 from server.errors import ApiError, exhausted, request_id
 from server.logs import redact
@@ -68,7 +68,7 @@ class RequestMiddleware:
                 started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = id
-                for name, value in (*security_headers(scope, headers), *self._access.cors_headers(headers)):
+                for name, value in (*security_headers(scope), *self._access.cors_headers(headers)):
                     response_headers.setdefault(name, value)
                 self._log(scope, message["status"], started_at, span)
             await send(message)
@@ -115,11 +115,11 @@ def path_of(scope: Scope) -> str:
     return path.decode("ascii", "replace")[:MAX_LOGGED_PATH]
 
 
-def security_headers(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
+def security_headers(scope: Scope) -> list[tuple[str, str]]:
     """Security and caching headers of every response. Pages may load nothing from another host."""
     # Some browsers do not count WebSockets as 'self', so they are named.
-    host = headers.get("host", "")
-    sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else ""
+    host = base_url(scope).host
+    sockets = f" ws://{host} wss://{host}" if host else ""
     policy = (
         f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src blob:; "
         f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -141,7 +141,7 @@ async def on_http_exception(request: Request, exception: Exception) -> Response:
         return exception.response
     status, headers = exception.status_code, dict(exception.headers or {})
     if status == 404:
-        error = ApiError(404, "not_found", "There is nothing at this path: see /docs.")
+        error = ApiError(404, "not_found", f"There is nothing at this path: see {url_of(request, '/docs')}.")
     elif status == 405:
         # The framework reports the methods of one route only, and a path can have several routes.
         headers["Allow"] = ", ".join(methods_at(request.scope)) or headers.get("allow", "GET")

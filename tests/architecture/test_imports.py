@@ -140,7 +140,7 @@ ALLOWED: dict[str, Rule] = {
         "server.uploads"
     ),
     "server.middleware": rule(
-        "fastapi opentelemetry starlette server.api server.auth server.errors server.logs server.streams "
+        "fastapi opentelemetry starlette server.api server.auth server.config server.errors server.logs server.streams "
         "server.tracing server.uploads.queue"
     ),
     "server.app": rule(

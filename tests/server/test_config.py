@@ -76,6 +76,22 @@ def test_a_way_to_viewers_behind_nat(capsys: pytest.CaptureFixture[str]) -> None
         assert named in capsys.readouterr().err
 
 
+def test_proxies(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.from_arguments(["--root-path", "/live/two", "--trusted-proxies", "10.0.0.5, 2001:db8::/32"], {})
+    assert (config.root_path, config.trusted_proxies) == ("/live/two", ("10.0.0.5", "2001:db8::/32"))
+    by_environment = Config.from_arguments([], {"LIVEREEL_ROOT_PATH": "/a", "LIVEREEL_TRUSTED_PROXIES": "::1"})
+    assert (by_environment.root_path, by_environment.trusted_proxies) == ("/a", ("::1",))
+    assert Config.from_arguments([], {"LIVEREEL_ROOT_PATH": "", "LIVEREEL_TRUSTED_PROXIES": ""}).trusted_proxies == ()
+    for path in ("live", "/live/", "/", "//a", "/a/../b", "/a b", "/a?b", "/%41"):
+        with pytest.raises(SystemExit):
+            Config.from_arguments(["--root-path", path], {})
+        assert f"root-path {path} must be a path such as /live" in capsys.readouterr().err
+    for proxy in ("proxy.example", "10.0.0.0/33", "*", "10.0.0.5:80"):
+        with pytest.raises(SystemExit):
+            Config.from_arguments(["--trusted-proxies", proxy], {})
+        assert f"trusted-proxies {proxy} must be an IP address or network" in capsys.readouterr().err
+
+
 def test_a_folder_for_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = tmp_path / "data", tmp_path / "file"
     file.touch()

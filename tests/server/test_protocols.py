@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,18 @@ async def test_connections_are_bounded(run_gateway: Start, monkeypatch: pytest.M
             writer.close()
         assert sum(b"too_many_connections" in answer for answer in answers) >= 3
         assert any(b" 200 " in answer for answer in answers)
+
+
+@pytest.mark.parametrize(("proxies", "refused"), [((), True), (("10.0.0.0/8",), False), (("10.0.0.9",), True)])
+def test_a_trusted_proxy_is_not_one_peer(proxies: tuple[str, ...], refused: bool) -> None:
+    class Protocol:
+        client = ("10.0.0.5", 80)
+        config = SimpleNamespace(forwarded_allow_ips=[*proxies])
+
+    crowd = {Protocol() for _ in range(protocols.MAX_CONNECTIONS_PER_PEER + 1)}
+    newest: Any = next(iter(crowd))
+    newest.connections = crowd
+    assert protocols.too_many_connections(newest) is refused
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

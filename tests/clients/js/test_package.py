@@ -31,7 +31,7 @@ def test_imports_lead_to_files(path: Path) -> None:
     for source in re.findall(r'(?m)^(?:import|export)\b(?:[^;]*\bfrom)? "([^"]+)"', path.read_text()):
         folder, _, name = source.rpartition("/")
         if path == OVERLAY:
-            assert folder == "/assets/js"
+            assert folder == "../js"
         else:
             assert folder in (".", "./js")
         beside = path.parent if folder == "." else PACKAGE
