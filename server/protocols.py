@@ -197,7 +197,8 @@ def too_many_connections(protocol: H11Protocol) -> bool:
     if len(protocol.connections) > MAX_CONNECTIONS:
         return True
     own = peer(protocol.client)
-    if own is None or is_proxy(protocol.client[0], tuple(protocol.config.forwarded_allow_ips or ())):
+    trusted = tuple(protocol.config.forwarded_allow_ips or ())
+    if own is None or protocol.client is None or is_proxy(protocol.client[0], trusted):
         return False
     return sum(peer(getattr(other, "client", None)) == own for other in protocol.connections) > MAX_CONNECTIONS_PER_PEER
 
