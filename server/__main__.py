@@ -1,6 +1,7 @@
 """python -m server: serve the gateway until SIGTERM or SIGINT, and print its address once it is ready."""
 
 import asyncio
+import errno
 import functools
 import gc
 import os
@@ -68,7 +69,10 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket whose connections have a small send buffer. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:  # a part of the name is empty, or has more than 63 letters
+        raise OSError(errno.EINVAL, "this is no host name") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

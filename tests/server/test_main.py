@@ -17,6 +17,8 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from server.__main__ import listen
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -125,6 +127,12 @@ def test_a_port_that_is_taken() -> None:
         result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=30)
     assert result.returncode == 1
     assert result.stderr.startswith("cannot listen on 127.0.0.1:")
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_host_that_no_name_can_be_is_one_sentence(host: str) -> None:
+    with pytest.raises(OSError, match="this is no host name"):
+        listen(host, 0)
 
 
 def test_an_engine_that_never_comes_up_ends_the_gateway(tmp_path: Path) -> None:
