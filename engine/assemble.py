@@ -82,6 +82,8 @@ def assemble(
     speed = speed or fastest_exact(device)
     loader = _open_store(preset, weights, dtype or best_dtype(device))
     loader.require("text_encoder", "dit", "statistics", tokenizer.FILE, "vae" if decoder == "full" else "light_vae")
+    if preset.context == "recompute":
+        loader.require("vae")
 
     on_device = text_encoder == "resident" and text_weights is None
     text = loader.load("text_encoder", lambda: TextEncoder(preset.text), device if on_device else torch.device("cpu"))

@@ -60,14 +60,16 @@ def parts(preset: Preset, setting: Setting) -> dict[str, int]:
     frames = 1 if setting.light_vae else 2
     widest, span = (LIGHT_WIDEST if setting.light_vae else WIDEST)[preset.family]
     vectors = dit.num_layers * dit.num_heads * tokens
+    turned = preset.sink if preset.turn_sink else 0
+    vaes = {"light_vae" if setting.light_vae else "vae"} | ({"vae"} if preset.context == "recompute" else set())
     vector = BYTES * dit.head_dim if setting.exact_cache else dit.head_dim
     return {
         "DiT weights": BYTES * sum(map(prod, sizes["dit"].values())),
         "text encoder": text_encoder(sizes["text_encoder"], setting) if setting.text_on_device else 0,
-        # keys and values of the window, and the sink's keys a second time, unrotated
-        "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * preset.sink),
+        # keys and values of the window, and the keys of a sink that turns a second time, unrotated
+        "KV cache": vectors * (vector * 2 * setting.window + BYTES * dit.head_dim * turned),
         "text keys and values": BYTES * dit.num_layers * dit.dim * 2 * preset.text.length,
-        "VAE weights": BYTES * sum(map(prod, sizes["light_vae" if setting.light_vae else "vae"].values())),
+        "VAE weights": BYTES * sum(prod(shape) for name in vaes for shape in sizes[name].values()),
         "VAE caches": BYTES * frames * sum(count * area // size**2 for size, count in channels.items()),
         "activations": max(
             # the peak within a block: the hidden layer twice, and x, y, q, k, v and their rotated copies

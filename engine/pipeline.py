@@ -19,7 +19,7 @@ from engine.config import Preset
 from engine.models.dit import TextContext
 from engine.models.tokenizer import PromptTokenizer
 from engine.stream.batch import RollingCache
-from engine.stream.decoding import PictureEncoding, SideStream, to_host
+from engine.stream.decoding import PictureEncoding, SideStream, leading_frame, to_bytes, to_host
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.stream.state import PendingPrompt, StreamState
@@ -66,7 +66,12 @@ class Pipeline:
             text_encoder: a `TextEncoder`, or what `place_text_encoder` returned for one.
             served: the transformer and decoder, after the transforms.
             pictures: encodes the frames that a stream may start from; None where the weights have no VAE encoder.
+
+        Raises:
+            ValueError: the preset's context is recomputed, and there is no encoder for it.
         """
+        if preset.context == "recompute" and pictures is None:
+            raise ValueError(f"{preset.name} encodes its own frames again, and its weights hold no VAE encoder")
         self.preset = preset
         self.rollout = preset.rollout()
         self.tokenizer = tokenizer
@@ -79,6 +84,9 @@ class Pipeline:
         self.dtype: torch.dtype = served.wan.patch_embedding.weight.dtype
         self._free_caches: list[KVCache] = []
         self._decode_stream = SideStream(self.device)
+        # the newest chunks that the window holds, less the sink where it keeps its keys over a change
+        kept = preset.window - (preset.sink if preset.recache == "past" else preset.chunk)
+        self._remembered = kept // preset.chunk
 
     # Opening and closing
 
@@ -132,8 +140,10 @@ class Pipeline:
         frames = torch.cat([picture, picture[-1:].expand(count - len(picture), -1, -1, -1)])
         latents = self.pictures(frames)
         for part in latents.split(preset.chunk, dim=2):
+            first = state.memories is None
             with self._decode_stream(latents):
-                _, state.memories = self.decoder(part, state.memories)
+                decoded, state.memories = self.decoder(part, state.memories)
+                state.leading += self._leading(decoded, first=first)
             self._write([state], part)
             self._keep_recent(state, part)
 
@@ -179,15 +189,17 @@ class Pipeline:
             decoded = []
             for part, state in zip(parts, states, strict=True):
                 frames, memories = self.decoder(part, state.memories)
-                decoded.append((to_host(frames[0]), memories))
+                leading = self._leading(frames, first=state.memories is None)
+                decoded.append((to_host(to_bytes(frames)[0]), memories, leading))
             arrived = torch.cuda.Event() if self.device.type == "cuda" else None
             if arrived is not None:
                 arrived.record()
 
         chunks = []
-        for state, part, (frames, memories) in zip(states, parts, decoded, strict=True):
+        for state, part, (frames, memories, leading) in zip(states, parts, decoded, strict=True):
             chunks.append(Chunk(state.chunk, state.frame, frames, state.memories is None, state.steps))
             state.memories = memories
+            state.leading += leading
             state.uncommitted = part
             state.chunk += 1
             state.frame += len(frames)
@@ -207,6 +219,12 @@ class Pipeline:
         """The context passes of the chunks just generated: off the latency path, but needed before the next ones."""
         waiting = [(state, state.uncommitted) for state in states if state.uncommitted is not None]
         if not waiting:
+            return
+        if self.preset.context == "recompute":
+            for state, part in waiting:
+                state.uncommitted = None
+                self._keep_recent(state, part)
+            self._recompute([state for state, _ in waiting])
             return
         latents = torch.cat([latents for _, latents in waiting])
         self._write([state for state, _ in waiting], latents, context_pass=self.served.context_pass)
@@ -228,8 +246,30 @@ class Pipeline:
         commit_chunk(self.dit, self.rollout, cache, context, latents, rows, context_pass=context_pass)
 
     def _keep_recent(self, state: StreamState, latents: Tensor) -> None:
-        past = self.preset.window // self.preset.chunk - 1
-        state.recent = [*state.recent, latents][-past:] if past else []
+        state.recent = [*state.recent, latents][-self._remembered :] if self._remembered else []
+        state.leading = state.leading[len(state.leading) - len(state.recent) :] if state.leading else []
+
+    def _leading(self, frames: Tensor, *, first: bool) -> list[Tensor | None]:
+        """What a recomputed context needs of a chunk's decoded frames: an entry of `StreamState.leading`, or none."""
+        if self.preset.context != "recompute":
+            return []
+        return [None if first else leading_frame(frames, self.preset.chunk, self.preset.temporal_stride)]
+
+    def _recompute(self, states: Sequence[StreamState]) -> None:
+        """Write the caches anew from the recent latents alone, at positions from 0."""
+        if len({len(state.recent) for state in states}) > 1:
+            for state in states:
+                self._recompute([state])
+            return
+        assert self.pictures is not None
+        parts = [list(state.recent) for state in states]
+        for state, own in zip(states, parts, strict=True):
+            state.cache.reset(0)
+            if (frame := state.leading[0]) is not None:
+                self._decode_stream.join(frame)
+                own[0] = self.pictures.begin_clip(own[0], frame)
+        for latents in zip(*parts, strict=True):
+            self._write(states, torch.cat(latents))
 
     # Changes while a stream runs
 
@@ -252,9 +292,9 @@ class Pipeline:
 
     @torch.inference_mode()
     def refresh(self, state: StreamState) -> None:
-        """The transformer's weights changed: recompute what the stream keeps of them, as a `recache` steer does."""
+        """The transformer's weights changed: recompute what the stream keeps of them, the sink's keys too."""
         self._set_text(state, state.text)
-        self._recache(state)
+        self._rewrite_window(state)
 
     def _cross_boundary(self, state: StreamState) -> None:
         """What is due before the next chunk: the last one's context pass, a pending steer, the next step of a blend."""
@@ -266,11 +306,10 @@ class Pipeline:
                 state.blend_from, state.blend_to, state.blend_step = state.text, pending.text, 0
             else:
                 state.blend_from = state.blend_to = None
-                self._set_text(state, pending.text)
                 if pending.transition == "recache":
-                    self._recache(state)
+                    self._recache(state, pending.text)
                 else:
-                    self._cut(state)
+                    self._cut(state, pending.text)
         if state.blend_from is not None and state.blend_to is not None:
             state.blend_step += 1
             share = state.blend_step / self.preset.soft_chunks
@@ -282,21 +321,54 @@ class Pipeline:
         state.text = text
         state.context = self.dit.encode_text(text)
 
-    def _recache(self, state: StreamState) -> None:
+    def _recache(self, state: StreamState, text: Tensor) -> None:
+        """Go on under another text, and rewrite as much of the cache under it as the model's authors do."""
+        rule = self.preset.recache
+        if rule == "nothing" or (rule == "past" and state.cache.written < state.cache.sink_slots):
+            self.commit(state)
+        self._set_text(state, text)
+        if rule == "window":
+            self._rewrite_window(state)
+        elif rule == "past":
+            self._rewrite_past(state)
+
+    def _rewrite_window(self, state: StreamState) -> None:
         """Rewrite the K and V of the window's latents under the current text, in order and at their old positions."""
-        committed = state.uncommitted is None
-        if state.uncommitted is not None:
-            self._keep_recent(state, state.uncommitted)
-            state.uncommitted = None
-        count = len(state.recent)
-        end = state.cache.start_frame + (0 if committed else self.preset.chunk)
-        state.cache.reset(end - count * self.preset.chunk)
+        end = self._take_uncommitted(state)
+        if self.preset.context == "recompute":
+            if state.recent:
+                self._recompute([state])
+            return
+        state.cache.reset(end - len(state.recent) * self.preset.chunk)
         for latents in state.recent:
             self._write([state], latents)
 
-    def _cut(self, state: StreamState) -> None:
-        """Begin a scene that shows nothing of the one before."""
+    def _rewrite_past(self, state: StreamState) -> None:
+        """The same for the past alone: the sink keeps its keys, and is in sight of what is rewritten."""
+        cache, owed = state.cache, state.uncommitted is not None
+        count = min(cache.past + owed, cache.ring_slots)
+        end = self._take_uncommitted(state)
+        cache.drop_past(end - count * self.preset.chunk)
+        for latents in state.recent[len(state.recent) - count :]:
+            self._write([state], latents)
+
+    def _take_uncommitted(self, state: StreamState) -> int:
+        """Count the last chunk among the recent ones without a context pass; returns the next chunk's position."""
+        if state.uncommitted is None:
+            return state.cache.start_frame
+        self._keep_recent(state, state.uncommitted)
         state.uncommitted = None
-        state.recent = []
-        state.memories = None
-        state.cache.reset(state.chunk * self.preset.chunk)
+        return state.cache.start_frame + self.preset.chunk
+
+    def _cut(self, state: StreamState, text: Tensor) -> None:
+        """Begin a scene under another text: one that shows nothing of the one before, or as its authors cut."""
+        if self.preset.shot_offset is None:
+            state.uncommitted = state.memories = None
+            state.recent, state.leading = [], []
+            state.cache.reset(state.chunk * self.preset.chunk)
+            self._set_text(state, text)
+            return
+        self.commit(state)
+        self._set_text(state, text)
+        if state.cache.written:
+            state.cache.cut(self.preset.shot_offset)

@@ -29,7 +29,16 @@ from engine.models.light_vae import LightDecoder
 from engine.models.vae import CausalVAE
 from engine.options import add_speed
 from engine.stream import pruned_heads as heads
-from engine.stream.decoding import Decoder, FullDecoding, LightDecoding, SideStream, to_host
+from engine.stream.decoding import (
+    Decoder,
+    FullDecoding,
+    LightDecoding,
+    PictureEncoding,
+    SideStream,
+    leading_frame,
+    to_bytes,
+    to_host,
+)
 from engine.stream.rollout import commit_chunk, denoise_chunk
 from engine.transforms.apply import Speed, accelerate, from_arguments
 from engine.transforms.calibrate import calibrate
@@ -133,6 +142,15 @@ class Clock:
         return [{name: between(*pair) for name, pair in marks.items()} for marks in self.marks]
 
 
+def random_encoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> PictureEncoding:
+    """A preset's encoder of pictures, with random weights."""
+    with torch.device("meta"):
+        network = CausalVAE(preset.vae)
+    random_weights(network, device, dtype)
+    channels = preset.dit.in_channels
+    return PictureEncoding(network, LatentStatistics((0.0,) * channels, (1.0,) * channels))
+
+
 def random_model(preset: Preset, decoding: str, device: torch.device, dtype: torch.dtype) -> tuple[CausalWan, Decoder]:
     """A preset's transformer and the decoder named by `decoding`, `light` or `full`, with random weights."""
     with torch.device("meta"):
@@ -181,6 +199,8 @@ def roll(
     context = model.encode_text(text)
     rollout, clock, seeds = preset.rollout(), Clock(device), range(batch)
     memories: list[list[Tensor] | None] = [None] * batch
+    pictures = random_encoder(preset, device, dtype) if preset.context == "recompute" else None
+    leading: list[Tensor] = []
     early = 0
     for index in range(chunks):
         clock.chunk()
@@ -192,8 +212,15 @@ def roll(
                 with clock.stage("decode"):
                     frames, memories[row] = decoder(part, memories[row])
                 with clock.stage("copy"):
-                    to_host(frames)
+                    to_host(to_bytes(frames))
+                leading.append(leading_frame(frames, preset.chunk, preset.temporal_stride))
         with clock.stage("context"):
+            if pictures is not None:
+                beside.join(*leading)
+                rows_of = zip(latents.split(1), leading, strict=True)
+                latents = torch.cat([pictures.begin_clip(*row) for row in rows_of])
+                cache.reset(0)
+            leading.clear()
             commit_chunk(model, rollout, cache, context, latents, rows, context_pass=speed.context_pass)
         if index == 2 * preset.window // preset.chunk:
             early = allocated(device)
@@ -213,7 +240,7 @@ def roll(
     started = time.perf_counter()
     latents = denoise_chunk(model, rollout, cache, context, [(seed, 0) for seed in seeds])
     frames, _ = decoder(latents[:1], None)
-    to_host(frames)
+    to_host(to_bytes(frames))
     synchronise(device)
     first = time.perf_counter() - started
     return clock.seconds(), {name: float(size) for name, size in memory.items()}, first
@@ -252,7 +279,8 @@ def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device:
         except ValueError:
             parser.error(f"--resolution is WIDTHxHEIGHT, such as 832x480; got {options.resolution!r}")
     if options.steps is not None:
-        changes["steps"] = preset.steps[: options.steps]
+        steps = (*preset.shorter, preset.steps)[options.steps - 1] if preset.shorter else preset.steps[: options.steps]
+        changes |= {"steps": steps, "shorter": preset.shorter[: options.steps - 1]}
     preset = replace(preset, **changes)
     try:
         preset.cache()

@@ -14,7 +14,8 @@ from engine.models.dit import CausalWan, TextContext
 from engine.models.text_encoder import TextEncoder
 from engine.stream.kv_cache import KVCache
 from engine.stream.rollout import forward
-from engine.stream.sampler import euler, few_step
+from engine.stream.sampler import euler, renoise
+from engine.stream.steps import Level
 
 
 def null_ids(preset: Preset, device: torch.device) -> Tensor:
@@ -139,10 +140,10 @@ class Streams:
     def _denoise(self) -> Tensor:
         model = self.generator
         if model.guidance == 1:
-            return few_step(
-                lambda x, sigma: forward(model.dit, x, sigma, self.contexts[0], self.caches[0]),
+            return renoise(
+                lambda x, level: forward(model.dit, x, level.told, self.contexts[0], self.caches[0]),
                 lambda step: model.noise(self.count),
-                model.sigmas,
+                [Level(sigma, sigma) for sigma in model.sigmas],
             )
 
         def guided(x: Tensor, sigma: float) -> Tensor:

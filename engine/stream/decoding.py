@@ -28,7 +28,7 @@ class Decoder(Protocol):
                 single frame of pixels.
 
         Returns:
-            uint8 [1, T, H, W, 3], and the memories for the next call, of constant size.
+            [1, T, 3, H, W], about [0, 1], and the memories for the next call, of constant size.
         """
 
 
@@ -67,6 +67,14 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
+    def join(self, *outputs: Tensor) -> None:
+        """Let the current stream wait for the side stream, whose `outputs` it is going to read."""
+        if self._stream is None:
+            return
+        torch.cuda.current_stream().wait_stream(self._stream)
+        for x in outputs:
+            x.record_stream(torch.cuda.current_stream())
+
 
 @dataclass(frozen=True)
 class LightDecoding:
@@ -83,7 +91,7 @@ class LightDecoding:
         parts = []
         for latent in scaled.transpose(1, 2).to(dtype).split(1, dim=1):
             frames, memories = self.network(latent, memories)
-            parts.append(to_bytes(frames))
+            parts.append(frames)
         assert memories is not None
         return torch.cat(parts, dim=1)[:, first:], memories
 
@@ -102,7 +110,7 @@ class FullDecoding:
             pixels, memories = self.network.decode_chunk(latent, memories)
             parts.append(pixels)
         assert memories is not None
-        return to_bytes(torch.cat(parts, dim=2).transpose(1, 2) / 2 + 0.5), memories
+        return torch.cat(parts, dim=2).transpose(1, 2) / 2 + 0.5, memories
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,26 @@ class PictureEncoding:
     def __call__(self, frames: Tensor) -> Tensor:
         """uint8 [1 + 4k, H, W, 3] -> normalised latents float32 [1, C, 1 + k, h, w]."""
         weight = self.network.conv1.weight
-        pixels = frames.permute(3, 0, 1, 2)[None].to(weight.device).to(weight.dtype) / 127.5 - 1
+        return self.encode(frames.permute(0, 3, 1, 2)[None].to(weight.device).to(weight.dtype) / 127.5 - 1)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """[1, 1 + 4k, 3, H, W] in [-1, 1] -> normalised latents float32 [1, C, 1 + k, h, w]."""
+        pixels = frames.transpose(1, 2).to(self.network.conv1.weight.dtype)
         stride, state, parts = self.network.config.temporal_stride, None, []
-        for part in (pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)):
+        for part in pixels.split_with_sizes([1, *[stride] * (pixels.shape[2] // stride)], dim=2):
             latents, state = self.network.encode_chunk(part, state)
             parts.append(latents.float())
         return self.statistics.normalise(torch.cat(parts, dim=2))
+
+    def begin_clip(self, latents: Tensor, frame: Tensor) -> Tensor:
+        """Latents [1, C, F, h, w] as if they began a clip: the first one is encoded again, from `frame` alone.
+
+        Args:
+            frame: [1, 3, H, W] in [0, 1], the frame of pixels that the first latent ends with.
+        """
+        return torch.cat([self.encode(2 * frame[:, None].float() - 1).to(latents), latents[:, :, 1:]], dim=2)
+
+
+def leading_frame(frames: Tensor, chunk: int, stride: int) -> Tensor:
+    """Of a chunk's decoded frames [1, T, 3, H, W] that with which its first latent ends: [1, 3, H, W] in [0, 1]."""
+    return frames[:, -1 - (chunk - 1) * stride].clamp(0, 1)

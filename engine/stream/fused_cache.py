@@ -132,7 +132,7 @@ class FusedCache(KVCache):
     ) -> Queries:
         """Keys and values of the current chunk, from its joint projection [B, S, 3 D], into the cache."""
         span = self._span(self.slot)
-        raw = self.raw_sink[layer, :, span] if self.slot < self.sink_slots else None
+        raw = self.raw_sink[layer, :, span] if span.stop <= self.raw_sink.shape[2] else None
         keys = self.keys.data[layer]
         projection = QKVProjection(qkv, bias, norm_q, norm_k, eps, self._angles)
         if self.scales is None:

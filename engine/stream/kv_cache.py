@@ -3,7 +3,8 @@
 A slot holds the keys and values of one chunk, so that the cache is never copied when it rolls. Keys in the ring are
 stored rotated at their absolute position: scores depend on differences of position only, so they stay right for
 ever. The sink's keys are stored raw and rotated again each chunk to stand just before the oldest chunk of the ring,
-so that their distance to the query stays one that the model was trained on.
+so that their distance to the query stays one that the model was trained on; or, without `turn_sink`, they stay where
+they were written. A scene's first chunk may be kept in the ring as a second sink (`cut`).
 
 Past chunks may be kept in 8 bits; the chunk that is being denoised is always exact.
 
@@ -12,7 +13,7 @@ Shapes: B batch, S tokens of a chunk, N tokens of a frame.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -88,10 +89,16 @@ class KVCache:
         self.chunk_tokens = config.chunk * config.rows * config.columns
         shape = (layers, batch, (self.sink_slots + self.ring_slots) * self.chunk_tokens, heads, head_dim)
         self.keys, self.values = (Rows(shape, stored or dtype, self.device, precision) for _ in range(2))
-        sink = (layers, batch, self.sink_slots * self.chunk_tokens, heads, head_dim)
+        turned = self.sink_slots if config.turn_sink else 0
+        sink = (layers, batch, turned * self.chunk_tokens, heads, head_dim)
         self.raw_sink = torch.zeros(sink, device=self.device, dtype=dtype)
         self.start_frame = 0
         self.written = 0
+        self._past: list[int] = []
+        """Slots of the ring's committed chunks, oldest first."""
+        self._kept: int | None = None
+        """The slot of the ring that is not evicted: it holds the first chunk after a cut."""
+        self._keep_next = False
         self._angles = self._rotations(0, config.chunk)
         self._sink_base = 0
 
@@ -108,19 +115,17 @@ class KVCache:
         """Turn to where the current chunk stands; in place, since what was recorded (CUDA graphs) reads it there."""
         self._angles.copy_(self._rotations(self.start_frame, self.config.chunk))
 
-    def _slot(self, chunk: int) -> int:
-        """Slot of the chunk-th chunk since the last reset."""
-        if chunk < self.sink_slots:
-            return chunk
-        return self.sink_slots + (chunk - self.sink_slots) % self.ring_slots
-
     def _span(self, slot: int) -> slice:
         return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
 
     @property
     def slot(self) -> int:
-        """Where the current chunk stands."""
-        return self._slot(self.written)
+        """Where the current chunk stands: in a free slot, or in place of the oldest chunk that may leave."""
+        if self.written < self.sink_slots:
+            return self.written
+        if len(self._past) < self.ring_slots:
+            return self.sink_slots + len(self._past)
+        return next(slot for slot in self._past if slot != self._kept)
 
     @property
     def filled(self) -> int:
@@ -130,8 +135,8 @@ class KVCache:
     def shapes(self) -> list[tuple[int, int]]:
         """Every (slot, filled) that a stream goes through, in the order in which it first does."""
         slots = self.sink_slots + self.ring_slots
-        chunks = range(slots + (self.ring_slots - 1 if self.ring_slots > 1 else 0))
-        return [(self._slot(chunk), min(chunk + 1, slots) * self.chunk_tokens) for chunk in chunks]
+        grown = [(slot, (slot + 1) * self.chunk_tokens) for slot in range(slots)]
+        return grown + [(slot, slots * self.chunk_tokens) for slot in range(self.sink_slots, slots - 1)]
 
     def at(self, layer: int) -> Attend:
         """See `SelfAttend`: writes the chunk's k and v and attends from its q."""
@@ -143,7 +148,7 @@ class KVCache:
         turned = rotate(k, self._angles)
         self.keys.write(layer, span, turned)
         self.values.write(layer, span, v)
-        if slot < self.sink_slots:
+        if span.stop <= self.raw_sink.shape[2]:
             self.raw_sink[layer, :, span] = k
         keys, values = self.keys.read(layer, filled), self.values.read(layer, filled)
         if not self.exact:
@@ -152,15 +157,41 @@ class KVCache:
 
     def advance(self) -> None:
         """Keep the current chunk and move on to the next one."""
+        slot = self.slot
+        if slot >= self.sink_slots:
+            self._past = [*(other for other in self._past if other != slot), slot]
+        if self._keep_next:
+            self._kept, self._keep_next = slot, False
         self.written += 1
         self.start_frame += self.config.chunk
+        self._stand()
+        self._replace_sink()
+
+    def cut(self, offset: int) -> None:
+        """Begin a scene that keeps all that is cached: positions jump by `offset` latent frames, and the scene's first
+        chunk stays in the ring, in place of the one that an earlier cut kept there. Needs two slots besides the sink.
+        """
+        self.start_frame += offset
+        self._keep_next = True
+        self._stand()
+        self._replace_sink()
+
+    @property
+    def past(self) -> int:
+        """Chunks in the ring, besides the current one."""
+        return len(self._past)
+
+    def drop_past(self, start_frame: int) -> None:
+        """Forget the past and keep the sink; the next chunk stands at `start_frame`."""
+        self.written, self._past, self._kept = min(self.written, self.sink_slots), [], None
+        self.start_frame = start_frame
         self._stand()
         self._replace_sink()
 
     def _replace_sink(self) -> None:
         """Rotate the sink to end where the ring's oldest chunk, once the current one is written, begins."""
         in_ring = min(self.written + 1 - self.sink_slots, self.ring_slots)
-        if not self.sink_slots or in_ring < 1:
+        if not self.raw_sink.shape[2] or in_ring < 1:
             return
         base = self.start_frame - (in_ring - 1) * self.config.chunk - self.config.sink
         if base == self._sink_base:
@@ -174,7 +205,7 @@ class KVCache:
 
     def reset(self, start_frame: int | None = None) -> None:
         """Forget everything; the next chunk stands at `start_frame`, by default where it would have stood."""
-        self.written = 0
+        self.written, self._past, self._kept, self._keep_next = 0, [], None, False
         if start_frame is not None:
             self.start_frame = start_frame
         self._sink_base = self.start_frame
@@ -183,12 +214,14 @@ class KVCache:
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.keys.tensors(), *self.values.tensors(), self.raw_sink)
 
-    def snapshot(self) -> tuple[list[Tensor], tuple[int, int, int]]:
+    def snapshot(self) -> tuple[list[Tensor], tuple[Any, ...]]:
         """A copy of everything that `restore` needs."""
-        return [x.clone() for x in self._tensors()], (self.start_frame, self.written, self._sink_base)
+        at = self.start_frame, self.written, self._sink_base, self._past, self._kept, self._keep_next
+        return [x.clone() for x in self._tensors()], at
 
-    def restore(self, snapshot: tuple[list[Tensor], tuple[int, int, int]]) -> None:
-        saved, (self.start_frame, self.written, self._sink_base) = snapshot
+    def restore(self, snapshot: tuple[list[Tensor], tuple[Any, ...]]) -> None:
+        saved, at = snapshot
+        self.start_frame, self.written, self._sink_base, self._past, self._kept, self._keep_next = at
         for x, copy in zip(self._tensors(), saved, strict=True):
             x.copy_(copy)
         self._stand()

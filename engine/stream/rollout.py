@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from engine.config import RolloutConfig
 from engine.models.dit import TextContext
 from engine.stream.batch import RollingCache
-from engine.stream.sampler import chunk_noise, few_step
-from engine.stream.steps import fewer
+from engine.stream.sampler import SAMPLERS, chunk_noise
 
 NoiseKey = tuple[int, int]
 """Seed of a stream and index of its chunk: what the noise of a row of a batch is a function of."""
@@ -51,7 +50,11 @@ class Transformer(Protocol):
 
 
 def forward(model: Transformer, x: Tensor, sigma: float, context: TextContext, cache: RollingCache) -> Tensor:
-    """The float32 flow of a chunk x [B, C, F, H, W] at one noise level; K and V are written to the chunk's slot."""
+    """The float32 flow of a chunk x [B, C, F, H, W]; K and V are written to the chunk's slot.
+
+    Args:
+        sigma: the noise level that the model is told.
+    """
     return model(*_inputs(model, x, sigma), context, cache).float()
 
 
@@ -73,17 +76,16 @@ def denoise_chunk(
 
     Args:
         rows: one entry per row of the batch.
-        steps: use so many of the configured steps, evenly spaced; None uses all.
+        steps: take the schedule of so many steps, if it is shorter; None takes the configured one.
     """
     shape = (config.latent_channels, config.chunk, config.latent_rows, config.latent_columns)
 
     def noise(step: int) -> Tensor:
         return torch.stack([chunk_noise(seed, chunk, step, shape, cache.device) for seed, chunk in rows])
 
-    sigmas = config.first_sigmas if config.first_sigmas and not cache.written else config.sigmas
-    if steps is not None:
-        sigmas = fewer(sigmas, min(steps, len(sigmas)))
-    return few_step(lambda x, sigma: forward(model, x, sigma, context, cache), noise, sigmas)
+    schedule = config.first_schedule if config.first_schedule and not cache.written else config.schedule
+    sample = SAMPLERS[config.sampler]
+    return sample(lambda x, level: forward(model, x, level.told, context, cache), noise, schedule.of(steps))
 
 
 CONTEXT_STEP = 1000

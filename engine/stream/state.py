@@ -36,6 +36,9 @@ class StreamState:
     """State of the decoder; None at the start of a scene."""
     recent: list[Tensor] = field(default_factory=list)
     """Clean latents of the past chunks in the window, oldest first, for `recache`."""
+    leading: list[Tensor | None] = field(default_factory=list)
+    """Where the context is recomputed, for each of `recent` and for `uncommitted`: the frame of pixels [1, 3, H, W] in
+    [0, 1] that stands for its first latent where nothing precedes it; None of a scene's first chunk."""
     pending: PendingPrompt | None = None
     blend_from: Tensor | None = None
     blend_to: Tensor | None = None

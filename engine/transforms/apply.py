@@ -143,12 +143,15 @@ def accelerate(
     then keeps them in host memory, so that LoRAs can change them. `batch` is the number of rows of a cache.
 
     Raises:
-        ValueError: CUDA graphs without a GPU, or pruned heads that the model does not have.
+        ValueError: CUDA graphs without a GPU, pruned heads that the model does not have, or no context pass where the
+            preset recomputes its context.
     """
     weight = wan.patch_embedding.weight
     device, dtype, config = weight.device, weight.dtype, preset.dit
     if speed.graphs and device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and the model is on the {device.type.upper()}")
+    if not speed.context_pass and preset.context == "recompute":
+        raise ValueError(f"{preset.name} recomputes its context before every chunk: leave out --no-context-pass")
     heads.check(speed.pruned_heads, config)
     new_cache = partial(_new_cache, preset, speed, batch, device, dtype)
     if not speed.fused:
