@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from diffusers import AutoencoderKLWan
@@ -31,9 +32,11 @@ def test_tables(steps: tuple[int, ...], shift: float, expected: list[float]) -> 
         ("causal-forcing-1.3b", [1000, 937.5, 833.33, 625], [1000, 937.5, 833.33, 625]),
         ("causal-forcing-1.3b-2step", [1000, 937.5, 833.33, 625], [1000, 833.33]),
         ("causal-forcing-1.3b-1step", [1000, 937.5, 833.33, 625], [1000]),
+        ("causal-forcing-1.3b-framewise", [1000, 937.5, 833.33, 625], [1000, 937.5, 833.33, 625]),
         ("longlive-1.3b", [1000, 937.5, 833.33, 625], [1000, 937.5, 833.33, 625]),
-        ("krea-14b", [1000, 937, 833, 625], [1000, 937, 833, 625]),
-        ("ti2v-5b", [1000, 946, 854, 681], [1000, 946, 854, 681]),
+        ("krea-14b", [1000, 937.5, 833.33, 625, 4.98], [1000, 937.5, 833.33, 625, 4.98]),
+        ("krea-14b-4step", [1000, 908.84, 713.98, 4.98], [1000, 908.84, 713.98, 4.98]),
+        ("ti2v-5b", [999.8, 937.27, 833.06, 624.69], [999.8, 937.27, 833.06, 624.69]),
     ],
 )
 def test_timesteps_of_the_presets(name: str, first: list[float], later: list[float]) -> None:
@@ -68,6 +71,21 @@ def test_geometry() -> None:
     assert large.cache().rows * large.cache().columns == 880
     assert PRESETS["krea-14b"].dit == DIT_14B
     assert (small.first_chunk_frames, small.chunk_frames) == (9, 12)
+
+
+def test_a_frame_wise_preset_makes_four_frames_a_chunk() -> None:
+    for name in ("causal-forcing-1.3b-framewise", "causal-forcing-1.3b-2step", "causal-forcing-1.3b-1step"):
+        preset = PRESETS[name]
+        assert (preset.first_chunk_frames, preset.chunk_frames, preset.window) == (1, 4, 21)
+
+
+def test_rules_that_cannot_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="recomputed has no sink"):
+        replace(PRESETS["longlive-1.3b"], context="recompute")
+    with pytest.raises(ValueError, match="absolute sink"):
+        replace(PRESETS["ti2v-5b"], turn_sink=True)
+    with pytest.raises(ValueError, match="two past chunks"):
+        replace(PRESETS["ti2v-5b"], window=24)
 
 
 def test_latent_statistics_are_those_of_diffusers() -> None:

@@ -29,8 +29,9 @@ def test_memory_of_the_public_models() -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_memory_of_the_cache_is_the_caches_own(exact: bool) -> None:
-    preset = PRESETS["longlive-1.3b"]
+@pytest.mark.parametrize("name", ["longlive-1.3b", "longlive-1.3b-infinity", "causal-forcing-1.3b-2step"])
+def test_memory_of_the_cache_is_the_caches_own(name: str, exact: bool) -> None:
+    preset = PRESETS[name]
     cache = FusedCache(preset.cache(), preset.dit, device="meta", dtype=torch.bfloat16, low_bit=not exact)
     setting = replace(memory.default(preset), exact_cache=exact)
     assert memory.parts(preset, setting)["KV cache"] == pytest.approx(cache.bytes(), rel=1e-3)  # but for the scales

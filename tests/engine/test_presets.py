@@ -308,3 +308,90 @@ def test_a_preset_samples_as_its_authors_do(build: Build, name: str, speed: Spee
     with torch.inference_mode():
         reference = expected(Reference(pipeline))
     assert error(play(pipeline, chunks, steers), reference) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["longlive-1.3b", "krea-14b", "ti2v-5b"])
+def test_an_owed_context_pass_is_made_up(build: Build, name: str) -> None:
+    """A steer that comes before the last chunk's context pass changes nothing about it."""
+    chunks, steers, _ = FAMILIES[name]
+    at_once, owed = (play(build(small(name), full=True), chunks, steers, commit=commit) for commit in (True, False))
+    assert error(owed, at_once) < 1e-6
+
+
+LOSSY = Speed(fused=True, low_bit="int8", kv_cache="int8-fp8", keep=0.5)
+
+
+@pytest.mark.parametrize("speed", [LOSSY, Speed(kv_cache="int8")], ids=["8 bits, sparse", "plain, int8 cache"])
+@pytest.mark.parametrize("name", ["causal-forcing-1.3b-2step", "longlive-1.3b", "krea-14b", "ti2v-5b"])
+def test_it_stays_near_in_8_bits(build: Build, name: str, speed: Speed) -> None:
+    chunks, steers, expected = FAMILIES[name]
+    pipeline = build(small(name), full=True)
+    with torch.inference_mode():
+        reference = expected(Reference(pipeline))
+    assert 0 < error(play(build(small(name), full=True, speed=speed), chunks, steers), reference) < 0.1
+
+
+@pytest.mark.parametrize("name", ["causal-forcing-1.3b-2step", "longlive-1.3b", "krea-14b", "ti2v-5b"])
+def test_a_batch_makes_what_each_would_alone(build: Build, name: str) -> None:
+    """One stream is two chunks ahead, and is steered; prompts and seeds are their own."""
+    alone, together = (build(small(name), full=True) for _ in range(2))
+    expected, found = [], []
+    for pipeline, out in ((alone, expected), (together, found)):
+        states = [pipeline.open(prompt, seed) for seed, prompt in enumerate((OLD, NEW))]
+        follow(pipeline, states[0], None)
+        follow(pipeline, states[0], None)
+        follow(pipeline, states[1], None)
+        follow(pipeline, states[0], ("a cube", "recache"))
+        for _ in range(5):
+            if pipeline is together:
+                pipeline.next_chunks(states)
+            else:
+                for state in states:
+                    pipeline.next_chunk(state)
+            out += [state.uncommitted for state in states]
+            pipeline.commit(*states)
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["krea-14b", "ti2v-5b", "causal-forcing-1.3b-framewise"])
+def test_fewer_steps_are_the_samplers_own_shorter_schedules(build: Build, name: str) -> None:
+    """Where the authors have a rule for any number of steps, it is theirs."""
+    pipeline = build(small(name))
+    told: list[float] = []
+    forward = pipeline.dit.forward  # type: ignore[attr-defined]
+    pipeline.dit.forward = lambda x, t, *rest: (told.append(round(float(t[0, 0]), 1)), forward(x, t, *rest))[1]  # type: ignore[attr-defined]
+    state = pipeline.open(OLD, SEED)
+    seen = []
+    for steps in (2, 1, 9):
+        pipeline.set_steps(state, steps)
+        told.clear()
+        pipeline.next_chunk(state)
+        seen.append(list(told))
+        pipeline.commit(state)
+    all_of_them = {
+        "krea-14b": ([1000, 0], [1000], [1000, 937.5, 833.3, 625, 0]),
+        "ti2v-5b": ([999, 832], [999], [999, 937, 833, 624]),
+        "causal-forcing-1.3b-framewise": ([1000, 833.3], [1000], [1000, 937.5, 833.3, 625]),
+    }
+    assert seen == list(all_of_them[name])
+
+
+def test_a_recomputed_context_needs_an_encoder_and_a_context_pass(build: Build) -> None:
+    pipeline = build(small("krea-14b"))
+    with pytest.raises(ValueError, match="no VAE encoder"):
+        Pipeline(pipeline.preset, pipeline.tokenizer, pipeline.text_encoder, pipeline.served)
+    with pytest.raises(ValueError, match="no-context-pass"):
+        build(small("krea-14b"), speed=Speed(context_pass=False))
+
+
+def test_a_recomputed_context_starts_from_a_picture_and_forgets_it_at_a_cut(build: Build) -> None:
+    pipeline = build(small("krea-14b"), full=True)
+    pictures = [torch.full((1, 32, 32, 3), level, dtype=torch.uint8) for level in (0, 255)]
+    streams = [pipeline.open(OLD, SEED, picture=picture) for picture in pictures]
+    shown = [[follow(pipeline, state, None) for _ in range(3)] for state in streams]
+    assert min(error([a], [b]) for a, b in zip(*shown, strict=True)) > 1e-3
+    after = [[follow(pipeline, state, (NEW, "cut") if not i else None) for i in range(3)] for state in streams]
+    assert error(*after) == 0
+    for state in streams:
+        pipeline.refresh(state)
+        assert len(state.leading) == len(state.recent) == 1

@@ -1,5 +1,7 @@
 """The rolling cache against a full forward under the block-causal mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -153,3 +155,53 @@ def test_reset_forgets() -> None:
 def test_bad_geometry_is_named(window: int, sink: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         CacheConfig(chunk=3, window=window, sink=sink, rows=4, columns=4)
+
+
+def slots(cache: KVCache, chunks: int) -> list[int]:
+    out = []
+    for _ in range(chunks):
+        out.append(cache.slot)
+        cache.advance()
+    return out
+
+
+def test_a_cut_keeps_the_scenes_first_chunk_until_the_next_cut() -> None:
+    config = CacheConfig(chunk=3, window=12, sink=3, rows=2, columns=2, turn_sink=False)
+    cache = new_cache(config)
+    assert slots(cache, 6) == [0, 1, 2, 3, 1, 2]
+    cache.cut(8)
+    assert cache.start_frame == 26
+    assert slots(cache, 5) == [3, 1, 2, 1, 2], "slot 3 holds the first chunk after the cut"
+    cache.cut(8)
+    assert slots(cache, 4) == [1, 3, 2, 3], "while the second scene's first chunk is made, the first one's still stays"
+    saved = cache.snapshot()
+    after = slots(cache, 3)
+    cache.restore(saved)
+    assert slots(cache, 3) == after
+    cache.reset(0)
+    assert slots(cache, 5) == [0, 1, 2, 3, 1]
+
+
+def test_an_absolute_sink_is_stored_once_and_stays_where_it_was_written() -> None:
+    dit, config = model(), CacheConfig(chunk=3, window=9, sink=3, rows=4, columns=4)
+    text = dit.encode_text(torch.randn(1, 5, 32))
+    turned, absolute = new_cache(config), new_cache(replace(config, turn_sink=False))
+    assert absolute.bytes() < turned.bytes()
+    for _ in range(6):
+        part = torch.randn(1, 4, 3, 8, 8)
+        for cache in (turned, absolute):
+            forward(dit, part, 0.0, text, cache)
+            cache.advance()
+        if cache.written == 1:
+            first = absolute.keys.data[:, :, : absolute.chunk_tokens].clone()
+    assert torch.equal(absolute.keys.data[:, :, : absolute.chunk_tokens], first)
+    assert not torch.equal(turned.keys.data[:, :, : absolute.chunk_tokens], first)
+
+
+def test_dropping_the_past_keeps_the_sink() -> None:
+    cache = new_cache(CacheConfig(chunk=3, window=12, sink=3, rows=2, columns=2))
+    slots(cache, 7)
+    assert (cache.past, cache.start_frame) == (3, 21)
+    cache.drop_past(12)
+    assert (cache.past, cache.start_frame, cache.written, cache.filled) == (0, 12, 1, 2 * cache.chunk_tokens)
+    assert slots(cache, 4) == [1, 2, 3, 1]
