@@ -40,6 +40,7 @@ from engine.stream.decoding import (
     to_host,
 )
 from engine.stream.rollout import commit_chunk, denoise_chunk
+from engine.stream.steps import fewer
 from engine.transforms.apply import Speed, accelerate, from_arguments
 from engine.transforms.calibrate import calibrate
 
@@ -260,7 +261,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="latent frames seen (default: the preset's)")
     parser.add_argument("--sink", type=int, help="of these, pinned to the start (default: the preset's)")
     parser.add_argument("--resolution", metavar="WxH", help="default: the preset's")
-    parser.add_argument("--steps", type=int, help="of the preset's denoising steps, the first so many")
+    parser.add_argument("--steps", type=int, help="denoise with so many steps, as serving does when short of time")
     add_speed(parser)
     parser.add_argument(
         "--prune-share", type=float, metavar="SHARE", help="prune the first heads of every layer instead of a FILE's"
@@ -278,11 +279,12 @@ def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device:
             changes["width"], changes["height"] = map(int, options.resolution.split("x"))
         except ValueError:
             parser.error(f"--resolution is WIDTHxHEIGHT, such as 832x480; got {options.resolution!r}")
-    if options.steps is not None:
-        steps = (*preset.shorter, preset.steps)[options.steps - 1] if preset.shorter else preset.steps[: options.steps]
-        changes |= {"steps": steps, "shorter": preset.shorter[: options.steps - 1]}
-    preset = replace(preset, **changes)
     try:
+        if options.steps is not None:
+            own = [*preset.shorter, preset.steps]
+            steps = own[options.steps - 1] if 0 < options.steps <= len(own) > 1 else fewer(preset.steps, options.steps)
+            changes |= {"steps": steps, "shorter": preset.shorter[: options.steps - 1]}
+        preset = replace(preset, **changes)
         preset.cache()
         preset.rollout()
         speed = from_arguments(options, device, preset.dit)
