@@ -72,8 +72,9 @@ def test_downloaded_weights_are_found_and_missing_ones_say_how(weights: Path, mo
     monkeypatch.setenv("LIVEREEL_WEIGHTS", str(weights.parent))
     with pytest.raises(store.StoreError, match=r"run .python -m engine download longlive-1"):
         assemble("longlive-1.3b")
+    monkeypatch.setitem(PRESETS, "unpublished", replace(TOY, name="unpublished", sources=()))
     with pytest.raises(store.StoreError, match="part of Livereel: give the folder"):
-        assemble("causal-forcing-1.3b-2step")
+        assemble("unpublished")
     weights.rename(weights.with_name(TOY.name))
     assert assemble(TOY.name, dtype=torch.float32).preset.name == TOY.name
 

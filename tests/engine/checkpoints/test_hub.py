@@ -213,8 +213,8 @@ def test_what_the_hub_lacks_is_named(served: Hub) -> None:
 def test_presets_without_published_files() -> None:
     with pytest.raises(StoreError, match="part of Livereel"):
         hub.look_up(PRESETS["mini"])
-    with pytest.raises(StoreError, match="chunk-wise 2-step"):
-        hub.look_up(PRESETS["causal-forcing-1.3b-2step"])
+    with pytest.raises(StoreError, match="framewise-2step"):
+        hub.look_up(replace(PRESETS["causal-forcing-1.3b-2step"], sources=()))
 
 
 def test_download_converts_into_the_store_that_the_engine_finds(
