@@ -44,6 +44,10 @@ class EngineLink:
         self._listeners: list[EngineListener] = []
         self._receivers: dict[str, Receive] = {}
         """By stream: those that the current engine process holds."""
+        self.live: set[str] = set()
+        """Of these, the streams that play, or will soon: all but clips."""
+        self.opening: set[str] = set()
+        """Of these, the streams that wait for their very first chunk."""
         self.models: dict[str, wire.ModelInfo] = {}
         """By name; empty before the engine is up for the first time."""
         self.failure = ""
@@ -82,6 +86,10 @@ class EngineLink:
     def open(self, message: wire.Open, receive: Receive) -> None:
         """Open a stream in the engine; `receive` gets its messages until it is closed there."""
         self._receivers[message.stream] = receive
+        if not message.background:
+            self.live.add(message.stream)
+            if message.start_chunk == 0:
+                self.opening.add(message.stream)
         self._backend.send(message)
 
     def is_open(self, stream: str) -> bool:
@@ -95,8 +103,14 @@ class EngineLink:
 
     def close(self, stream: str) -> None:
         """Close a stream in the engine, if the engine holds it. Nothing more is received of it."""
-        if self._receivers.pop(stream, None):
+        if self._forget(stream):
             self._backend.send(wire.Close(stream))
+
+    def _forget(self, stream: str) -> Receive | None:
+        """Remove a stream that the engine no longer holds; returns its receiver."""
+        self.live.discard(stream)
+        self.opening.discard(stream)
+        return self._receivers.pop(stream, None)
 
     # LoRAs
 
@@ -171,10 +185,12 @@ class EngineLink:
             case wire.Fault(stream=None):
                 logger.error("engine fault %s: %s", event.code, event.message)
             case wire.Ended(stream=str(stream)) | wire.Fault(stream=str(stream), event=None):
-                if receive := self._receivers.pop(stream, None):  # the engine has freed the stream
+                if receive := self._forget(stream):  # the engine has freed the stream
                     receive(event, pixels)
             case _:
                 # A stream that was closed meanwhile has no receiver.
+                if isinstance(event, wire.Frames):
+                    self.opening.discard(event.stream)
                 if event.stream and (receive := self._receivers.get(event.stream)):
                     receive(event, pixels)
 
@@ -190,6 +206,8 @@ class EngineLink:
     def _on_lost(self, lost: EngineLost) -> None:
         self.abandon_loras()
         receivers, self._receivers = list(self._receivers.values()), {}
+        self.live.clear()
+        self.opening.clear()
         if lost.retrying:
             self._metrics.engine_restarts.inc()
         else:

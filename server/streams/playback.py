@@ -29,6 +29,27 @@ GRACE_PERIODS = 0.5
 """A frame that is missing for longer than this many frame periods is a stall; a shorter delay is invisible."""
 
 
+START_MARGIN_CHUNKS = 0.25
+"""What `start_delay` adds, in chunks, for times that vary."""
+
+OPENING_CHUNKS = 1.2
+"""What `start_delay` adds, in chunks, while other streams wait for their first chunk. The engine takes a new stream
+first only where the playing ones stay in time after two chunks for it (`engine.scheduler`)."""
+
+
+def start_delay(*, streams: int, opening: bool, chunk_seconds: float, played: float, first_played: float) -> float:
+    """Seconds to wait with a stream's first frame, so that its second chunk comes in time.
+
+    Until then the engine may generate a chunk of `chunk_seconds` for each of its `streams` streams, which play for
+    `played` seconds, the first one for `first_played`. `opening` says whether others still wait for their first chunk.
+    0 where the engine cannot keep up anyway.
+    """
+    if streams * chunk_seconds > played:
+        return 0.0
+    chunks = streams + START_MARGIN_CHUNKS + (OPENING_CHUNKS if opening else 0.0)
+    return max(0.0, chunks * chunk_seconds - first_played)
+
+
 @dataclass(frozen=True, slots=True)
 class Show:
     """Frame `frame` is due: show it now."""
@@ -118,6 +139,7 @@ class Playback:
         self._anchor: tuple[float, int] | None = None
         self._first_due: float | None = None
         self._first_ready_at = 0.0
+        self._start_delay = 0.0
         self._stalled_since: float | None = None
         self._stalled_seconds = 0.0
         self._generation: deque[float] = deque(maxlen=RECENT_CHUNKS)
@@ -149,8 +171,11 @@ class Playback:
         ongoing = now - self._stalled_since if self._stalled_since is not None else 0.0
         return self._stalled_seconds + ongoing
 
-    def arrive(self, frames: int, gen_seconds: float, now: float) -> Arrival:
-        """Count the next chunk, with this many frames, which took `gen_seconds` to generate."""
+    def arrive(self, frames: int, gen_seconds: float, now: float, *, start_delay: float = 0.0) -> Arrival:
+        """Count the next chunk, with this many frames, which took `gen_seconds` to generate.
+
+        After the first chunk playback waits for `start_delay` seconds or the next chunk.
+        """
         taken = None
         if self._could_begin:
             granted_at = self._could_begin.popleft()
@@ -161,6 +186,9 @@ class Playback:
         self._generation.append(gen_seconds)
         if self.received == 0:
             self._first_ready_at = now
+            self._start_delay = start_delay
+        else:
+            self._start_delay = 0.0
         self._chunks.append(_Chunk(self._next_chunk, self.received, frames))
         self._next_chunk += 1
         self.received += frames
@@ -192,8 +220,8 @@ class Playback:
         if self._anchor is None:
             if self.received == 0:
                 return Finished() if self.complete else Wait(None)
-            start = self._first_ready_at + START_UNWATCHED_SECONDS
-            if not watched and now < start:
+            start = self._first_ready_at + (self._start_delay if watched else START_UNWATCHED_SECONDS)
+            if now < start and not (watched and self.complete):
                 return Wait(start)
             self._re_anchor(now)
         due = self._due(self.shown)
@@ -248,7 +276,9 @@ class Playback:
             return Grant(limit, self._due(self.received) - now)
         if self._first_due is None:
             self._first_due = now + FIRST_FRAME_SECONDS
-        return Grant(limit, self.buffered_seconds if self.received else self._first_due - now)
+        if not self.received:
+            return Grant(limit, self._first_due - now)
+        return Grant(limit, self.buffered_seconds + max(0.0, self._first_ready_at + self._start_delay - now))
 
     def forget_grant(self) -> None:
         """Start anew: another engine process has taken over, which knows of no grant."""

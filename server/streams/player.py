@@ -100,10 +100,11 @@ class Player:
         """Look again at what is due: something has changed."""
         self._wake.set()
 
-    def add(self, chunk: wire.Frames, count: int, pixels: bytes) -> Arrival:
+    def add(self, chunk: wire.Frames, count: int, pixels: bytes, *, start_delay: float = 0.0) -> Arrival:
         """Take the first `count` frames of a chunk, and begin to encode the one that is due next.
 
-        `pixels` holds frames x height x width x 3 bytes of RGB24.
+        `pixels` holds frames x height x width x 3 bytes of RGB24. After the first chunk playback waits for
+        `start_delay` seconds or the next one.
         """
         now, first, size = time.monotonic(), self.playback.received, chunk.width * chunk.height * 3
         view = memoryview(pixels)
@@ -120,7 +121,7 @@ class Player:
         ]
         self._frames += frames
         self._chunks.arrived(chunk.chunk, frames, (now - chunk.gen_seconds, now))
-        arrival = self.playback.arrive(count, chunk.gen_seconds, now)
+        arrival = self.playback.arrive(count, chunk.gen_seconds, now, start_delay=start_delay)
         if arrival.slack is not None and not self.playback.paused:
             self._metrics.slack_seconds.observe(arrival.slack)
         self._encode_ahead()

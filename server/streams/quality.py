@@ -61,8 +61,7 @@ class Quality:
         if arrival.taken is None:
             return False
         self._recent.append(arrival)
-        dry = arrival.slack is not None and arrival.slack < DRY_CHUNKS * arrival.played
-        if dry and self.steps > self._worst and self._speed(DOWN_CHUNKS) < DOWN_SPEED:
+        if self._running_dry(arrival) and self.steps > self._worst and self._speed(DOWN_CHUNKS) < DOWN_SPEED:
             if self._rising and self._since_change <= 2 * UP_CHUNKS:
                 self._patience = min(2 * self._patience, MAX_UP_CHUNKS)
             self._change(-1)
@@ -71,6 +70,13 @@ class Quality:
             self._change(1)
             return True
         return False
+
+    def _running_dry(self, newest: Arrival) -> bool:
+        """Whether the stream is about to run dry: not if it gains slack, as after an opening at full load."""
+        if newest.slack is None or newest.slack >= DRY_CHUNKS * newest.played:
+            return False
+        before = self._recent[-DOWN_CHUNKS].slack if len(self._recent) >= DOWN_CHUNKS else None
+        return newest.slack < 0 or before is None or newest.slack <= before
 
     def _speed(self, chunks: int) -> float:
         """Average speed of the newest `chunks` chunks; with fewer than that, a speed that changes nothing."""

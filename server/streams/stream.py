@@ -28,7 +28,7 @@ from server.metrics import Metrics
 from server.streams.admission import QueuePosition
 from server.streams.audience import Audience
 from server.streams.engine_link import EngineLink
-from server.streams.playback import Arrival, Playback
+from server.streams.playback import Arrival, Playback, start_delay
 from server.streams.player import Player
 from server.streams.quality import Quality
 from server.streams.session import Event, PauseReason, Session, State
@@ -404,7 +404,7 @@ class Stream:
             count = min(count, self._max_frames - first)
         self._first_chunk_at = self._first_chunk_at or time.monotonic()
         self._picture = b""
-        arrival = player.add(chunk, count, pixels)
+        arrival = player.add(chunk, count, pixels, start_delay=0.0 if first else self._start_delay(count))
         if chunk.applied is not None:
             self._apply_steers(chunk.applied, chunk.chunk, first)
         metrics.chunk_seconds.observe(chunk.gen_seconds)
@@ -424,6 +424,18 @@ class Stream:
             self._complete()
         self._grant()
         self._wake()
+
+    def _start_delay(self, frames: int) -> float:
+        """Seconds to wait with the first frame, as the engine's load demands; the first chunk has `frames` frames."""
+        engine, fps = self._services.engine, self.playback.fps if self.playback else 1
+        info = engine.models[self.session.model]
+        return start_delay(
+            streams=len(engine.live),
+            opening=bool(engine.opening),
+            chunk_seconds=info.chunk_seconds,
+            played=info.chunk_frames / fps,
+            first_played=frames / fps,
+        )
 
     def _adjust_quality(self, chunk: wire.Frames, arrival: Arrival) -> None:
         """Say when the number of steps has changed with this chunk, and ask for another number if need be."""

@@ -1,7 +1,10 @@
 """The playback clock, with invented times. At 16 frames/s a period is 1/16 s, which binary floats hold exactly."""
 
+from dataclasses import replace
+
 import pytest
 
+from engine.scheduler import Demand, pick
 from server.streams.playback import (
     FIRST_FRAME_SECONDS,
     Action,
@@ -12,7 +15,9 @@ from server.streams.playback import (
     StallBegan,
     StallEnded,
     Wait,
+    start_delay,
 )
+from server.streams.quality import Quality
 
 PERIOD = 1 / 16
 
@@ -296,3 +301,101 @@ def test_a_pause_and_a_new_engine_are_no_slow_chunks() -> None:
     clock.forget_grant()
     clock.grant(70.0)
     assert clock.arrive(12, 0.25, 70.25).taken is None
+
+
+OPENED_TOGETHER = 5
+CHUNK, COMMIT, PROMPT = 0.136, 0.027, 0.01
+"""Seconds that a chunk of `longlive-1.3b` takes on an H200, of which the context pass runs after its frames are sent,
+and that its prompt takes to encode."""
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.004])
+def test_streams_opened_at_once_start_where_playback_can_be_kept(extra: float) -> None:
+    """The scheduler and five playback clocks on one invented clock: none is late, and the fifth starts in time."""
+    names = [str(index) for index in range(OPENED_TOGETHER)]
+    clocks = {name: Playback(fps=16, chunk_frames=12, first_chunk_frames=9) for name in names}
+    qualities = {name: Quality(4) for name in names}
+    demands: dict[str, Demand] = {}
+    started: dict[str, float] = {}
+    ticked = dict.fromkeys(names, 0.0)
+    steps: list[float] = []
+
+    def grant(name: str, now: float) -> None:
+        if granted := clocks[name].grant(now):
+            known = demands.get(name, Demand(0, 0, 0.0, opened=int(name) / 1e4))
+            demands[name] = replace(known, limit=granted.limit, due=now + granted.due_in)
+
+    def play(name: str, until: float) -> None:
+        now = ticked[name]
+        while True:
+            match clocks[name].tick(now, watched=True):
+                case Show():
+                    started.setdefault(name, now)
+                case Wait(until=at) if at is None or at > until:
+                    break
+                case Wait(until=at):
+                    assert at is not None
+                    now = at
+                    grant(name, now)
+                case other:
+                    pytest.fail(f"{name} at {now:.3f}: {other}")
+        ticked[name] = until
+        grant(name, until)
+
+    for name in names:
+        grant(name, 0.0)
+    now = OPENED_TOGETHER * PROMPT
+    while now < 30:
+        for name in names:
+            play(name, now)
+        chosen = pick(demands, now, max(steps[-8:], default=0.0))
+        if chosen is None:
+            now += 0.001
+            continue
+        arrived = now + CHUNK - COMMIT + extra
+        for name in names:
+            play(name, arrived)
+        clock, opening = clocks[chosen], any(not each.received for n, each in clocks.items() if n != chosen)
+        frames = clock.next_length
+        delay = start_delay(
+            streams=OPENED_TOGETHER, opening=opening, chunk_seconds=CHUNK, played=12 / 16, first_played=frames / 16
+        )
+        arrival = clock.arrive(frames, CHUNK, arrived, start_delay=delay)
+        assert arrival.slack is None or arrival.slack >= 0
+        assert not qualities[chosen].arrive(arrival, 4)
+        due = demands[chosen].due + frames / 16
+        demands[chosen] = replace(demands[chosen], chunk=clock.next_chunk, due=due, opened=None)
+        grant(chosen, arrived)
+        play(chosen, arrived)
+        now += CHUNK + extra
+        steps.append(CHUNK + extra)
+    assert max(started.values()) <= 0.9
+    assert all(clock.stalls == 0 for clock in clocks.values())
+
+
+@pytest.mark.parametrize(
+    ("streams", "opening", "chunk_seconds", "delay"),
+    [
+        (1, False, 0.3, 0.0),  # alone there is time for the second chunk while the first one plays
+        (5, False, 0.136, 5.25 * 0.136 - 0.5625),
+        (5, True, 0.136, 6.45 * 0.136 - 0.5625),
+        (1, False, 0.8, 0.0),  # slower than real time: nothing can be kept
+    ],
+)
+def test_the_start_waits_as_the_load_demands(streams: int, opening: bool, chunk_seconds: float, delay: float) -> None:
+    found = start_delay(streams=streams, opening=opening, chunk_seconds=chunk_seconds, played=0.75, first_played=0.5625)
+    assert found == pytest.approx(delay)
+
+
+def test_the_start_waits_for_its_delay_or_the_second_chunk() -> None:
+    clock = Playback(fps=16, chunk_frames=12, first_chunk_frames=9)
+    clock.grant(0.0)
+    clock.arrive(9, 0.1, 1.0, start_delay=0.2)
+    assert clock.tick(1.0, watched=True) == Wait(1.2)
+    granted = clock.grant(1.0)
+    assert granted is not None and granted.due_in == pytest.approx(0.2 + 9 / 16)
+    clock.arrive(12, 0.1, 1.1)
+    assert clock.tick(1.1, watched=True) == Show(0, 0.0)
+    alone = Playback(fps=16, chunk_frames=12, first_chunk_frames=9)
+    alone.arrive(9, 0.1, 1.0, start_delay=0.2)
+    assert alone.tick(1.2, watched=True) == Show(0, 0.0)
