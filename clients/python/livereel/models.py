@@ -1,7 +1,7 @@
 """What the server answers, as dataclasses. Times are unix times in seconds unless a name says otherwise."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 State = Literal["queued", "starting", "live", "paused", "ended", "failed"]
 Transition = Literal["soft", "recache", "cut"]
@@ -214,6 +214,10 @@ class Model:
     parameters: int
     description: str
     default: bool
+    vocabulary: list[str] | None = None
+    """The words that it knows; None if it takes any text."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """JSON schema of each field that a stream of this model takes."""
     object: str = "model"
 
 

@@ -54,7 +54,7 @@ def test_restream_rtmp(run: Any, real_server: dict[str, str]) -> None:
     url = f"rtmp://127.0.0.1:{real_server['RTMP_PORT']}/live/{SECRET}"
     listener = subprocess.Popen([sys.executable, "-c", LISTENER, url, "16"], stdout=subprocess.PIPE, text=True)
     try:
-        out = run("restream_rtmp", url, "a red ball on grass", "a blue cube on snow", "--every", "3")
+        out = run("restream_rtmp", url, "a red ball on grass", "a blue cube on snow", "--every", "2")
         got = json.loads(listener.communicate(timeout=60)[0].splitlines()[-1])
     finally:
         listener.kill()
