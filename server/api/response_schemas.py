@@ -64,6 +64,9 @@ class StreamObject(BaseModel):
     interrupted: bool = Field(
         description="Whether the engine process that generated the stream has died and the next one is not up yet."
     )
+    retry_in_s: float | None = Field(
+        description="When `interrupted`: seconds until the next engine process is started, 0 while it starts."
+    )
     matte: MatteObject | None = Field(description="What is transparent with `alpha=stacked`; null if nothing is.")
     ws_url: str = Field(
         description="WebSocket with events and frames; add `format=rgb24` to the query for raw frames. Where the "
@@ -283,9 +286,12 @@ class LoraList(BaseModel):
 
 
 class Alive(BaseModel):
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "engine_down"] = Field(
+        description="`engine_down` once the engine has failed for ten minutes in spite of all tries."
+    )
 
 
 class Readiness(BaseModel):
     ready: bool
     reason: str
+    retry_in_s: float = Field(description="Seconds until an engine that has failed is started again; otherwise 0.")

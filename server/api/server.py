@@ -16,6 +16,8 @@ from server.metrics import CONTENT_TYPE, Metrics
 from server.streams import admission
 
 CLIENTS = Path(__file__).resolve().parents[2] / "clients"
+LIVE_SECONDS = 600.0
+"""How long the engine may fail before the server counts as dead."""
 WEB, OVERLAY, JS = CLIENTS / "web", CLIENTS / "overlay", CLIENTS / "js"
 
 
@@ -68,9 +70,12 @@ def lora_list(loras: wire.Loras) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-async def livez() -> dict[str, Any]:
-    """Liveness: the process answers."""
-    return {"status": "ok"}
+async def livez(request: Request, response: Response) -> dict[str, Any]:
+    """Liveness: the process answers. 503 once the engine has failed for ten minutes in spite of all tries: a supervisor
+    should restart the server, or call somebody."""
+    alive = streams_of(request).engine.health().down_seconds < LIVE_SECONDS
+    response.status_code = 200 if alive else 503
+    return {"status": "ok" if alive else "engine_down"}
 
 
 async def readyz(request: Request, response: Response) -> dict[str, Any]:
@@ -79,7 +84,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
     if access_of(request).keys is not None:
         reason = "ready" if ready else "see the server's log"  # this request needs no key, so give nothing away
     response.status_code = 200 if ready else 503
-    return {"ready": ready, "reason": reason}
+    return {"ready": ready, "reason": reason, "retry_in_s": round(streams_of(request).engine.health().restart_in, 1)}
 
 
 async def metrics(request: Request) -> Response:
@@ -109,7 +114,7 @@ ROUTES = [
     Route("GET", "/v1/models/{model}", get_model, ModelObject, 200, (404, 503)),
     Route("GET", "/v1/loras", list_loras, LoraList, 200, (503, 504)),
     Route("PUT", "/v1/loras", change_loras, LoraList, 200, (400, 404, 409, 413, 415, 503, 504)),
-    Route("GET", "/livez", livez, Alive),
+    Route("GET", "/livez", livez, Alive, options={"responses": {503: {"model": Alive}}}),
     Route(
         "GET",
         "/readyz",

@@ -15,12 +15,13 @@ from engine import wire
 class EngineLost:
     """The engine process is gone, and its streams' state with it.
 
-    With `retrying`, a replacement is starting and can resume the streams. Without it, the streams are over; if an
-    engine does come up again later, `wire.Ready` says so.
+    With `retrying`, a replacement starts in `pause` seconds and can resume the streams. Without it, the streams are
+    over; if an engine does come up again later, `wire.Ready` says so.
     """
 
     reason: str
     retrying: bool
+    pause: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Health:
     reason: str
     generation: int
     """Number of the current engine process: 0 before the first one, then counting from 1."""
+    restart_in: float = 0.0
+    """Seconds until the next engine process is started."""
+    down_seconds: float = 0.0
+    """How long the engine has been failing; 0 while it is up or starts for the first time."""
 
 
 EngineEvent = wire.ToGateway | EngineLost

@@ -1,9 +1,8 @@
 """The engine as a child process of the gateway: started, supervised and replaced when it fails.
 
 An engine process (`server.backends.process`) is killed when it exits, falls silent, or has work but makes no progress.
-A standby, where one is ready, takes over at once; otherwise a new process starts after a pause that grows with each
-failure. After `BREAKER_DEATHS` failures within `BREAKER_SECONDS` the backend gives up for `BREAKER_SECONDS`, and then
-tries again.
+`server.backends.restart` decides when the next one starts, or the standby takes over where one is ready. However often
+an engine fails, another one is tried.
 
 The standby is a second engine process, started once the engine is ready. A standby that dies does not count as an
 engine failure: it is replaced, also after growing pauses.
@@ -14,7 +13,6 @@ import contextlib
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,14 +22,14 @@ from engine import wire
 from server.aio import first_of
 from server.backends.base import Deliver, EngineLost, Health
 from server.backends.process import EngineProcess
+from server.backends.restart import RestartPolicy
 
 logger = logging.getLogger("livereel.engine")
 
-BREAKER_DEATHS = 3
-BREAKER_SECONDS = 60.0
-"""`BREAKER_DEATHS` failures within this time are a crash loop; the backend then waits for as long before it retries."""
-BACKOFF_SECONDS = (0.5, 10.0)
-"""First and longest pause before a restart. It doubles with each failure within `BREAKER_SECONDS`."""
+QUIET_SECONDS = 60.0
+"""An engine that was up for this long is sound: what happened before it is not counted any more."""
+BACKOFF_SECONDS = (0.5, 60.0)
+"""First and longest pause before a restart."""
 START_SECONDS = 900.0
 """Limit for loading and warming up: large weights and a cold compilation take minutes."""
 SILENT_SECONDS = 10.0
@@ -70,7 +68,7 @@ class LocalBackend:
         silent_seconds: float = SILENT_SECONDS,
         hung_seconds: float = HUNG_SECONDS,
         backoff_seconds: tuple[float, float] = BACKOFF_SECONDS,
-        breaker_seconds: float = BREAKER_SECONDS,
+        quiet_seconds: float = QUIET_SECONDS,
         standby_seconds: tuple[float, float] = STANDBY_SECONDS,
     ) -> None:
         """With `standby`, a second process (started with `--spare`) waits to take over."""
@@ -82,8 +80,7 @@ class LocalBackend:
         self._start_seconds = start_seconds
         self._silent_seconds = silent_seconds
         self._hung_seconds = hung_seconds
-        self._backoff_seconds = backoff_seconds
-        self._breaker_seconds = breaker_seconds
+        self._restarts = RestartPolicy(*backoff_seconds, quiet_seconds)
         self._with_standby = standby
         self._standby_seconds = standby_seconds
         self._deliver: Deliver | None = None
@@ -93,7 +90,10 @@ class LocalBackend:
         self._standby_task: asyncio.Task[None] | None = None
         self._generation = 0
         self._failure = ""
-        self._permanent_failure = ""
+        """Why the engine failed last; empty while it is up."""
+        self._cannot_start = ""
+        """Why the engine says that it cannot start."""
+        self._restart_at = 0.0
         self._stopping = False
         # By stream: chunks allowed, chunks received. The engine has work while the first exceeds the second.
         self._progress: dict[str, tuple[int, int]] = {}
@@ -127,11 +127,15 @@ class LocalBackend:
         self._engine.send(message)
 
     def health(self) -> Health:
-        if self._failure:
-            return Health(False, self._failure, self._generation)
+        now = time.monotonic()
         if self._engine is None or not self._engine.ready:
-            return Health(False, "the engine is starting", self._generation)
-        silent = time.monotonic() - self._engine.last_message_at
+            wait = max(0.0, self._restart_at - now) if self._engine is None else 0.0
+            reason = "the engine is starting"
+            if self._failure:
+                reason = f"{self._failure}; " + (f"the next try is in {wait:.0f} s" if wait else "it is starting again")
+            since = self._restarts.failing_since
+            return Health(False, reason, self._generation, wait, 0.0 if since is None else now - since)
+        silent = now - self._engine.last_message_at
         if silent > self._silent_seconds / 2:
             return Health(False, f"the engine has been silent for {silent:.0f} s", self._generation)
         return Health(True, "ready", self._generation)
@@ -150,46 +154,36 @@ class LocalBackend:
     # supervision
 
     async def _supervise(self) -> None:
-        deaths: deque[float] = deque(maxlen=BREAKER_DEATHS)
         try:
-            while await self._run_and_recover(deaths):
-                pass
+            while not self._stopping:
+                await self._run_and_recover()
         finally:
             await self._end_standby()
 
-    async def _run_and_recover(self, deaths: deque[float]) -> bool:
-        """Run one engine until it fails, and wait until the next may start. False when there is to be no next one."""
+    async def _run_and_recover(self) -> None:
+        """Run one engine until it fails, and wait until the next may start."""
+        self._cannot_start = ""
         try:
             reason = await self._run_engine()
         except OSError as error:
             reason = f"the engine could not be started: {error}"
         self._progress.clear()
         if self._stopping:
-            return False
-        now = time.monotonic()
-        deaths.append(now)
-        recent = sum(now - death < self._breaker_seconds for death in deaths)
-        if self._permanent_failure or recent >= BREAKER_DEATHS:
-            self._failure = self._permanent_failure or f"{reason}; given up after {recent} failures"
-            logger.critical("%s", self._failure)
-            self._emit(EngineLost(self._failure, retrying=False))
-            if self._permanent_failure:
-                return False
-            await self._end_standby()
-            await asyncio.sleep(self._breaker_seconds)
-            self._failure = ""
-            deaths.clear()
-        elif self._standby_ready():
-            logger.error("%s; the standby takes over", reason)
-            self._emit(EngineLost(reason, retrying=True))
+            return
+        self._failure, now = self._cannot_start or reason, time.monotonic()
+        standby = self._standby_ready()
+        restart = self._restarts.fail(now, standby=standby, hopeless=bool(self._cannot_start))
+        self._restart_at = now + restart.pause
+        if restart.retrying:
+            how = "the standby takes over" if standby else "restarting"
+            logger.error("%s; %s in %.1f s", self._failure, how, restart.pause)
         else:
-            first, longest = self._backoff_seconds
-            pause = min(longest, first * 2 ** (recent - 1))
-            logger.error("%s; restarting in %.1f s", reason, pause)
-            self._emit(EngineLost(reason, retrying=True))
+            text = "%s; its streams are over after %d failures, and it is tried again in %.1f s"
+            logger.critical(text, self._failure, self._restarts.failures, restart.pause)
+        self._emit(EngineLost(self._failure, restart.retrying, restart.pause))
+        if not (standby and restart.retrying):
             await self._end_standby()  # a new engine at normal priority is ready sooner than a half-loaded standby
-            await asyncio.sleep(pause)
-        return True
+        await asyncio.sleep(restart.pause)
 
     async def _run_engine(self) -> str:
         """Run one engine process until it fails, and return the reason. The process is gone afterwards in any case."""
@@ -237,15 +231,16 @@ class LocalBackend:
                         layout = engine.allocate_ring(message.models)
                     except (OSError, ValueError, OverflowError) as error:
                         return f"there is no room for the engine's frames: {error}"
-                    engine.ready = True
+                    engine.ready, self._failure = True, ""
+                    self._restarts.up(time.monotonic())
                     self.send(layout)
                     engine.unlink_socket()
                     message = self._with_known_chunk_seconds(engine, message)
                     if self._with_standby and self._standby_task is None:
                         self._standby_task = asyncio.create_task(self._keep_standby(), name="engine standby")
                 case wire.Fault(stream=None) if not engine.ready:
-                    # A restart would fail the same way: a weight file is missing or damaged, for example.
-                    self._permanent_failure = f"the engine cannot start: {message.message}"
+                    # A restart fails the same way until a weight file, for example, is put back.
+                    self._cannot_start = f"the engine cannot start: {message.message}"
                 case wire.Heartbeat() if message.step_age > self._hung_seconds and self._has_work():
                     return f"the engine has not moved for {message.step_age:.0f} s"
                 case wire.Frames(stream=stream, chunk=chunk) if stream in self._progress:
@@ -286,7 +281,7 @@ class LocalBackend:
         await asyncio.sleep(EXIT_DRAIN_SECONDS)  # its last message, with the actual reason, may still be queued
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         if status == USAGE_ERROR and not engine.ready and engine is self._engine:
-            self._permanent_failure = "the engine refuses its command line"
+            self._cannot_start = "the engine refuses its command line"
         return f"the engine (process {engine.pid}) {how}"
 
     # the standby

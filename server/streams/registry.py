@@ -41,6 +41,8 @@ MAX_RECORDS = 256
 MAX_LAST_FRAMES = 16
 """Ended streams that still show their last frame: the newest."""
 HOUSEKEEPING_SECONDS = 0.5
+RETRY_SECONDS = 60
+"""When to ask again after the engine was given up: it is tried again that often at least."""
 SHUTTING_DOWN = "shutting_down"
 """Why a stream ends with the gateway."""
 
@@ -164,7 +166,7 @@ class Registry:
             raise shutting_down()
         if self.engine.failure:
             message = f"No stream can start: {self.engine.failure}."
-            raise ApiError(503, "engine_failed", message, headers={"Retry-After": "60"})
+            raise ApiError(503, "engine_failed", message, headers={"Retry-After": str(RETRY_SECONDS)})
 
     def open(
         self,
@@ -297,10 +299,13 @@ class Registry:
 
     def on_lost(self, lost: EngineLost) -> None:
         """Fail every stream, unless a new engine process is on its way."""
-        if not lost.retrying:
-            self._admission.set_costs({})
+        if lost.retrying:
             for stream in self.all():
-                stream.on_engine_failed(lost.reason)
+                stream.on_engine_lost_again(lost.pause)
+            return
+        self._admission.set_costs({})
+        for stream in self.all():
+            stream.on_engine_failed(lost.reason)
 
     # housekeeping
 

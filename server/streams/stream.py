@@ -131,7 +131,8 @@ class Stream:
             "fps": session.fps,
             "duration_s": session.duration_s,
             "pause_reason": session.pause_reason,
-            "interrupted": self._interrupted and not session.state.over,
+            "interrupted": (interrupted := self._interrupted and not session.state.over),
+            "retry_in_s": round(self._services.engine.health().restart_in, 1) if interrupted else None,
             "matte": asdict(audience.matte) if audience.matte else None,
             "created_at": session.created_at,
             "queue_position": session.queue.position if session.queue else None,
@@ -284,6 +285,16 @@ class Stream:
                 self.publish("engine.restarted", generation=generation)
             self._open()
 
+    def on_engine_lost_again(self, pause: float) -> None:
+        """Tell viewers that the next engine, too, has failed, and when it is tried again."""
+        if self._interrupted and not self.session.state.over:
+            self._publish_restart(pause)
+
+    def _publish_restart(self, pause: float) -> None:
+        when = f"in {pause:.1f} s" if pause else "now"
+        text = f"The engine failed and is restarted {when}; the stream goes on when it is back."
+        self.publish("error", code="engine_restarted", message=text, retryable=True, retry_in_s=round(pause, 1))
+
     def on_engine_failed(self, reason: str) -> None:
         """Fail, unless every frame is there already: no engine will come back for now."""
         if not self.session.state.over and not self.complete:
@@ -388,8 +399,7 @@ class Stream:
                 self._steering.reject(number, error)
             case EngineLost():
                 self._interrupted = True
-                text = "The engine failed and is being restarted; the stream goes on when it is back."
-                self.publish("error", code="engine_restarted", message=text, retryable=True)
+                self._publish_restart(message.pause)
 
     def _on_frames(self, chunk: wire.Frames, pixels: bytes) -> None:
         session, player, metrics = self.session, self.player, self._services.metrics

@@ -63,6 +63,8 @@ class StreamInfo:
     pause_reason: Literal["asked", "unwatched"] | None
     interrupted: bool
     """The engine has died, and the next one is not up yet."""
+    retry_in_s: float | None
+    """When interrupted: seconds until the next engine is started, 0 while it starts."""
     matte: Matte | None
     ws_url: str
     whep_url: str
@@ -236,3 +238,5 @@ class Readiness:
 
     ready: bool
     reason: str
+    retry_in_s: float
+    """Seconds until an engine that has failed is started again; otherwise 0."""

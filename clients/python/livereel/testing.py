@@ -258,7 +258,7 @@ class FakeServer:
         id = self._new_id("stream")
         info = StreamInfo(
             id, "live", body.get("model") or "mini", body["prompt"], body.get("seed", 7), SIDE, SIDE, FPS,
-            body.get("duration_s"), None, False, None, f"ws://livereel.test/v1/streams/{id}/ws",
+            body.get("duration_s"), None, False, None, None, f"ws://livereel.test/v1/streams/{id}/ws",
             f"/v1/streams/{id}/whep", NOW, None, None, 0, 0, 0, 0.4, 0.2, None, 0, 0.0, 0.0, 0, None, None, [],
             [PromptChange(**each) for each in body.get("prompts", [])],
         )  # fmt: skip
@@ -400,7 +400,7 @@ def listed(items: Any) -> dict[str, Any]:
 Answer = Callable[..., Any]
 S, ID = "/v1/streams", "([^/]+)"
 ROUTES: list[tuple[str, str, Answer]] = [
-    ("GET", "/readyz", lambda server, request: {"ready": True, "reason": "ready"}),
+    ("GET", "/readyz", lambda server, request: {"ready": True, "reason": "ready", "retry_in_s": 0.0}),
     ("GET", "/v1/models", lambda server, request: listed(server.models)),
     ("GET", f"/v1/models/{ID}", FakeServer._model),
     ("GET", "/v1/loras", FakeServer._loras),

@@ -66,7 +66,11 @@ async def test_what_schemathesis_found_once(run_gateway: Any, tmp_path: Path) ->
         assert loras["propertyNames"]["pattern"].startswith("^\\w")
         assert (loras["additionalProperties"]["minimum"], loras["maxProperties"]) == (-4, 16)
         body = paths["/v1/streams/{id}"]["patch"]["requestBody"]["content"]["application/json"]["schema"]
-        assert [each["required"] for each in resolved(api, body)["anyOf"]] == [["prompt"], ["paused"]]
+        assert [each["required"] for each in resolved(api, body)["anyOf"]] == [
+            ["prompt"],
+            ["paused"],
+            ["prompts"],
+        ]
         # who may what, and every status
         assert set(api["components"]["securitySchemes"]) == {"key", "token"}
         assert paths["/livez"]["get"]["security"] == []

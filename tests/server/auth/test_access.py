@@ -277,7 +277,7 @@ async def test_a_request_that_waits_is_answered_when_its_key_goes(
     change = asyncio.create_task(
         keyed.call("root", "PATCH", f"/v1/streams/{stream['id']}", json={"prompt": "a blue ball"})
     )
-    await keyed.gateway.until(lambda: bool(keyed.gateway.streams.get(stream["id"])._steers))
+    await keyed.gateway.until(lambda: keyed.gateway.streams.get(stream["id"])._steering.newest() is not None)
     keys.remove_key(keyed.path, "root")
     assert code(await asyncio.wait_for(change, REVOKED_WITHIN)) == (401, "unauthenticated")
 

@@ -42,7 +42,7 @@ class Delivered:
 
 @asynccontextmanager
 async def running(behaviour: str, **options: object) -> AsyncIterator[tuple[LocalBackend, Delivered]]:
-    settings = {"silent_seconds": 5.0, "hung_seconds": 0.5, "backoff_seconds": (0.02, 0.05), **options}
+    settings = {"silent_seconds": 5.0, "hung_seconds": 0.5, "backoff_seconds": (0.02, 5.0), **options}
     backend, delivered = LocalBackend(behaviour, command=COMMAND, **settings), Delivered()
     await backend.start(delivered)
     try:

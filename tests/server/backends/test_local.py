@@ -13,6 +13,7 @@ from engine import wire
 from server.backends import local, process
 from server.backends.base import EngineLost
 from server.backends.local import LocalBackend
+from server.backends.restart import MAX_FAILURES
 from server.bench.gateway import children
 from tests.server.backends.harness import COMMAND, ROOT, Delivered, gone, running, shared_memory, standby_of
 
@@ -112,27 +113,30 @@ async def test_a_model_without_frames_is_refused() -> None:
 
 async def test_a_crash_loop_is_given_up() -> None:
     async with running("dies") as (backend, delivered):
-        await delivered.until(EngineLost, EngineLost, EngineLost)
-        assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
-        assert not backend.health().ready
-        assert "status 7" in backend.health().reason
+        await delivered.until(*[EngineLost] * MAX_FAILURES)
+        lost = [event for event in delivered.events if isinstance(event, EngineLost)]
+        assert [event.retrying for event in lost] == [True] * (MAX_FAILURES - 1) + [False]
+        assert [event.pause for event in lost] == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.32, 5.0])
+        health = backend.health()
+        assert not health.ready
+        assert "status 7" in health.reason and "next try is in" in health.reason
+        assert 0 < health.restart_in <= 5 and health.down_seconds > 0.6
         backend.send(wire.Open("a", "mini", "a ball", 1))  # dropped
         assert backend.pid is None
 
 
-async def test_a_crash_loop_is_tried_again_after_a_quiet_time() -> None:
-    backend = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.01), breaker_seconds=0.5)
+async def test_a_crash_loop_is_tried_again_for_ever() -> None:
+    backend = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.02))
     await backend.start(delivered := Delivered())
-    await delivered.until(EngineLost, EngineLost, EngineLost)
-    assert "given up" in backend.health().reason
-    await delivered.until(*[EngineLost] * 6)
-    assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False] * 2
+    await delivered.until(*[EngineLost] * (MAX_FAILURES + 4))
+    retrying = [event.retrying for event in delivered.events if isinstance(event, EngineLost)]
+    assert retrying == [True] * (MAX_FAILURES - 1) + [False] * 5
     await backend.stop()
 
 
 async def test_a_crash_on_every_stream_is_a_crash_loop_too() -> None:
     async with running("crashes") as (backend, delivered):
-        for times in range(1, 4):
+        for times in range(1, MAX_FAILURES + 1):
             await delivered.until(*(wire.Ready, wire.Started, EngineLost) * (times - 1), wire.Ready)
             backend.send(wire.Open("a", "mini", "a ball", 1))
             await delivered.until(*(wire.Ready, wire.Started, EngineLost) * times)
@@ -142,15 +146,45 @@ async def test_a_crash_on_every_stream_is_a_crash_loop_too() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "reason"), [("no-weights", "dit.safetensors is truncated"), ("usage", "command line")]
 )
-async def test_what_cannot_get_better_is_not_tried_again(behaviour: str, reason: str) -> None:
+async def test_nobody_waits_for_what_cannot_start_and_it_is_tried_again(behaviour: str, reason: str) -> None:
     async with running(behaviour) as (backend, delivered):
         async with asyncio.timeout(15):
-            while not any(isinstance(event, EngineLost) for event in delivered.events):
+            while sum(isinstance(event, EngineLost) for event in delivered.events) < 2:
                 await asyncio.sleep(0.02)
-        lost = delivered.events[-1]
-        assert isinstance(lost, EngineLost)
-        assert not lost.retrying
         assert reason in backend.health().reason
+        lost = [event for event in delivered.events if isinstance(event, EngineLost)]
+        assert all(reason in event.reason and not event.retrying for event in lost)
+
+
+async def test_weights_that_are_put_back_are_found(tmp_path: Path) -> None:
+    """An engine that was up, died, and cannot start: without a restart of the gateway it is up again soon."""
+    engine = tmp_path / "start.py"
+    damaged = tmp_path / "damaged"
+    stub = str(COMMAND[1])
+    engine.write_text(
+        "import os, runpy, sys\n"
+        f"sys.argv[:2] = [{stub!r}, 'no-weights' if os.path.exists({str(damaged)!r}) else 'good']\n"
+        f"runpy.run_path({stub!r}, run_name='__main__')\n"
+    )
+    backend = LocalBackend("x", command=(sys.executable, str(engine)), backoff_seconds=(0.02, 0.2))
+    await backend.start(delivered := Delivered())
+    try:
+        await delivered.until(wire.Ready)
+        damaged.touch()
+        assert backend.pid is not None
+        os.kill(backend.pid, signal.SIGKILL)
+        async with asyncio.timeout(15):
+            while "truncated" not in backend.health().reason:
+                await asyncio.sleep(0.02)
+        lost = [event for event in delivered.events if isinstance(event, EngineLost)]
+        assert lost[0].retrying and backend.health().down_seconds > 0
+        damaged.unlink()
+        async with asyncio.timeout(15):
+            while not backend.health().ready:
+                await asyncio.sleep(0.02)
+        assert backend.health().down_seconds == 0
+    finally:
+        await backend.stop()
 
 
 async def test_another_protocol_is_refused() -> None:
@@ -163,7 +197,7 @@ async def test_another_protocol_is_refused() -> None:
 async def test_a_program_that_does_not_exist() -> None:
     backend, delivered = LocalBackend("x", command=("/nonexistent",), backoff_seconds=(0.01, 0.01)), Delivered()
     await backend.start(delivered)
-    await delivered.until(EngineLost, EngineLost, EngineLost)
+    await delivered.until(*[EngineLost] * 6)
     await backend.stop()
 
 
@@ -287,13 +321,15 @@ async def test_a_standby_that_cannot_take_over_is_not_relied_on(why: str, monkey
 
 
 async def test_a_crash_loop_with_standbys_is_given_up_too() -> None:
-    async with running("crashes", **WITH_STANDBY) as (backend, delivered):
-        for times in range(1, 4):
+    async with running("crashes", **{**WITH_STANDBY, "backoff_seconds": (0.02, 5.0)}) as (backend, delivered):
+        for times in range(1, MAX_FAILURES + 1):
             await delivered.until(*(wire.Ready, wire.Started, EngineLost) * (times - 1), wire.Ready)
             await standby_of(backend)
             backend.send(wire.Open("a", "mini", "a ball", 1))
             await delivered.until(*(wire.Ready, wire.Started, EngineLost) * times)
-        assert [event.retrying for event in delivered.events if isinstance(event, EngineLost)] == [True, True, False]
+        lost = [event for event in delivered.events if isinstance(event, EngineLost)]
+        assert [event.retrying for event in lost] == [True] * (MAX_FAILURES - 1) + [False]
+        assert [event.pause for event in lost] == pytest.approx([0, 0, 0.02, 0.04, 0.08, 5.0])
         assert not backend.health().ready
         async with asyncio.timeout(15):
             while children(os.getpid()):  # none may be left after giving up
@@ -396,9 +432,11 @@ async def test_the_engine_gets_its_arguments(tmp_path: Path, capfd: pytest.Captu
     backend = LocalBackend("mini", command=(sys.executable, str(script)), threads=2, arguments=("--weights", "/w"))
     lost: list[object] = []
     await backend.start(lambda event, pixels: lost.append(event))
-    assert backend._supervisor is not None
-    await backend._supervisor
-    words = capfd.readouterr().err
+    async with asyncio.timeout(15):
+        while not lost:
+            await asyncio.sleep(0.02)
+    await backend.stop()
+    words = capfd.readouterr().err.splitlines()[0]
     assert "'mini', '--socket'" in words
-    assert words.rstrip().endswith("'--threads', '2', '--weights', '/w']")
+    assert words.endswith("'--threads', '2', '--weights', '/w']")
     assert not backend.health().ready

@@ -66,7 +66,7 @@ async def test_slots_are_given_back() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_no_memory_is_left_behind_by_engines_that_are_killed() -> None:
-    async with running("good", breaker_seconds=0.001) as (backend, delivered):
+    async with running("good", quiet_seconds=0.0) as (backend, delivered):
         for times in range(1, 6):
             before = (wire.Ready, wire.Started, wire.Frames, EngineLost) * (times - 1)
             await delivered.until(*before, wire.Ready)
