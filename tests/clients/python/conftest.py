@@ -26,6 +26,17 @@ SDK = Path(__file__).parents[3] / "clients" / "python"
 START_SECONDS = 120
 
 
+_servers = contextlib.ExitStack()
+"""Servers that the tests of this folder share."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Stop the shared servers after the last test of this folder: the tests of others count threads and files."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        _servers.close()
+
+
 class GatewayThread:
     """The gateway in a thread of its own, as a synchronous test needs it."""
 
@@ -75,19 +86,22 @@ class GatewayThread:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[GatewayThread]:
+def running() -> GatewayThread:
     """A gateway for all tests that do not change how it is set up."""
-    with GatewayThread(outputs=("127.0.0.1:9",)) as running:
-        yield running
+    return _servers.enter_context(GatewayThread(outputs=("127.0.0.1:9",)))
 
 
 @pytest.fixture(scope="session")
-def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A server with `mini` that `livereel serve` runs: the environment of its users. `RTMP_PORT` is a port of this
     machine that it may push to."""
+    return _servers.enter_context(serving(tmp_path_factory.mktemp("server") / "log"))
+
+
+@contextlib.contextmanager
+def serving(log: Path) -> Iterator[dict[str, str]]:
     base = {name: value for name, value in os.environ.items() if not name.startswith("LIVEREEL_")}
     base |= {"PYTHONPATH": str(SDK), "BROWSER": "true"}
-    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:
         port = str(free_port())
         command = [sys.executable, "-m", "livereel", "serve", "--port", "0", "--engine-spare", "off"]
