@@ -20,7 +20,8 @@ DTYPES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes per element."""
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = ".index.json"
+INDEX_SUFFIX = f".safetensors{INDEX}"
 
 
 class StoreError(Exception):
@@ -261,25 +262,31 @@ def zero_tensors(path: Path, entries: Iterable[Entry]) -> list[str]:
     return zeros if len(zeros) == len(sampled) or len(zeros) >= max(2, len(sampled) / 8) else []
 
 
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The file of every tensor, as an index (`*.safetensors.index.json`, `*.bin.index.json`) has it.
+
+    Raises:
+        StoreError: the index is damaged, or names a file that is not beside it or of another kind.
+    """
+    with open_regular(path, path.parent) as file:
+        content = _json_object(file.read(MAX_HEADER), path)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise StoreError(f"{path} has no weight_map from tensors to files: download it again")
+    for tensor in shards:
+        printable(tensor, path)
+    suffix = Path(path.name.removesuffix(INDEX)).suffix
+    for name in shards.values():
+        if not name.isprintable() or name in {"", ".", ".."} or Path(name).name != name or not name.endswith(suffix):
+            raise StoreError(f"{path} names {name!r} as a shard: must be a plain file name beside the index")
+    return shards
+
+
 def read_index(path: Path) -> Weights:
     """The headers of all shards that an index (`*.safetensors.index.json`) names, checked against it."""
     folder, weights = path.parent, Weights([path])
     try:
-        with open_regular(path, folder) as file:
-            content = _json_object(file.read(MAX_HEADER), path)
-        shards = content.get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise StoreError(f"{path} has no weight_map from tensors to files: download it again")
-        for tensor in shards:
-            printable(tensor, path)
-        for name in shards.values():
-            if (
-                not name.isprintable()
-                or name in {"", ".", ".."}
-                or Path(name).name != name
-                or not name.endswith(".safetensors")
-            ):
-                raise StoreError(f"{path} names {name!r} as a shard: must be a plain file name beside the index")
+        shards = read_weight_map(path)
     except StoreError as error:
         weights.faults.append(str(error))
         return weights

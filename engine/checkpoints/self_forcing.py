@@ -12,6 +12,9 @@ from engine.checkpoints.headers import StoreError
 
 GENERATORS = ("generator_ema", "generator")
 """Keys of the generator in such a file: its moving average, and its last state."""
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+"""Keys that trainers put a network under."""
+MAX_DEPTH = 4
 
 
 def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str, Tensor], str]:
@@ -25,9 +28,13 @@ def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str
     Raises:
         StoreError: the file contains more than tensors, is damaged, or has no generator.
     """
-    headers.open_regular(path, path.parent).close()
+    if path.name.endswith(headers.INDEX):
+        return _shards(path, generator)
+    with headers.open_regular(path, path.parent) as file:
+        # torch before 1.6 wrote no zip file, and only a zip file can be mapped
+        zipped = file.read(2) == b"PK"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can raise anything
         raise StoreError(
             f"{path} is refused: it is damaged or holds more than tensors, and a pickle may run any code when it is "
@@ -35,14 +42,42 @@ def read_pickle(path: Path, generator: str = GENERATORS[0]) -> tuple[Mapping[str
         ) from None
     if not isinstance(content, dict):
         raise StoreError(f"{path} holds a {type(content).__name__} instead of tensors by name")
-    for key in (generator, *GENERATORS):
-        if isinstance(content.get(key), dict):
-            return _tensors(content[key], path), key
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return _tensors(content, path), ""
-    raise StoreError(
-        f"{path} has none of {', '.join(GENERATORS)} among its keys: {', '.join(map(repr, list(content)[:10]))}"
-    )
+    return _chosen(content, generator, path)
+
+
+def _shards(index: Path, generator: str) -> tuple[dict[str, Tensor], str]:
+    found: dict[str, Tensor] = {}
+    weight_map = headers.read_weight_map(index)
+    for shard in sorted(set(weight_map.values())):
+        for name, value in read_pickle(index.parent / shard, generator)[0].items():
+            if weight_map.get(name) != shard:
+                raise StoreError(f"{index}: {name} is in {shard}, but the index says {weight_map.get(name)}")
+            found[name] = value
+    if missing := weight_map.keys() - found.keys():
+        name = min(missing)
+        raise StoreError(f"{index}: {name} is not in {weight_map[name]}, where the index has it: download both again")
+    return found, ""
+
+
+def _chosen(content: Mapping[object, object], generator: str, path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the innermost network, and the keys that lead to it. An empty one is not taken."""
+    keys: list[str] = []
+    while not (content and all(isinstance(value, Tensor) for value in content.values())):
+        for key in (generator, *GENERATORS, *CONTAINERS):
+            inner = content.get(key)
+            if isinstance(inner, dict) and inner and inner is not content and len(keys) < MAX_DEPTH:
+                content = inner
+                keys.append(key)
+                break
+        else:
+            if keys:
+                return _tensors(content, path), ".".join(keys)  # names what is no tensor
+            known = ", ".join((*GENERATORS, *CONTAINERS))
+            raise StoreError(
+                f"{path} has none of {known} among its keys with tensors in it: "
+                f"{', '.join(map(repr, list(content)[:10]))}"
+            )
+    return _tensors(content, path), ".".join(keys)
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ Supported are the native store, a diffusers folder (with `transformer/`, `text_e
 folder, and single files. Only headers are read.
 """
 
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from engine.checkpoints.manifest import MANIFEST, read_manifest
 
 TOKENIZER = "tokenizer.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 SUBFOLDERS = ("transformer", "text_encoder", "vae")
 MARKS = {
     "dit": ("patch_embedding.weight", "time_embedding.0.weight", "condition_embedder.time_proj.weight"),
@@ -91,14 +93,14 @@ def find(path: Path) -> Sources:
             sources.set_tokenizer(file)
     elif path.suffix == ".safetensors" or path.name.endswith(headers.INDEX_SUFFIX):
         is_file = path.suffix == ".safetensors"
-        weights = headers.read_weights([path], path.parent) if is_file else headers.read_index(path)
+        weights = _read_file(path) if is_file else headers.read_index(path)
         _take(weights, path, sources)
         if sources.unused:
             names = ", ".join(list(weights.entries)[:3])
             raise StoreError(f"{path} holds no network that is known here, but {names or 'nothing'}")
     elif path.name == TOKENIZER and path.exists():
         sources.set_tokenizer(path)
-    elif path.suffix in PICKLES and path.exists():
+    elif _is_pickle(path) and path.exists():
         sources.pickles.append(path)
     elif path.exists():
         raise StoreError(f"{path} is neither a folder nor a .safetensors, {', '.join(PICKLES)} file")
@@ -123,8 +125,12 @@ def find_all(paths: Sequence[Path]) -> Sources:
 
 
 def pickle_fault(path: Path) -> str | None:
-    """What is wrong with a pickle, as far as is seen without reading it: a zip file ends with its directory."""
+    """What is wrong with a pickle, or with the shards of an index, as far as is seen without reading them: a zip file
+    ends with its directory."""
     try:
+        if path.name.endswith(headers.INDEX):
+            shards = sorted(set(headers.read_weight_map(path).values()))
+            return next(filter(None, (pickle_fault(path.parent / shard) for shard in shards)), None)
         with headers.open_regular(path, path.parent) as file:
             truncated = file.read(2) == b"PK" and not zipfile.is_zipfile(file)
             return f"{path} is truncated: download it again" if truncated else None
@@ -141,8 +147,53 @@ def _look_into(folder: Path, sources: Sources) -> None:
         _take(weights, index, sources)
     for file in sorted(folder.glob("*.safetensors")):
         if file not in in_index:
-            _take(headers.read_weights([file], folder), file, sources)
-    sources.pickles += sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+            weights = _read_file(file)
+            in_index |= set(weights.files)
+            _take(weights, file, sources)
+    pickles = sorted(file for file in folder.iterdir() if _is_pickle(file))
+    for index in [file for file in pickles if file.name.endswith(headers.INDEX)]:
+        try:
+            in_index |= {folder / shard for shard in headers.read_weight_map(index).values()}
+        except StoreError as error:
+            sources.faults.append(str(error))
+            pickles.remove(index)
+    for file in pickles:
+        if file in in_index:
+            continue
+        if SHARD.fullmatch(file.name):
+            sources.faults.append(
+                f"{file} is one shard of several, and their index {_index_name(file)} is missing: download it too"
+            )
+        else:
+            sources.pickles.append(file)
+
+
+def _is_pickle(path: Path) -> bool:
+    return Path(path.name.removesuffix(headers.INDEX)).suffix in PICKLES
+
+
+def _index_name(shard: Path) -> str:
+    match = SHARD.fullmatch(shard.name)
+    return f"{match['stem']}{match['suffix']}{headers.INDEX}" if match else ""
+
+
+def _read_file(path: Path) -> Weights:
+    """The headers of a file; if it is a shard, of all shards of its network, whether or not their index is there."""
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return headers.read_weights([path], path.parent)
+    index = path.with_name(_index_name(path))
+    if index.exists():
+        return headers.read_index(index)
+    there = {
+        int(other["index"]): file
+        for file in sorted(path.parent.glob("*.safetensors"))
+        if (other := SHARD.fullmatch(file.name)) and (other["stem"], other["count"]) == (match["stem"], match["count"])
+    }
+    weights = headers.read_weights(there.values(), path.parent)
+    if lacking := int(match["count"]) - len(there.keys() & set(range(1, int(match["count"]) + 1))):
+        weights.faults.append(f"{path} is one shard of {int(match['count'])}, and {lacking} are missing: download them")
+    return weights
 
 
 def _take(weights: Weights, path: Path, sources: Sources) -> None:

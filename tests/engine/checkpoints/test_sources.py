@@ -63,3 +63,17 @@ def test_a_tokenizer_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
         f"{tmp_path / 'tokenizer.json'} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
     ]
     assert "tokenizer.json" in found.lacking()
+
+
+def test_shards_without_their_index_are_read_together(tmp_path: Path) -> None:
+    for number in (1, 2):
+        tensors = {f"blocks.{number}.cross_attn.q.weight": torch.ones(2, 2)}
+        save_file(tensors, tmp_path / f"dit-{number:05}-of-00002.safetensors")
+    for place in (tmp_path, tmp_path / "dit-00002-of-00002.safetensors"):
+        found = sources.find(place)
+        assert len(found.parts["dit"].entries) == 2 and not found.parts["dit"].faults and not found.faults
+    (tmp_path / "dit-00001-of-00002.safetensors").unlink()
+    faults = sources.find(tmp_path).parts["dit"].faults
+    assert faults == [
+        f"{tmp_path / 'dit-00002-of-00002.safetensors'} is one shard of 2, and 1 are missing: download them"
+    ]
