@@ -20,6 +20,7 @@ from websockets.frames import Frame
 from websockets.http11 import Request
 
 from server.errors import ApiError
+from server.rate_limit import TokenBucket
 
 ABORT = "livereel.abort"
 """ASGI extension that these protocols offer: drops the connection at once, over HTTP with a reset."""
@@ -230,8 +231,15 @@ def network(host: str) -> str | None:
     return str(ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False))
 
 
+MAX_FRAMES_PER_MINUTE = 600
+"""Frames of any kind that a WebSocket's peer may send at once, and then a minute: a ping a second leaves room."""
+FLOOD_CLOSE_SECONDS = 1.0
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket protocol with limits for peers that do not read, or that send what is costly to handle."""
+
+    _frames: TokenBucket | None = None
 
     def handle_connect(self, event: Request) -> None:
         """Add the `ABORT` extension: closing would wait for the peer to read."""
@@ -243,15 +251,49 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Send a pong, unless unread pongs pile up because the peer does not read."""
         if self.transport.get_write_buffer_size() > MAX_PONG_BYTES:
             self.transport.abort()
-        else:
+        elif self._takes_frame():
             super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Take the answer to a ping."""
+        if self._takes_frame():
+            super().handle_pong(event)
+
+    def handle_text(self, event: Frame) -> None:
+        """Receive a text, or its first fragment."""
+        if self._takes_frame():
+            super().handle_text(event)
+
+    def handle_bytes(self, event: Frame) -> None:
+        """Receive a binary message, or its first fragment."""
+        if self._takes_frame():
+            super().handle_bytes(event)
 
     def handle_cont(self, event: Frame) -> None:
         """Receive a further fragment, unless the message has too many."""
         if len(self.frames) >= MAX_FRAGMENTS:
             self.transport.abort()
-        else:
+        elif self._takes_frame():
             super().handle_cont(event)
+
+    def _takes_frame(self) -> bool:
+        """Count a frame of the peer. False if it sends too many: the connection then closes with 1008 (RFC 6455).
+
+        Viewers have nothing to send, and each frame costs time of the event loop that all streams share.
+        """
+        if self._frames is None:
+            self._frames = TokenBucket(MAX_FRAMES_PER_MINUTE, self.loop.time())
+        if self.transport.is_closing():
+            return False
+        if self._frames.take(self.loop.time()) == 0:
+            return True
+        if not self.close_sent:
+            self.conn.send_close(1008, "too many messages")
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+        self.transport.close()
+        self.loop.call_later(FLOOD_CLOSE_SECONDS, self.transport.abort)  # the peer may read nothing
+        return False
 
     def send_receive_event_to_app(self) -> None:
         """Pass a message on; text that is not UTF-8 closes the connection with 1007 (RFC 6455, section 8.1).

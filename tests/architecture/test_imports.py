@@ -113,7 +113,7 @@ ALLOWED: dict[str, Rule] = {
     "server.tracing": rule("opentelemetry server.errors server.media.frames"),
     "server.sandbox": rule(),
     "server.config": rule("server.auth.keys server.egress.destination server.library.store server.options"),
-    "server.protocols": rule("h11 starlette uvicorn websockets server.errors"),
+    "server.protocols": rule("h11 starlette uvicorn websockets server.errors server.rate_limit"),
     # the rooms
     "server.backends": rule("PIL msgspec zmq engine.wire server.aio"),
     "server.uploads": rule("PIL av server.errors server.sandbox"),

@@ -89,3 +89,25 @@ async def test_text_that_is_not_utf8_closes_the_socket_and_logs_nothing(
         await asyncio.wait_for(socket.wait_closed(), 10)
         assert socket.close_code == 1007
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+@pytest.mark.parametrize("kind", ["ping", "pong", "text", "fragment"])
+async def test_a_flood_of_frames_closes_the_socket_and_harms_nobody(run_gateway: Start, kind: str) -> None:
+    """RFC 6455, section 7.4.1: 1008. A ping a second and the events of other viewers go on."""
+    frame = {"ping": 0x89, "pong": 0x8A, "text": 0x81, "fragment": 0x01}[kind]
+    async with run_gateway() as gateway:
+        stream = await gateway.live()
+        watching = asyncio.create_task(gateway.watch(stream, until=lambda seen: len(seen.frames) > 40))
+        async with gateway.connect(stream, "?format=events") as socket:
+            assert socket.transport is not None
+            for _ in range(5):
+                await (await socket.ping())
+            flood = bytes([frame, 0x81, 0, 0, 0, 0, 0x61]) + bytes([0x80, 0x80, 0, 0, 0, 0]) * (kind == "fragment")
+            with contextlib.suppress(OSError):
+                socket.transport.write(flood * (protocols.MAX_FRAMES_PER_MINUTE + 10))
+            async with asyncio.timeout(10):
+                await socket.wait_closed()
+            assert socket.close_code in (1008, 1006)  # TCP may drop the frame together with what nobody reads
+        await gateway.until(lambda: gateway.stream_of(stream).audience.watching == 1)
+        seen = await watching
+        assert not seen.of("stall") and seen.close_code is None
