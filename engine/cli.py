@@ -169,6 +169,13 @@ def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> 
         found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
     else:
         try:
+            names = wan.plain(found)
+        except StoreError as error:
+            return [*faults, f"{part}: {error}"]
+        if names.scales:
+            layout = f"{len(names.scales)} low-bit weights with scales"
+        found = {bare: found[name] for bare, name in names.native.items()}
+        try:
             places = layouts.RENAME[part](found)
         except (StoreError, ValueError) as error:
             return [*faults, f"{part}: {error}"]

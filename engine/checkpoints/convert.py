@@ -21,8 +21,12 @@ SHARD_BYTES = 4 << 30
 DTYPES = {name: dtype for dtype, name in store.DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
 }
 LOW_BIT = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8}
+
+BLOCK = 128
+"""Side of the square blocks that share a scale."""
 
 Found = Mapping[str, StoredTensor]
 """A checkpoint's tensors under its own names."""
@@ -50,8 +54,16 @@ def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
     return found
 
 
+def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
 def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
-    """stored * scale in float32: scale has one element, or one for each row of stored [rows, ...]."""
+    """stored * scale in float32: scale has one element, one for each row of stored [rows, ...], or one for each block
+    of `BLOCK` x `BLOCK`."""
+    if scale.ndim == 2 and stored.ndim == 2 and scale.shape == _blocks(stored.shape) and scale.numel() > 1:
+        spread = scale.float().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return stored.float() * spread[: stored.shape[0], : stored.shape[1]]
     return QuantTensor(stored, scale.float().reshape(-1, *[1] * (stored.ndim - 1))).dequantise()
 
 
@@ -90,14 +102,15 @@ def _scale(ours: str, names: wan.Names, found: Found) -> StoredTensor | None:
     if ours in names.scales:
         scale = found[names.scales[ours]]
         elements = torch.Size(scale.shape).numel()
-        if weight.dtype not in LOW_BIT or elements not in (1, weight.shape[0]):
+        fits = elements == 1 or scale.shape in ((weight.shape[0],), (weight.shape[0], 1), _blocks(weight.shape))
+        if weight.dtype not in LOW_BIT or not fits:
             raise StoreError(
                 f"{names.scales[ours]} has {elements} elements for a weight {weight.dtype} {list(weight.shape)}: only "
-                f"one scale, or one for each row, of a float8 or int8 weight is known"
+                f"one scale, or one for each row or block of {BLOCK} x {BLOCK}, of a float8 or int8 weight is known"
             )
         return scale
     # float8 without any scale in the whole checkpoint is a plain cast; one missing scale is a damaged checkpoint
-    if weight.dtype == torch.int8 or (weight.dtype in LOW_BIT and names.scales):
+    if weight.dtype in (torch.int8, torch.uint8) or (weight.dtype in LOW_BIT and names.scales):
         raise StoreError(f"{names.native[ours]} is {weight.dtype} and has no scale beside it ({', '.join(wan.SCALES)})")
     return None
 
@@ -136,6 +149,7 @@ def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tu
     """(recognised layout, our tensors) of one network. Raises StoreError if they do not fit the preset."""
     if part == "dit":
         return dit_tensors(preset.dit, found, adapt)
+    found = _plain(found)
     try:
         ours = renamed(found, layouts.RENAME[part](found), halve=part == "text_encoder")
     except ValueError as error:
@@ -145,6 +159,16 @@ def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tu
     if differences := wan.compare(wanted, shapes):
         raise StoreError(f"the {part} is not {preset.name}'s: " + "; ".join(wan.sentences(differences)))
     return "renamed", {name: _last_rows(ours[name], shape) for name, shape in wanted.items()}
+
+
+def _plain(found: Found) -> Found:
+    """Tensors without the prefixes of wrappers, each multiplied by its scale when it is read."""
+    names = wan.plain(found)
+    scales = {bare: _scale(bare, names, found) for bare in names.native}
+    return {
+        bare: found[name] if (scale := scales[bare]) is None else _served(bare, found[name], scale, None)
+        for bare, name in names.native.items()
+    }
 
 
 def _last_rows(tensor: StoredTensor, shape: wan.Shape) -> StoredTensor:

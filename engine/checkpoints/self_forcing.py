@@ -72,10 +72,9 @@ def _chosen(content: Mapping[object, object], generator: str, path: Path) -> tup
         else:
             if keys:
                 return _tensors(content, path), ".".join(keys)  # names what is no tensor
-            known = ", ".join((*GENERATORS, *CONTAINERS))
+            known = ", ".join((*CONTAINERS, *GENERATORS))
             raise StoreError(
-                f"{path} has none of {known} among its keys with tensors in it: "
-                f"{', '.join(map(repr, list(content)[:10]))}"
+                f"{path} has no network under any of {known} among its keys: {', '.join(map(repr, list(content)[:10]))}"
             )
     return _tensors(content, path), ".".join(keys)
 

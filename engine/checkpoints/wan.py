@@ -4,7 +4,7 @@ Ours are the original Wan's. Also supported are diffusers' names, the prefixes o
 float8 weights.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 Layout = Literal["original", "diffusers"]
 
 WRAPPERS = {
-    "model", "module", "net", "diffusion_model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+    "transformer", "dit", "vae", "model", "module", "net", "diffusion_model",
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 }  # fmt: skip
 
 FROM_DIFFUSERS = {
@@ -44,10 +45,11 @@ FROM_DIFFUSERS_BLOCK = {
 IMAGE_PARTS = ("img_emb.", "image_embedder.", "k_img", "v_img", "norm_added_k", "add_k_proj", "add_v_proj")
 """Only image-to-video checkpoints have these."""
 
-SCALES = ("weight_scale", "scale_weight")
-"""Names of a float8 weight's scale, weight = stored * scale: of Hugging Face and vLLM, and of ComfyUI."""
-UNUSED = ("input_scale", "scale_input", "scaled_fp8")
-"""Scales of activations, and ComfyUI's marker: not needed for weights in bfloat16."""
+SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+"""Names of a float8 weight's scale, weight = stored * scale: of Hugging Face and vLLM, of ComfyUI, and of DeepSeek's
+blocks of 128 x 128, which, despite the name, are multiplied too."""
+UNUSED = ("input_scale", "scale_input", "scaled_fp8", "spiece_model")
+"""Scales of activations, ComfyUI's marker and its copy of the tokenizer: not needed for weights in bfloat16."""
 
 
 def tensors(config: DiTConfig) -> dict[str, Shape]:
@@ -148,12 +150,26 @@ def to_native(names: Iterable[str]) -> Names:
             f"weights"
         )
     layout = layout_of(stripped.values())
+    return _matched(stripped, layout, _from_diffusers if layout == "diffusers" else str)
+
+
+def plain(names: Iterable[str]) -> Names:
+    """The names of another network without wrappers, its scales apart. Raises as `to_native` does."""
+    return _matched({name: unwrapped(name) for name in names}, "original", str)
+
+
+def _matched(stripped: Mapping[str, str], layout: Layout, rename: Callable[[str], str]) -> Names:
     native: dict[str, str] = {}
     scales: dict[str, str] = {}
     for name, bare in stripped.items():
+        if bare.rpartition(".")[2] == "comfy_quant":
+            raise StoreError(
+                f"{name} marks ComfyUI's mixed formats, which are not read: get the weights in bfloat16, or in float8 "
+                f"with `scale_weight`"
+            )
         if bare.rpartition(".")[2] in UNUSED:
             continue
-        ours = _from_diffusers(bare) if layout == "diffusers" else bare
+        ours = rename(bare)
         module, _, attribute = ours.rpartition(".")
         place, ours = (scales, f"{module}.weight") if attribute in SCALES else (native, ours)
         if ours in place:

@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from engine import cli as commands
 from engine.checkpoints import layouts, sources, store, wan, wan_vae
-from engine.checkpoints.convert import convert, dequantise, load_dit, renamed
+from engine.checkpoints.convert import _network, convert, dequantise, load_dit, renamed
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
@@ -175,6 +175,35 @@ def test_scales_multiply() -> None:
         [20.0, 40.0],
         [600.0, 800.0],
     ]
+
+
+def test_blocks_of_float8_share_a_scale() -> None:
+    """DeepSeek's `weight_scale_inv`: 128 x 128, the last blocks smaller; multiplied."""
+    stored_, scale = torch.ones(130, 300).to(torch.float8_e4m3fn), torch.arange(1.0, 7.0).reshape(2, 3)
+    found = dequantise(stored_, scale)
+    assert found.shape == (130, 300)
+    assert [found[row, column].item() for row in (127, 128) for column in (127, 128, 256)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_text_encoder_in_float8_is_multiplied_by_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's file: scales, a marker, a copy of the tokenizer, here under a wrapper's prefix."""
+    sizes = TextConfig(vocab_size=64, dim=16, ffn_dim=32, num_heads=2, head_dim=8, num_layers=1, length=9)
+    expected = {name: torch.ones(shape) for name, shape in layouts.text_encoder(sizes).items()}
+    monkeypatch.setattr(layouts, "expected", lambda preset: {"text_encoder": layouts.text_encoder(sizes)})
+    file = {f"module.{name.replace('umt5.', 'encoder.')}": value for name, value in expected.items()}
+    wo = "module.encoder.block.0.layer.1.DenseReluDense.wo"
+    file[f"{wo}.weight"] = (file[f"{wo}.weight"] * 2).to(torch.float8_e4m3fn)
+    file |= {
+        f"{wo}.scale_weight": torch.tensor(0.5),
+        "scaled_fp8": torch.zeros(0),
+        "spiece_model": torch.ones(9).byte(),
+    }
+    found = _network("text_encoder", PRESET, {n: store.StoredTensor.of(x) for n, x in file.items()}, None)[1]
+    for name, value in expected.items():
+        assert torch.equal(found[name].read().float(), value), name
+    file[f"{wo}.comfy_quant"] = torch.ones(9).byte()
+    with pytest.raises(StoreError, match=r"wo\.comfy_quant marks ComfyUI's mixed formats.*get the weights in bfloat16"):
+        _network("text_encoder", PRESET, {n: store.StoredTensor.of(x) for n, x in file.items()}, None)
 
 
 class Payload:
