@@ -192,6 +192,9 @@ def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -
         if kind is None or kind in seen:
             say(f"not used: {path} ({f'there is another {kind}' if kind else 'no network that is known here'})")
             continue
+        if kind == "light_vae" and (fault := sources.raw_latents_fault(path)):
+            say(f"not used: {fault}")
+            continue
         if zeros := _zeros(tensors):
             say(f"not used: {path} holds zeros instead of weights, {zeros} for one: download it again")
             continue

@@ -133,8 +133,9 @@ _PREFIX = re.compile(
 )
 _WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _ENDING = re.compile(
-    r"\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.[^.]+)??\.(?P<what>weight|bias)"
-    r"$|\.(?P<other>alpha|diff|diff_b|diff_m)$"
+    r"(?:\.(?:(?P<down>lora_A|lora_down|lora\.down|lora_linear_layer\.down)"
+    r"|(?P<up>lora_B|lora_up|lora\.up|lora_linear_layer\.up))|_lora\.(?:(?P<down_>down)|(?P<up_>up)))"
+    r"(?:(?:\.[^.]+)??\.(?P<what>weight|bias))?$|\.(?P<other>alpha|diff|diff_b|diff_m)$"
 )
 _UNSUPPORTED = {
     "hada_": "LoHa",
@@ -213,17 +214,21 @@ def parse(name: str, tensors: Mapping[str, Any], shapes: Shapes, settings: Mappi
             raise StoreError(f"LoRA {name}: {key} is not a tensor of a LoRA")
         if not torch.isfinite(value.float()).all():
             raise StoreError(f"LoRA {name}: {key} has values that are not finite: the file is damaged")
-        module = _module(key[: ending.start()], spellings)
+        stem, other = key[: ending.start()], ending["other"]
+        if other == "diff" and stem.endswith(".modulation"):
+            stem, other = stem.removesuffix(".modulation"), "diff_m"
+        down = ending["down"] or ending["down_"]
+        module = _module(stem, spellings)
         if module is None:
             raise StoreError(f"LoRA {name}: {key} names a layer that this model lacks: it is for another model")
-        other, what = ending["other"], ending["what"]
+        what = ending["what"]
         if other in ("diff", "diff_b", "diff_m"):
             parameter = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}[other]
             place(f"{module}.{parameter}", value, key)
             continue
         part = parts.setdefault(module, _Parts())
-        field = "alpha" if other else "bias" if what == "bias" else "down" if ending["down"] else "up"
-        if getattr(part, field) is not None or (field == "bias" and ending["down"]):
+        field = "alpha" if other else "bias" if what == "bias" else "down" if down else "up"
+        if getattr(part, field) is not None or (field == "bias" and down):
             raise StoreError(f"LoRA {name}: {key} is there twice: keep one adapter in the file")
         if field == "alpha" and value.numel() != 1:
             raise StoreError(f"LoRA {name}: {key} must be one number, not {list(value.shape)}")
@@ -245,7 +250,8 @@ def _module(prefixed: str, spellings: Mapping[str, str]) -> str | None:
     while rest not in spellings:
         match = _PREFIX.match(rest)
         if match is None:
-            return None
+            # kohya's underscores up to a block's number, then dots
+            return spellings.get(rest.replace(".", "_"))
         rest = rest[match.end() :]
     return spellings[rest]
 

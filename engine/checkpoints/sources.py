@@ -102,6 +102,10 @@ def find(path: Path) -> Sources:
         sources.set_tokenizer(path)
     elif _is_pickle(path) and path.exists():
         sources.pickles.append(path)
+    elif path.suffix == ".gguf" and path.exists():
+        raise StoreError(
+            f"{path} is a GGUF file, which is not read: get the weights as safetensors, float8 or bfloat16"
+        )
     elif path.exists():
         raise StoreError(f"{path} is neither a folder nor a .safetensors, {', '.join(PICKLES)} file")
     else:
@@ -166,6 +170,15 @@ def _look_into(folder: Path, sources: Sources) -> None:
             )
         else:
             sources.pickles.append(file)
+    sources.unused += sorted(folder.glob("*.gguf"))
+
+
+def raw_latents_fault(path: Path) -> str | None:
+    """LightX2V's `lighttae...` has the names and shapes of TAEHV's decoder, but takes latents that are not normalised:
+    only the file's name tells them apart."""
+    if not path.name.lower().startswith("lighttae"):
+        return None
+    return f"{path} is LightX2V's light decoder for raw latents, which is not served: get TAEHV's taew2_1 instead"
 
 
 def _is_pickle(path: Path) -> bool:
@@ -198,7 +211,9 @@ def _read_file(path: Path) -> Weights:
 
 def _take(weights: Weights, path: Path, sources: Sources) -> None:
     part = kind(weights.entries)
-    if part is not None:
+    if part == "light_vae" and (fault := raw_latents_fault(path)):
+        sources.faults.append(fault)
+    elif part is not None:
         sources.add(part, weights)
     elif weights.faults:
         sources.faults += weights.faults

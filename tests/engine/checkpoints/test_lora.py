@@ -91,6 +91,30 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         written(lambda n: f"lora_unet_{diffusers_name(n).replace('.', '_')}", "lora_down", "lora_up", alpha=True),
         {},
     ),
+    "kohya, underscores then dots": (
+        written(
+            lambda n: "lora_unet_" + n.replace("blocks.", "blocks_").replace("embedding.", "embedding_"),
+            "lora_down",
+            "lora_up",
+            alpha=True,
+        ),
+        {},
+    ),
+    "diffusers, lora_linear_layer": (
+        written(diffusers_name, "lora_linear_layer.down", "lora_linear_layer.up", alpha=True),
+        {},
+    ),
+    "diffusers, _lora": (
+        {
+            k.replace(".lora.", "_lora."): v
+            for k, v in written(diffusers_name, "lora.down", "lora.up", alpha=True).items()
+        },
+        {},
+    ),
+    "without .weight": (
+        {k.removesuffix(".weight"): v for k, v in written(str, "lora_A", "lora_B", alpha=True).items()},
+        {},
+    ),
     "longlive": (
         {
             "generator_lora": written(
@@ -129,6 +153,11 @@ def test_scale() -> None:
     assert scale() == 1.0  # LongLive: alpha is the rank
     assert scale(lora_alpha=4) == 2.0
     assert scale(lora_alpha=4, use_rslora=True) == pytest.approx(4 / RANK**0.5)
+
+
+def test_a_difference_may_name_the_modulation() -> None:
+    lora = parse("style", {"blocks.0.modulation.diff": torch.ones(1, 6, 8)}, SHAPES)
+    assert lora.differences.keys() == {"blocks.0.modulation"}
 
 
 def test_plain_differences() -> None:

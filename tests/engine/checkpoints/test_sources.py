@@ -77,3 +77,16 @@ def test_shards_without_their_index_are_read_together(tmp_path: Path) -> None:
     assert faults == [
         f"{tmp_path / 'dit-00002-of-00002.safetensors'} is one shard of 2, and 1 are missing: download them"
     ]
+
+
+def test_gguf_and_a_decoder_of_raw_latents_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(StoreError, match=r"x\.gguf is a GGUF file, which is not read: get the weights as safetensors"):
+        sources.find(tmp_path / "x.gguf")
+    with pytest.raises(StoreError, match=r"only .*x\.gguf"):
+        sources.find(tmp_path)
+    for name, faults in (("taew2_1", 0), ("lighttaew2_1", 1)):
+        save_file({"decoder.1.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+        found = sources.find(tmp_path / f"{name}.safetensors")
+        assert len(found.faults) == faults and ("light_vae" in found.parts) == (not faults)
+    assert "raw latents, which is not served: get TAEHV's taew2_1" in found.faults[0]
