@@ -19,9 +19,10 @@ from pathlib import Path
 from msgspec import structs
 
 from engine import wire
+from server import temporary
 from server.aio import first_of
 from server.backends.base import Deliver, EngineLost, Health
-from server.backends.process import EngineProcess
+from server.backends.process import TEMPORARY, EngineProcess
 from server.backends.restart import RestartPolicy
 
 logger = logging.getLogger("livereel.engine")
@@ -112,6 +113,7 @@ class LocalBackend:
 
     async def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
+        temporary.remove_abandoned(TEMPORARY)
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     def send(self, message: wire.ToEngine) -> None:

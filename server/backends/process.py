@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -27,9 +26,12 @@ import zmq
 import zmq.asyncio
 
 from engine import wire
+from server import temporary
 
 logger = logging.getLogger("livereel.engine")
 
+TEMPORARY = "livereel-engine-"
+"""What the names of the sockets' folders begin with."""
 STOP_SECONDS = 3.0
 """From `wire.Shutdown` to SIGTERM, and from SIGTERM to SIGKILL."""
 STDERR = 2
@@ -55,7 +57,7 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._send_failed = asyncio.Event()
         self._ring: wire.Ring | None = None
-        self._directory = Path(tempfile.mkdtemp(prefix="livereel-"))  # mode 0700
+        self._directory, self._lock = temporary.make(TEMPORARY)
         self._context = zmq.asyncio.Context()
         self._memory = -1
 
@@ -140,8 +142,14 @@ class EngineProcess:
 
     def unlink_socket(self) -> None:
         """Remove the socket's folder once the engine has connected: nobody else can connect, and a gateway that is
-        killed leaves no folder behind."""
+        killed leaves no folder behind. One that is killed before leaves it to the next server."""
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def allocate_ring(self, models: Sequence[wire.ModelInfo]) -> wire.Layout:
         """Size the shared memory for these models. Raises OSError, ValueError, OverflowError."""
@@ -219,7 +227,7 @@ class EngineProcess:
             if self._memory >= 0:
                 os.close(self._memory)
                 self._memory = -1
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._remove_directory()
 
 
 def _single_part(parts: list[bytes]) -> bytes:

@@ -8,18 +8,17 @@ client.
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from server import temporary
 from server.errors import ApiError
 from server.library.film_clock import FilmClock
 
@@ -27,7 +26,6 @@ logger = logging.getLogger("livereel.store")
 R = TypeVar("R", bound=msgspec.Struct)
 
 RECORD = ".json"
-LOCK = "lock"
 TEMPORARY = "livereel-data-"
 RECORD_SPARE = 512
 """Blanks after a record, whose room a later record takes when the disk is full."""
@@ -53,19 +51,6 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"data {folder} is open to other users: chmod 700 {folder}")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise ValueError(f"data {folder} cannot be read and written: chmod 700 {folder}")
-
-
-def remove_abandoned() -> None:
-    """Remove temporary data folders of servers that were killed, which are those that nobody holds a lock on."""
-    for folder in Path(tempfile.gettempdir()).glob(TEMPORARY + "*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if os.fstat(lock).st_uid == folder.stat().st_uid == os.getuid():
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def out_of_space(error: BaseException) -> bool:
@@ -105,16 +90,14 @@ class Store:
         if self._lock >= 0:
             return
         if self._folder is None:
-            remove_abandoned()
-            self._folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))  # mode 0700
-        self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
-        self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = -1
-            raise OSError(f"data {self._folder} is in use by another server") from None
+            temporary.remove_abandoned(TEMPORARY)
+            self._folder, self._lock = temporary.make(TEMPORARY)
+        else:
+            self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+            try:
+                self._lock = temporary.lock(self._folder)
+            except BlockingIOError:
+                raise OSError(f"data {self._folder} is in use by another server") from None
         self.clock = FilmClock(os.pread(self._lock, 1000, 0))
         self.save_clock()
         self.measure()
@@ -202,7 +185,7 @@ class Store:
         if listed and (self._names is None or path.name in self._names):
             return False
         try:
-            return not path.exists() and (self._root / LOCK).exists()
+            return not path.exists() and (self._root / temporary.LOCK).exists()
         except OSError:
             return False
 

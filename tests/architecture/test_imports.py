@@ -115,7 +115,7 @@ ALLOWED: dict[str, Rule] = {
     "server.config": rule("server.auth.keys server.egress.destination server.library.store server.options"),
     "server.protocols": rule("h11 starlette uvicorn websockets server.errors server.rate_limit"),
     # the rooms
-    "server.backends": rule("PIL msgspec zmq engine.wire server.aio"),
+    "server.backends": rule("PIL msgspec zmq engine.wire server.aio server.temporary"),
     "server.uploads": rule("PIL av server.errors server.sandbox"),
     "server.media": rule(
         "PIL aioice aiortc av engine.wire server.aio server.errors server.library.recording_writer server.metrics "
@@ -123,7 +123,8 @@ ALLOWED: dict[str, Rule] = {
     ),
     "server.library": rule(
         "PIL av msgspec engine.wire server.aio server.auth.keys server.backends.base server.errors server.library.clip "
-        "server.media server.metrics server.streams.admission server.streams.engine_link server.streams.vocabulary"
+        "server.media server.metrics server.streams.admission server.streams.engine_link server.streams.vocabulary "
+        "server.temporary"
     ),
     "server.streams": rule(
         "msgspec engine.wire server.aio server.auth.keys server.backends.base server.config server.errors "
