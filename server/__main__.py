@@ -31,6 +31,8 @@ KEEP_ALIVE_SECONDS = 20
 that sends a request just as the server closes the connection gets a reset instead of a response."""
 SEND_BUFFER_BYTES = 256 * 1024
 """The kernel's send buffer per connection. Data in it can no longer be dropped, so it adds latency for slow viewers."""
+LISTEN_BACKLOG = 2048
+"""Connections that wait to be accepted, at most."""
 MAX_OPEN_FILES = 16_384
 """Each connection takes one, and each WebRTC viewer one for every address of this machine."""
 
@@ -44,6 +46,12 @@ class Server(uvicorn.Server):
         self._streams = streams
         self._drain_seconds = drain_seconds
         self._draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with a queue of connections that the system keeps until they are accepted."""
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(LISTEN_BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM starts draining; SIGINT, or a second signal, ends the streams now; one more skips the shutdown.
@@ -91,6 +99,7 @@ def uvicorn_config(config: Config, backend: Backend, tracing: Tracing | None = N
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
+        backlog=protocols.ACCEPTS_PER_TURN,  # `Server.startup` makes the system's queue longer
         proxy_headers=False,  # `ProxyMiddleware` reads them
         forwarded_allow_ips=[*config.trusted_proxies],
         log_config=None,

@@ -9,6 +9,8 @@ import contextlib
 import functools
 import ipaddress
 import json
+import os
+import resource
 import socket
 import struct
 
@@ -40,6 +42,12 @@ MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_PEER = 64
 """Per IPv4 address or IPv6 /64. This machine and trusted proxies are exempt: they serve many peers."""
 
+RESERVED_DESCRIPTORS = 96
+"""Descriptors that no connection takes, or a quarter of all where few are allowed: engine processes, films and WebRTC
+need some, and libzmq ends the process when it has none left."""
+ACCEPTS_PER_TURN = 8
+"""Connections that are accepted before the first of them is refused: far fewer than are reserved."""
+
 MAX_PONG_BYTES = 1 << 20
 MAX_FRAGMENTS = 64
 """Per message. Empty fragments cost memory but do not count towards the size limit."""
@@ -63,7 +71,7 @@ class HttpProtocol(H11Protocol):
             await app(scope, receive, send)
 
         self.app = with_abort
-        if too_many_connections(self):
+        if too_many_connections(self) or takes_reserve(transport.get_extra_info("socket").fileno()):
             self._refuse(503, "too_many_connections", "There are too many connections: try again soon.")
         else:
             self._await(self)
@@ -202,6 +210,25 @@ def too_many_connections(protocol: H11Protocol) -> bool:
     if own is None or protocol.client is None or is_proxy(protocol.client[0], trusted):
         return False
     return sum(peer(getattr(other, "client", None)) == own for other in protocol.connections) > MAX_CONNECTIONS_PER_PEER
+
+
+def takes_reserve(descriptor: int) -> bool:
+    """Whether a descriptor that was just opened is one of those that are reserved.
+
+    The system gives the lowest that is free, so all below it are in use.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit != resource.RLIM_INFINITY and descriptor >= limit - min(RESERVED_DESCRIPTORS, limit // 4)
+
+
+def descriptors_are_short() -> bool:
+    """Whether only reserved descriptors are left."""
+    try:
+        descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    os.close(descriptor)
+    return takes_reserve(descriptor)
 
 
 @functools.lru_cache(MAX_CONNECTIONS * 2)

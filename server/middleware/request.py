@@ -21,6 +21,7 @@ from server.api.routing import base_url, methods_at, url_of
 from server.auth.access import Access
 from server.errors import ApiError, exhausted, request_id
 from server.logs import redact
+from server.protocols import descriptors_are_short
 from server.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            if scope["type"] == "http" and scope["method"] == "POST" and descriptors_are_short():
+                raise exhausted()  # what it makes could take the last ones
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             return  # the client left before its request was complete: nobody to answer, nothing to log

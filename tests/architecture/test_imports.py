@@ -141,8 +141,8 @@ ALLOWED: dict[str, Rule] = {
         "server.uploads"
     ),
     "server.middleware": rule(
-        "fastapi opentelemetry starlette server.api server.auth server.config server.errors server.logs server.streams "
-        "server.tracing server.uploads.queue"
+        "fastapi opentelemetry starlette server.api server.auth server.config server.errors server.logs "
+        "server.protocols server.streams server.tracing server.uploads.queue"
     ),
     "server.app": rule(
         "fastapi starlette server.api server.auth server.backends.base server.config server.egress server.metrics "
