@@ -57,9 +57,10 @@ def until(condition: Any, seconds: float = 10.0) -> None:
 
 def family(pid: int) -> list[int]:
     """The process and those that it has started."""
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # a task or the process has just ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
     return [pid, *(each for child in children for each in family(child))]
 
 
