@@ -262,7 +262,10 @@ async def test_a_stream_asked_for_before_the_engine_is_up(run_gateway: Any) -> N
         assert [event["state"] for event in seen.of("state")] == ["starting", "live", "ended"]
         assert (await gateway.get(stream))["width"] == 64
         ready = await gateway.http.get("/readyz")
-        assert (ready.status_code, ready.json()) == (200, {"ready": True, "reason": "ready"})
+        assert (ready.status_code, ready.json()) == (
+            200,
+            {"ready": True, "reason": "ready", "retry_in_s": 0.0},
+        )
 
 
 SCHEDULE = [
