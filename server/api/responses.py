@@ -14,9 +14,9 @@ from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from server.aio import first_of, open_in_thread
-from server.errors import ApiError, file_removed, not_found
+from server.errors import ApiError, exhausted, file_removed, not_found
 from server.library.mp4 import GrowingFile
-from server.protocols import ABORT
+from server.protocols import ABORT, descriptors_are_short
 
 READ_BYTES = 256 * 1024
 """How much of a growing file is read at a time."""
@@ -60,6 +60,8 @@ class GrowingFileResponse(LongLivedResponse):
         growth, position = self._growth, 0
         if not await growth.wait_beyond(0):
             raise not_found(self._kind)
+        if descriptors_are_short():
+            raise exhausted()  # each reader holds one as long as the film grows
         try:
             descriptor = await open_in_thread(partial(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC), os.close)
         except FileNotFoundError:

@@ -11,6 +11,7 @@ import pytest
 from starlette.responses import FileResponse
 
 from server.api.responses import LongLivedResponse, film_response
+from server.backends.fake import FakeBackend
 from server.errors import ApiError
 from server.library.mp4 import GrowingFile
 from server.protocols import ABORT
@@ -157,3 +158,13 @@ def test_a_complete_file_supports_ranges(tmp_path: Path) -> None:
     assert isinstance(response, FileResponse)
     assert response.headers["accept-ranges"] == "bytes"
     assert response.headers["content-disposition"] == 'attachment; filename="a.mp4"'
+
+
+async def test_readers_of_a_growing_film_leave_the_reserved_descriptors(
+    run_gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_gateway(FakeBackend(width=64, height=48, chunk_seconds=0.3)) as gateway:
+        made = (await gateway.http.post("/v1/videos", json={"prompt": "a", "seconds": 20})).json()
+        monkeypatch.setattr("server.api.responses.descriptors_are_short", lambda: True)
+        answer = await gateway.http.get(f"/v1/videos/{made['id']}/content")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "exhausted")
