@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from server.aio import first_of, open_in_thread
 from server.errors import ApiError, exhausted, file_removed, not_found
 from server.library.mp4 import GrowingFile
-from server.protocols import ABORT, descriptors_are_short
+from server.protocols import ABORT, takes_reserve
 
 READ_BYTES = 256 * 1024
 """How much of a growing file is read at a time."""
@@ -60,13 +60,13 @@ class GrowingFileResponse(LongLivedResponse):
         growth, position = self._growth, 0
         if not await growth.wait_beyond(0):
             raise not_found(self._kind)
-        if descriptors_are_short():
-            raise exhausted()  # each reader holds one as long as the film grows
         try:
             descriptor = await open_in_thread(partial(os.open, growth.path, os.O_RDONLY | os.O_CLOEXEC), os.close)
         except FileNotFoundError:
             raise file_removed() from None
         try:
+            if takes_reserve(descriptor):
+                raise exhausted()
             if not await self.start(scope, send):
                 return
             while await growth.wait_beyond(position):

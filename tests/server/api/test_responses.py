@@ -165,6 +165,6 @@ async def test_readers_of_a_growing_film_leave_the_reserved_descriptors(
 ) -> None:
     async with run_gateway(FakeBackend(width=64, height=48, chunk_seconds=0.3)) as gateway:
         made = (await gateway.http.post("/v1/videos", json={"prompt": "a", "seconds": 20})).json()
-        monkeypatch.setattr("server.api.responses.descriptors_are_short", lambda: True)
+        monkeypatch.setattr("server.api.responses.takes_reserve", lambda descriptor: True)
         answer = await gateway.http.get(f"/v1/videos/{made['id']}/content")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "exhausted")
