@@ -12,11 +12,13 @@ LOCK = "lock"
 
 def make(prefix: str) -> tuple[Path, int]:
     """A new folder (mode 0700) and the descriptor of its lock, which the caller closes. Raises OSError."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    # Under another name until it is locked: a server that is starting would take it for abandoned.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}"))
     try:
-        return folder, lock(folder)
+        descriptor = lock(hidden)
+        return hidden.rename(hidden.with_name(hidden.name[1:])), descriptor
     except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         raise
 
 

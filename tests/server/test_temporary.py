@@ -34,6 +34,21 @@ def test_what_is_in_use_stays_and_what_was_given_up_goes(tmp_path: Path) -> None
     os.close(lock)
 
 
+def test_a_folder_has_its_name_only_once_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that starts at this moment removes nothing."""
+    flock = temporary.fcntl.flock
+
+    def start_another(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(temporary.fcntl, "flock", flock)
+        temporary.remove_abandoned(PREFIX)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(temporary.fcntl, "flock", start_another)
+    folder, lock = temporary.make(PREFIX)
+    assert folder.parent == tmp_path and folder.name.startswith(PREFIX) and (folder / temporary.LOCK).exists()
+    os.close(lock)
+
+
 def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
     program = (
         f"import os, tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
