@@ -250,7 +250,7 @@ DIT_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_di
 
 FOUR_STEPS = (1000, 750, 500, 250)
 
-# Where the weights are published. Sources: the download instructions of their authors' READMEs, read in December 2026.
+# Where the weights are published, by their authors' READMEs as far as they were at hand. Not tried against the Hub.
 NOT_STATED = "not stated: see the repository"
 
 
