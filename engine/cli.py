@@ -154,34 +154,18 @@ def check(
 def _check_part(part: str, weights: Weights, expected: dict[str, wan.Shape]) -> list[str]:
     """Print a line about a network; returns its faults."""
     faults = list(weights.faults)
-    layout = "native layout" if weights.native else ""
     found = {name: entry.shape for name, entry in weights.entries.items()}
-    if part == "dit":
-        try:
-            names = wan.to_native(found)
-        except StoreError as error:
-            return [*faults, str(error)]
-        layout = layout or f"{names.layout} layout"
-        if names.scales:
-            layout += f", {len(names.scales)} low-bit weights with scales"
-        found = {ours: found[name] for ours, name in names.native.items()}
-    elif weights.native:
+    layout = "native layout"
+    if weights.native:
         found = {name: shape for name, shape in found.items() if not name.endswith("weight_scale")}
+        differences = wan.compare(expected, found)
     else:
         try:
-            names = wan.plain(found)
+            match = layouts.match(part, found, expected)
         except StoreError as error:
             return [*faults, f"{part}: {error}"]
-        if names.scales:
-            layout = f"{len(names.scales)} low-bit weights with scales"
-        found = {bare: found[name] for bare, name in names.native.items()}
-        try:
-            places = layouts.RENAME[part](found)
-        except (StoreError, ValueError) as error:
-            return [*faults, f"{part}: {error}"]
-        found = {ours: found[name] for name, ours in places.items()}
-    found = layouts.trim(part, found, expected)
-    faults += [f"{part}: {line}" for line in wan.sentences(wan.compare(expected, found))]
+        layout, differences = match.layout, match.differences
+    faults += [f"{part}: {line}" for line in wan.sentences(differences)]
     dtypes = Counter(entry.dtype for entry in weights.entries.values())
     described = [
         f"{weights.files[0].parent}: {', '.join(file.name for file in weights.files)}",

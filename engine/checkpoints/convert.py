@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoints import headers, layouts, sources, store, wan
-from engine.checkpoints.headers import StoreError, Weights, open_regular
+from engine.checkpoints.headers import Entry, StoreError, Weights, open_regular
 from engine.checkpoints.self_forcing import read_pickle
 from engine.checkpoints.store import StoredTensor
 from engine.config import Preset
@@ -22,6 +20,7 @@ DTYPES = {name: dtype for dtype, name in store.DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "U8": torch.uint8,
+    "Q8_0": torch.float32,  # as which it is read
 }
 LOW_BIT = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8}
 
@@ -36,22 +35,26 @@ Adapt = Callable[[str, Tensor], Tensor]
 
 def open_tensors(weights: Weights) -> dict[str, StoredTensor]:
     """The tensors of files whose headers were read. Raises StoreError for faulty files."""
-    handles: dict[Path, Any] = {}
-
-    def read(file: Path, name: str) -> Tensor:
-        if file not in handles:
-            handles[file] = safe_open(file, framework="pt")
-        try:
-            return handles[file].get_tensor(name)
-        except SafetensorError as error:
-            raise StoreError(f"{file}: {name} cannot be read: {error}") from None
-
     found = {}
     for name, entry in weights.sound().entries.items():
         if entry.dtype not in DTYPES:
             raise StoreError(f"{entry.file}: {name} is of type {entry.dtype}, which is no weight's")
-        found[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, partial(read, entry.file, entry.name))
+        found[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, partial(_read, entry))
     return found
+
+
+def _read(entry: Entry) -> Tensor:
+    """A tensor of a file; Q8_0 as float32."""
+    data = torch.empty(entry.bytes, dtype=torch.uint8)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(data.numpy().data) != entry.bytes:
+            raise StoreError(f"{entry.file} changed while it was read: try again")
+    if entry.dtype == "Q8_0":
+        blocks = data.reshape(-1, 34)
+        scales, values = blocks[:, :2].clone().view(torch.float16), blocks[:, 2:].view(torch.int8)
+        return (values.float() * scales.float()).reshape(entry.shape)
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
@@ -67,37 +70,41 @@ def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
     return QuantTensor(stored, scale.float().reshape(-1, *[1] * (stored.ndim - 1))).dequantise()
 
 
-def dit_tensors(config: DiTConfig, found: Found, adapt: Adapt | None = None) -> tuple[str, Found]:
-    """(layout, `CausalWan`'s tensors) of a checkpoint: matrices bfloat16, everything else float32.
+def network(
+    part: str, found: Found, wanted: Mapping[str, wan.Shape], model: str, adapt: Adapt | None = None
+) -> tuple[str, Found]:
+    """(recognised layout, our tensors) of one network of a checkpoint.
+
+    Of the transformer, the text encoder and whatever has scales, matrices become bfloat16 and everything else float32;
+    the VAEs keep their types.
+
+    Args:
+        wanted: names and shapes of our tensors.
+        model: the preset, for messages.
 
     Raises:
         StoreError: a tensor is missing, unexpected, misshaped, or in low-bit without a scale; each is named.
     """
-    names = wan.to_native(found)
-    differences = wan.compare(wan.tensors(config), {ours: found[name].shape for ours, name in names.native.items()})
-    if differences:
-        raise StoreError("the tensors are not this model's: " + "; ".join(wan.sentences(differences)))
-    return f"{names.layout} layout", {
-        ours: _served(ours, found[names.native[ours]], _scale(ours, names, found), adapt)
-        for ours in wan.tensors(config)
+    match = layouts.match(part, {name: tensor.shape for name, tensor in found.items()}, wanted)
+    if match.differences:
+        raise StoreError(f"the {part} is not {model}'s: " + "; ".join(wan.sentences(match.differences)))
+    scales = {ours: _scale(ours, match, found) for ours in wanted}
+    return match.layout or "renamed", {
+        ours: _shaped(found[match.native[ours]], shape)
+        if part in ("vae", "light_vae") and scales[ours] is None
+        else _served(ours, _shaped(found[match.native[ours]], shape), scales[ours], adapt)
+        for ours, shape in wanted.items()
     }
 
 
-def renamed(found: Found, names: Mapping[str, str], *, halve: bool) -> Found:
-    """Tensors under our names, for networks that need nothing else.
-
-    Args:
-        names: the checkpoint's name -> ours; if two mean the same tensor, the first is used.
-        halve: store matrices as bfloat16 and vectors as float32; otherwise keep every dtype.
-    """
-    chosen: dict[str, StoredTensor] = {}
-    for name, ours in names.items():
-        tensor = found[name]
-        chosen.setdefault(ours, _served(ours, tensor, None, None) if halve else tensor)
-    return chosen
+def _shaped(tensor: StoredTensor, shape: wan.Shape) -> StoredTensor:
+    """A tensor that fits `shape` by `layouts.match`, in that shape: its last rows, or all of it."""
+    if tensor.shape == shape:
+        return tensor
+    return StoredTensor(tensor.dtype, shape, lambda: tensor.read().reshape(-1, *shape[1:])[-shape[0] :])
 
 
-def _scale(ours: str, names: wan.Names, found: Found) -> StoredTensor | None:
+def _scale(ours: str, names: layouts.Match, found: Found) -> StoredTensor | None:
     weight = found[names.native[ours]]
     if ours in names.scales:
         scale = found[names.scales[ours]]
@@ -141,40 +148,8 @@ def load_dit(paths: Sequence[Path], config: DiTConfig) -> dict[str, Tensor]:
     if "dit" not in found.parts:
         pickles = f"; {found.pickles[0]} is a pickle: run `python -m engine convert` first" if found.pickles else ""
         raise StoreError(f"no transformer in {', '.join(map(str, paths))}{pickles}")
-    _, tensors = dit_tensors(config, open_tensors(found.parts["dit"]))
+    _, tensors = network("dit", open_tensors(found.parts["dit"]), wan.tensors(config), "this model")
     return {name: tensor.read() for name, tensor in tensors.items()}
-
-
-def _network(part: str, preset: Preset, found: Found, adapt: Adapt | None) -> tuple[str, Found]:
-    """(recognised layout, our tensors) of one network. Raises StoreError if they do not fit the preset."""
-    if part == "dit":
-        return dit_tensors(preset.dit, found, adapt)
-    found = _plain(found)
-    try:
-        ours = renamed(found, layouts.RENAME[part](found), halve=part == "text_encoder")
-    except ValueError as error:
-        raise StoreError(str(error)) from None
-    wanted = layouts.expected(preset)[part]
-    shapes = layouts.trim(part, {name: tensor.shape for name, tensor in ours.items()}, wanted)
-    if differences := wan.compare(wanted, shapes):
-        raise StoreError(f"the {part} is not {preset.name}'s: " + "; ".join(wan.sentences(differences)))
-    return "renamed", {name: _last_rows(ours[name], shape) for name, shape in wanted.items()}
-
-
-def _plain(found: Found) -> Found:
-    """Tensors without the prefixes of wrappers, each multiplied by its scale when it is read."""
-    names = wan.plain(found)
-    scales = {bare: _scale(bare, names, found) for bare in names.native}
-    return {
-        bare: found[name] if (scale := scales[bare]) is None else _served(bare, found[name], scale, None)
-        for bare, name in names.native.items()
-    }
-
-
-def _last_rows(tensor: StoredTensor, shape: wan.Shape) -> StoredTensor:
-    if tensor.shape == shape:
-        return tensor
-    return StoredTensor(tensor.dtype, shape, lambda: tensor.read()[-shape[0] :])
 
 
 def _parts(found: sources.Sources, preset: Preset, say: Callable[[str], None]) -> Iterator[tuple[str, str, Found]]:
@@ -246,8 +221,10 @@ def convert(
         raise StoreError(f"{native[0]} is a native store already: it can be served as it is")
     refusals: list[str] = []
     components: dict[str, Found] = {}
+    expected = layouts.expected(preset)
     for part, origin, tensors in _parts(found, preset, refusals.append):
-        layout, components[part] = _network(part, preset, tensors, adapt)
+        merged = adapt if part == "dit" else None
+        layout, components[part] = network(part, tensors, expected[part], preset.name, merged)
         say(f"{part}: {origin}, {layout}, {len(components[part])} tensors")
         found.parts.setdefault(part, Weights())
     for refusal in refusals:

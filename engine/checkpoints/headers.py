@@ -8,7 +8,7 @@ dtype, shape and byte range), and the bytes of the tensors without gap or overla
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -28,8 +28,8 @@ class StoreError(Exception):
     """Weights cannot be used; the message names the file, the fault and a remedy."""
 
 
-class TruncatedError(StoreError):
-    """The header is valid, but the file ends before its last tensor or continues after it."""
+class ContentError(StoreError):
+    """The header is sound, but not what it describes: the file's length is another, or a tensor is of no known type."""
 
     def __init__(self, message: str, entries: "dict[str, Entry]") -> None:
         super().__init__(message)
@@ -44,10 +44,9 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype]
+    start: int
+    """Byte of the file that it begins at."""
+    bytes: int
 
 
 @dataclass
@@ -152,7 +151,7 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
     """Every tensor of a safetensors file, in the order of its bytes.
 
     Raises:
-        TruncatedError: the file's length differs from what the header says; the error has the entries.
+        ContentError: the file's length differs from what the header says; the error has the entries.
         StoreError: the file is missing, is not a valid safetensors file, or is not in `folder` (default: its own).
     """
     with open_regular(path, folder or path.parent) as file:
@@ -184,12 +183,11 @@ def parse_header(header: bytes, size: int, path: Path) -> dict[str, Entry]:
                 raise StoreError(f"{path}: the entry of {name} in its header is malformed: download it again")
         if dtype not in DTYPES:
             raise StoreError(f"{path}: {name} is of type {dtype!r}, which is not known here: {', '.join(DTYPES)} are")
-        entries[name] = entry = Entry(path, name, dtype, tuple(shape))
-        if end - start != entry.bytes:
+        if end - start != (taken := prod(shape) * DTYPES[dtype]):
             raise StoreError(
-                f"{path}: {name} has {end - start} bytes, but {dtype} {list(shape)} takes {entry.bytes}: "
-                f"download it again"
+                f"{path}: {name} has {end - start} bytes, but {dtype} {list(shape)} takes {taken}: download it again"
             )
+        entries[name] = Entry(path, name, dtype, tuple(shape), 8 + length + start, end - start)
         ranges.append((start, end, name))
     ranges.sort(key=lambda part: part[:2])
     position = 0
@@ -201,20 +199,22 @@ def parse_header(header: bytes, size: int, path: Path) -> dict[str, Entry]:
     entries = {name: entries[name] for _, _, name in ranges}
     if size != 8 + length + position:
         what = "truncated" if size < 8 + length + position else "too long"
-        raise TruncatedError(
+        raise ContentError(
             f"{path} is {what}: {size} bytes, its header says {8 + length + position}: download it again", entries
         )
     return entries
 
 
-def read_weights(files: Iterable[Path], folder: Path) -> Weights:
+def read_weights(
+    files: Iterable[Path], folder: Path, read: Callable[[Path, Path], dict[str, Entry]] = read_header
+) -> Weights:
     """The headers of several files as one. Faulty files are listed; the others are read nevertheless."""
     weights = Weights()
     for path in files:
         weights.files.append(path)
         try:
-            entries = read_header(path, folder)
-        except TruncatedError as error:
+            entries = read(path, folder)
+        except ContentError as error:
             weights.faults.append(str(error))
             entries = error.entries
         except StoreError as error:
@@ -239,24 +239,15 @@ def zero_tensors(path: Path, entries: Iterable[Entry]) -> list[str]:
 
     Reads `SAMPLE` bytes in `PLACES` places of each of `SAMPLED` matrices, in milliseconds. Empty if too few are zero to
     tell: one among many may be zero by design.
-
-    Args:
-        entries: all tensors of the file, in the order of their bytes.
     """
-    position, matrices = 0, []
-    for entry in entries:
-        if len(entry.shape) >= 2 and entry.bytes:
-            matrices.append((entry, position))
-        position += entry.bytes
+    matrices = [entry for entry in entries if len(entry.shape) >= 2 and entry.bytes]
     sampled = matrices[:: max(1, len(matrices) // SAMPLED)]
     zeros = []
     with path.open("rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        for entry, start in sampled:
-            places = (
-                start + (entry.bytes - min(SAMPLE, entry.bytes)) * place // (PLACES - 1) for place in range(PLACES)
-            )
-            samples = [os.pread(file.fileno(), min(SAMPLE, entry.bytes), begin + place) for place in places]
+        for entry in sampled:
+            size = min(SAMPLE, entry.bytes)
+            places = (entry.start + (entry.bytes - size) * place // (PLACES - 1) for place in range(PLACES))
+            samples = [os.pread(file.fileno(), size, place) for place in places]
             if all(samples) and not any(map(any, samples)):  # nothing is read past the end of a truncated file
                 zeros.append(entry.name)
     return zeros if len(zeros) == len(sampled) or len(zeros) >= max(2, len(sampled) / 8) else []

@@ -1,10 +1,13 @@
-"""The tensors that a preset's store must contain: names and shapes by network, without building any module."""
+"""The tensors that a preset's store must contain, and a checkpoint's that are meant by them: names and shapes by
+network, without building any module."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import umt5, wan, wan_vae
+from engine.checkpoints import gguf, umt5, wan, wan_vae
+from engine.checkpoints.headers import StoreError
 from engine.checkpoints.wan import Shape
 from engine.config import Preset
 from engine.models.config import TextConfig
@@ -56,15 +59,52 @@ def expected(preset: Preset) -> dict[str, dict[str, Shape]]:
     }
 
 
-def trim(part: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shapes after loading: a file's first TGrow layer of a light decoder may have the rows of several frames, of
-    which only the last are used (`engine.models.light_vae`)."""
-    trimmed = dict(found)
-    for name, shape in wanted.items() if part == "light_vae" else ():
-        there = found.get(name, ())
-        if len(there) == len(shape) == 4 and there[1:] == shape[1:] and there[0] > shape[0] and name.endswith("weight"):
-            trimmed[name] = shape
-    return trimmed
+@dataclass(frozen=True)
+class Match:
+    """A checkpoint's tensors, matched to those of a network."""
+
+    layout: str
+    native: dict[str, str]
+    """Our name -> the checkpoint's. A name that is unknown maps to itself."""
+    scales: dict[str, str]
+    """Our name of a low-bit weight -> the checkpoint's name of its scale."""
+    differences: wan.Differences
+
+
+def match(part: str, shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Match:
+    """Match a checkpoint's tensors, by their names in it, to those of a network.
+
+    Raises:
+        StoreError: a name belongs to no layout of this network, or two mean the same tensor.
+    """
+    if part == "dit":
+        names = wan.to_native(shapes)
+        layout, native, scales = f"{names.layout} layout", names.native, names.scales
+    else:
+        names = wan.plain(shapes)
+        try:
+            places = RENAME[part](names.native)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        layout, native = "", {}
+        for bare, ours in places.items():
+            native.setdefault(ours, names.native[bare])  # Hugging Face has an embedding under two names
+        scales = {places[bare]: scale for bare, scale in names.scales.items() if bare in places}
+    if scales:
+        layout += f"{', ' if layout else ''}{len(scales)} low-bit weights with scales"
+    fitted = {ours: _fit(part, ours, shapes[name], wanted.get(ours)) for ours, name in native.items()}
+    return Match(layout, native, scales, wan.compare(wanted, fitted))
+
+
+def _fit(part: str, name: str, found: Shape, wanted: Shape | None) -> Shape:
+    """The shape after loading. A light decoder's first TGrow layer may have the rows of several frames, of which only
+    the last are used (`engine.models.light_vae`), and GGUF files store some shapes as others."""
+    if wanted is None or found == wanted:
+        return found
+    longer = len(found) == len(wanted) == 4 and found[1:] == wanted[1:] and found[0] > wanted[0]
+    if part == "light_vae" and longer and name.endswith("weight"):
+        return wanted
+    return gguf.fit(found, wanted)
 
 
 def vae_tensors() -> dict[str, dict[str, dict[str, Shape]]]:

@@ -54,7 +54,7 @@ def _look_at(folder: Path, name: str, size: int, sha256: str) -> StoredFile:
         if path.suffix == ".safetensors":
             try:
                 entries = headers.read_header(path)
-            except headers.TruncatedError as error:
+            except headers.ContentError as error:
                 entries = error.entries
         if found != size:
             raise StoreError(

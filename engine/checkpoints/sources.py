@@ -10,20 +10,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoints import headers, wan
+from engine.checkpoints import gguf, headers, wan
 from engine.checkpoints.headers import StoreError, Weights
 from engine.checkpoints.manifest import MANIFEST, read_manifest
 
 TOKENIZER = "tokenizer.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+READERS = {".safetensors": headers.read_header, gguf.SUFFIX: gguf.read_header}
 SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 SUBFOLDERS = ("transformer", "text_encoder", "vae")
 MARKS = {
     "dit": ("patch_embedding.weight", "time_embedding.0.weight", "condition_embedder.time_proj.weight"),
-    "text_encoder": ("shared.weight", "encoder.embed_tokens.weight", "token_embedding.weight"),
+    "text_encoder": (
+        "shared.weight", "encoder.embed_tokens.weight", "token_embedding.weight", "enc.output_norm.weight"
+    ),
     "vae": ("decoder.conv1.weight", "decoder.conv_in.weight", "conv2.weight", "post_quant_conv.weight"),
     "light_vae": ("decoder.1.weight",),
-}
+}  # fmt: skip
 """Tensors that identify a network; one of them suffices."""
 
 
@@ -91,9 +94,8 @@ def find(path: Path) -> Sources:
         tokenizers = [path / TOKENIZER, path / "tokenizer" / TOKENIZER, *path.glob(f"google/*/{TOKENIZER}")]
         if file := next((file for file in tokenizers if file.is_file()), None):
             sources.set_tokenizer(file)
-    elif path.suffix == ".safetensors" or path.name.endswith(headers.INDEX_SUFFIX):
-        is_file = path.suffix == ".safetensors"
-        weights = _read_file(path) if is_file else headers.read_index(path)
+    elif path.suffix in READERS or path.name.endswith(headers.INDEX_SUFFIX):
+        weights = _read_file(path) if path.suffix in READERS else headers.read_index(path)
         _take(weights, path, sources)
         if sources.unused:
             names = ", ".join(list(weights.entries)[:3])
@@ -102,12 +104,8 @@ def find(path: Path) -> Sources:
         sources.set_tokenizer(path)
     elif _is_pickle(path) and path.exists():
         sources.pickles.append(path)
-    elif path.suffix == ".gguf" and path.exists():
-        raise StoreError(
-            f"{path} is a GGUF file, which is not read: get the weights as safetensors, float8 or bfloat16"
-        )
     elif path.exists():
-        raise StoreError(f"{path} is neither a folder nor a .safetensors, {', '.join(PICKLES)} file")
+        raise StoreError(f"{path} is neither a folder nor a {', '.join((*READERS, *PICKLES))} file")
     else:
         raise StoreError(f"{path} is missing")
     if not (sources.parts or sources.pickles or sources.faults or sources.tokenizer):
@@ -149,10 +147,17 @@ def _look_into(folder: Path, sources: Sources) -> None:
         weights = headers.read_index(index)
         in_index |= set(weights.files)
         _take(weights, index, sources)
-    for file in sorted(folder.glob("*.safetensors")):
+    found = []
+    for file in (file for suffix in READERS for file in sorted(folder.glob(f"*{suffix}"))):
         if file not in in_index:
             weights = _read_file(file)
             in_index |= set(weights.files)
+            found.append((file, weights))
+    # of one network in several types of GGUF, only that which can be read is meant
+    for file, weights in sorted(found, key=lambda item: (item[0].suffix == gguf.SUFFIX, bool(item[1].faults))):
+        if file.suffix == gguf.SUFFIX and weights.faults and kind(weights.entries) in sources.parts:
+            sources.unused.append(file)
+        else:
             _take(weights, file, sources)
     pickles = sorted(file for file in folder.iterdir() if _is_pickle(file))
     for index in [file for file in pickles if file.name.endswith(headers.INDEX)]:
@@ -170,7 +175,6 @@ def _look_into(folder: Path, sources: Sources) -> None:
             )
         else:
             sources.pickles.append(file)
-    sources.unused += sorted(folder.glob("*.gguf"))
 
 
 def raw_latents_fault(path: Path) -> str | None:
@@ -193,17 +197,18 @@ def _index_name(shard: Path) -> str:
 def _read_file(path: Path) -> Weights:
     """The headers of a file; if it is a shard, of all shards of its network, whether or not their index is there."""
     match = SHARD.fullmatch(path.name)
+    read = READERS[path.suffix]
     if match is None:
-        return headers.read_weights([path], path.parent)
+        return headers.read_weights([path], path.parent, read)
     index = path.with_name(_index_name(path))
     if index.exists():
         return headers.read_index(index)
     there = {
         int(other["index"]): file
-        for file in sorted(path.parent.glob("*.safetensors"))
+        for file in sorted(path.parent.glob(f"*{path.suffix}"))
         if (other := SHARD.fullmatch(file.name)) and (other["stem"], other["count"]) == (match["stem"], match["count"])
     }
-    weights = headers.read_weights(there.values(), path.parent)
+    weights = headers.read_weights(there.values(), path.parent, read)
     if lacking := int(match["count"]) - len(there.keys() & set(range(1, int(match["count"]) + 1))):
         weights.faults.append(f"{path} is one shard of {int(match['count'])}, and {lacking} are missing: download them")
     return weights

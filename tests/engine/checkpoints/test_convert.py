@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from engine import cli as commands
 from engine.checkpoints import layouts, sources, store, wan, wan_vae
-from engine.checkpoints.convert import _network, convert, dequantise, load_dit, renamed
+from engine.checkpoints.convert import Found, convert, dequantise, load_dit, network
 from engine.checkpoints.headers import StoreError
 from engine.checkpoints.self_forcing import read_pickle
 from engine.config import PRESETS
@@ -185,11 +185,10 @@ def test_blocks_of_float8_share_a_scale() -> None:
     assert [found[row, column].item() for row in (127, 128) for column in (127, 128, 256)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_text_encoder_in_float8_is_multiplied_by_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_encoder_in_float8_is_multiplied_by_its_scales() -> None:
     """ComfyUI's file: scales, a marker, a copy of the tokenizer, here under a wrapper's prefix."""
     sizes = TextConfig(vocab_size=64, dim=16, ffn_dim=32, num_heads=2, head_dim=8, num_layers=1, length=9)
     expected = {name: torch.ones(shape) for name, shape in layouts.text_encoder(sizes).items()}
-    monkeypatch.setattr(layouts, "expected", lambda preset: {"text_encoder": layouts.text_encoder(sizes)})
     file = {f"module.{name.replace('umt5.', 'encoder.')}": value for name, value in expected.items()}
     wo = "module.encoder.block.0.layer.1.DenseReluDense.wo"
     file[f"{wo}.weight"] = (file[f"{wo}.weight"] * 2).to(torch.float8_e4m3fn)
@@ -198,12 +197,17 @@ def test_a_text_encoder_in_float8_is_multiplied_by_its_scales(monkeypatch: pytes
         "scaled_fp8": torch.zeros(0),
         "spiece_model": torch.ones(9).byte(),
     }
-    found = _network("text_encoder", PRESET, {n: store.StoredTensor.of(x) for n, x in file.items()}, None)[1]
+
+    def read() -> Found:
+        tensors = {name: store.StoredTensor.of(value) for name, value in file.items()}
+        return network("text_encoder", tensors, layouts.text_encoder(sizes), "tiny")[1]
+
+    found = read()
     for name, value in expected.items():
         assert torch.equal(found[name].read().float(), value), name
     file[f"{wo}.comfy_quant"] = torch.ones(9).byte()
     with pytest.raises(StoreError, match=r"wo\.comfy_quant marks ComfyUI's mixed formats.*get the weights in bfloat16"):
-        _network("text_encoder", PRESET, {n: store.StoredTensor.of(x) for n, x in file.items()}, None)
+        read()
 
 
 class Payload:
@@ -268,17 +272,11 @@ def test_weights_are_adapted_on_the_way(tmp_path: Path, weights: dict[str, Tenso
     assert same(dit(tmp_path / "native"), stored(changed))
 
 
-def test_plain_networks_are_renamed() -> None:
-    found = {
-        name: store.StoredTensor.of(torch.ones(shape)) for name, shape in (("a", (2, 2)), ("b", (2, 2)), ("c", (2,)))
-    }
-    names = {"a": "x.weight", "b": "x.weight", "c": "x.bias"}
-    halved = renamed(found, names, halve=True)
-    assert {name: tensor.read().dtype for name, tensor in halved.items()} == {
-        "x.weight": torch.bfloat16,
-        "x.bias": torch.float32,
-    }
-    assert renamed(found, names, halve=False)["x.weight"] is found["a"]
+@pytest.mark.parametrize(("part", "dtype"), [("dit", torch.bfloat16), ("vae", torch.float32)])
+def test_a_vae_keeps_its_types(part: str, dtype: torch.dtype) -> None:
+    found = {name: store.StoredTensor.of(torch.ones(shape)) for name, shape in (("a.weight", (2, 2)), ("b", (2,)))}
+    ours = network(part, found, {name: tensor.shape for name, tensor in found.items()}, "tiny")[1]
+    assert [tensor.read().dtype for tensor in ours.values()] == [dtype, torch.float32]
 
 
 @pytest.mark.parametrize("original_vae", [False, True])
