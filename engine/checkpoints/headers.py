@@ -155,15 +155,26 @@ def read_header(path: Path, folder: Path | None = None) -> dict[str, Entry]:
         StoreError: the file is missing, is not a valid safetensors file, or is not in `folder` (default: its own).
     """
     with open_regular(path, folder or path.parent) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= size - 8:
-            raise StoreError(
-                f"{path} is no safetensors file: it says that its header has {length} bytes, and has {size} in all"
-            )
-        if length > MAX_HEADER:
-            raise StoreError(f"{path} has a header of {length} bytes, more than the {MAX_HEADER} that are read")
-        return parse_header(file.read(length), size, path)
+        return parse_header(_header(file, path), os.fstat(file.fileno()).st_size, path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file has about itself. Raises StoreError as `read_header` does."""
+    with open_regular(path, path.parent) as file:
+        found = _json_object(_header(file, path), path).get("__metadata__")
+    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+
+
+def _header(file: BinaryIO, path: Path) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= size - 8:
+        raise StoreError(
+            f"{path} is no safetensors file: it says that its header has {length} bytes, and has {size} in all"
+        )
+    if length > MAX_HEADER:
+        raise StoreError(f"{path} has a header of {length} bytes, more than the {MAX_HEADER} that are read")
+    return file.read(length)
 
 
 def parse_header(header: bytes, size: int, path: Path) -> dict[str, Entry]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoints import gguf, headers, wan
+from engine.checkpoints import comfy_quant, gguf, headers, wan
 from engine.checkpoints.headers import StoreError, Weights
 from engine.checkpoints.manifest import MANIFEST, read_manifest
 
@@ -216,6 +216,7 @@ def _read_file(path: Path) -> Weights:
 
 def _take(weights: Weights, path: Path, sources: Sources) -> None:
     part = kind(weights.entries)
+    weights.faults += comfy_quant.faults(weights)
     if part == "light_vae" and (fault := raw_latents_fault(path)):
         sources.faults.append(fault)
     elif part is not None:

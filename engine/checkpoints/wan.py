@@ -48,8 +48,9 @@ IMAGE_PARTS = ("img_emb.", "image_embedder.", "k_img", "v_img", "norm_added_k", 
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
 """Names of a float8 weight's scale, weight = stored * scale: of Hugging Face and vLLM, of ComfyUI, and of DeepSeek's
 blocks of 128 x 128, which, despite the name, are multiplied too."""
-UNUSED = ("input_scale", "scale_input", "scaled_fp8", "spiece_model")
-"""Scales of activations, ComfyUI's marker and its copy of the tokenizer: not needed for weights in bfloat16."""
+UNUSED = ("input_scale", "scale_input", "scaled_fp8", "comfy_quant", "spiece_model")
+"""Scales of activations, ComfyUI's markers (see `comfy_quant`) and its copy of the tokenizer: not needed for weights in
+bfloat16."""
 
 
 def tensors(config: DiTConfig) -> dict[str, Shape]:
@@ -162,11 +163,6 @@ def _matched(stripped: Mapping[str, str], layout: Layout, rename: Callable[[str]
     native: dict[str, str] = {}
     scales: dict[str, str] = {}
     for name, bare in stripped.items():
-        if bare.rpartition(".")[2] == "comfy_quant":
-            raise StoreError(
-                f"{name} marks ComfyUI's mixed formats, which are not read: get the weights in bfloat16, or in float8 "
-                f"with `scale_weight`"
-            )
         if bare.rpartition(".")[2] in UNUSED:
             continue
         ours = rename(bare)

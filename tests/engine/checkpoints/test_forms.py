@@ -1,6 +1,7 @@
 """Every form of a checkpoint through the whole `convert` command: the store equals that of the plain safetensors file
 with the same values, and so do the outputs of the network that is loaded from it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,3 +175,27 @@ def test_other_types_of_gguf_are_refused_by_the_command(
     assert "get the weights in Q8_0, F16 or BF16, or as safetensors" in said and not (tmp_path / "to").exists()
     assert cli.run(["check", PRESET.name, "--weights", str(path)]) == 2
     assert "is of type Q4_0, which is not read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int8, "int8_tensorwise")])
+@pytest.mark.parametrize("part", ["dit", "text_encoder"])
+def test_comfyuis_mixed_formats(tmp_path: Path, part: str, dtype: torch.dtype, form: str) -> None:
+    """Some layers in a format, their marks beside them, in one file that has other layers in bfloat16."""
+    mark = torch.tensor(
+        list(json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()), dtype=torch.uint8
+    )
+    values, file = random_tensors(part), {}
+    for name, value in values.items():
+        theirs = name.replace("umt5.", "encoder.")
+        if value.ndim == 2 and ".1." in name and name.endswith("weight"):
+            layer = theirs.removesuffix(".weight")
+            scale = value.abs().amax() / (448 if dtype.is_floating_point else 127)
+            stored = (value / scale if dtype.is_floating_point else (value / scale).round()).to(dtype)
+            file |= {theirs: stored, f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": mark.clone()}
+            values[name] = stored.float() * scale
+        else:
+            file[theirs] = value.bfloat16()
+            values[name] = file[theirs].float()
+    assert sum(name.endswith("comfy_quant") for name in file) > 3
+    save_file(file, tmp_path / "mixed.safetensors")
+    same(tmp_path, [tmp_path / "mixed.safetensors"], part, values)
